@@ -1,4 +1,7 @@
-"""What the tests of several rooms build: a fleet file, jobs, what rendering and storing leave behind."""
+"""What the tests of several rooms build.
+
+A fleet file, jobs, what rendering and storing leave behind.
+"""
 
 import copy
 import functools
@@ -100,7 +103,10 @@ _FLEET: dict[str, Any] = {
             "default_guidance": 7.0,
             "max_guidance": 20.0,
             "created_at": datetime.fromisoformat("2026-11-21T00:00:00+00:00"),
-            "tiers": {"quality": {"bucket_rows": {"1024x1024": 4}}, "fast": {"default_steps": 8, "default_guidance": 1.0}},
+            "tiers": {
+                "quality": {"bucket_rows": {"1024x1024": 4}},
+                "fast": {"default_steps": 8, "default_guidance": 1.0},
+            },
             "versions": [{"id": "1", "source": "large/1"}],
         },
     },
@@ -133,7 +139,9 @@ def fleet_text(changes: Mapping[str, Any] | None = None) -> str:
 
 def settings_for(kind: type[AnySettings], env: Mapping[str, str], **changes: Any) -> AnySettings:
     """What a role would be handed in the stack of `env`, with `changes`."""
-    names = {name.lower(): value for name, value in env.items() if name.lower() in kind.model_fields}
+    names = {
+        name.lower(): value for name, value in env.items() if name.lower() in kind.model_fields
+    }
     return kind(**{**names, **changes})
 
 
@@ -150,7 +158,17 @@ def a_redis(folder: Path, **options: str) -> Iterator[str]:
     port = a_closed_port()
     url = f"redis://127.0.0.1:{port}/0"
     binary = str(Path(sys.executable).with_name("redis-server"))
-    command = [binary, "--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder), "--save", ""]
+    command = [
+        binary,
+        "--bind",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--dir",
+        str(folder),
+        "--save",
+        "",
+    ]
     for name, value in options.items():
         command += [f"--{name}", value]
 
@@ -193,7 +211,12 @@ def resolved(fleet: Fleet | None = None, **fields: Any) -> Resolved:
 
 
 def a_tenant(session: Session, *, weight: float = 1.0) -> Tenant:
-    return tenants.create(session, name=f"tenant-{next(_numbers)}-{uuid.uuid4().hex[:8]}", weight=weight, actor="tests")
+    return tenants.create(
+        session,
+        name=f"tenant-{next(_numbers)}-{uuid.uuid4().hex[:8]}",
+        weight=weight,
+        actor="tests",
+    )
 
 
 def a_job(
@@ -236,37 +259,69 @@ def a_job(
         tenant_metadata=tenant_metadata,
     )
     owner = tenant or a_tenant(session)
-    job = jobs.accept(session, new_job, tenant_id=owner.id, api_key_id=None, currency="EUR", actor="tests")
+    job = jobs.accept(
+        session, new_job, tenant_id=owner.id, api_key_id=None, currency="EUR", actor="tests"
+    )
     if release_tag is not None:
         job.release_tag = release_tag
         session.flush()
     return job
 
 
-def a_lease(session: Session, job: Job | None = None, *, worker: str = WORKER, ttl_s: float = 15, **params: Any) -> Lease:
-    """A lease on `job`, or on a new one with `params`. A negative `ttl_s` makes one that has run out."""
+def a_lease(
+    session: Session,
+    job: Job | None = None,
+    *,
+    worker: str = WORKER,
+    ttl_s: float = 15,
+    **params: Any,
+) -> Lease:
+    """A lease on `job`, or on a new one with `params`.
+
+    A negative `ttl_s` makes one that has run out.
+    """
     job = job or a_job(session, **params)
     lease = leases.take(session, job.id, worker=worker, device="cpu", ttl_s=ttl_s)
     assert lease is not None
     return lease
 
 
-def hand_off(session: Session, lease: Lease, index: int = 0, *, store_within_s: float = 10, **record: Any) -> Job:
+def hand_off(
+    session: Session, lease: Lease, index: int = 0, *, store_within_s: float = 10, **record: Any
+) -> Job:
     """Note that image `index` was rendered; `record` says what that took."""
-    return leases.hand_off(session, lease, index, rendered=rendered(**record), store_within_s=store_within_s)
+    return leases.hand_off(
+        session, lease, index, rendered=rendered(**record), store_within_s=store_within_s
+    )
 
 
-def preempt(session: Session, lease: Lease, *, left: Sequence[Left] = (), reason: str = "spot", kept_in: str = "handoff") -> Job:
+def preempt(
+    session: Session,
+    lease: Lease,
+    *,
+    left: Sequence[Left] = (),
+    reason: str = "spot",
+    kept_in: str = "handoff",
+) -> Job:
     """Give the job up because its worker has to go."""
     return leases.preempt(session, lease, reason=reason, left=left, store=kept_in)
 
 
-def a_left(index: int = 0, *, steps_done: int = 2, size_bytes: int = 100, device_seconds: float = 0.25) -> Left:
+def a_left(
+    index: int = 0, *, steps_done: int = 2, size_bytes: int = 100, device_seconds: float = 0.25
+) -> Left:
     """What a preempted attempt leaves of an image."""
     return Left(index, steps_done, f"handoff:snapshot#{index}", size_bytes, device_seconds)
 
 
-def store(session: Session, job: Job, index: int = 0, *, attempt: int = 1, artifact: dict[str, Any] | None = None) -> Job | None:
+def store(
+    session: Session,
+    job: Job,
+    index: int = 0,
+    *,
+    attempt: int = 1,
+    artifact: dict[str, Any] | None = None,
+) -> Job | None:
     """Record image `index` as uploaded."""
     return jobs.store(
         session,
@@ -333,7 +388,11 @@ def _plain_fleet() -> Fleet:
 
 def _toml(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items()) + " }"
+        return (
+            "{ "
+            + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items())
+            + " }"
+        )
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     if isinstance(value, datetime):

@@ -1,4 +1,7 @@
-"""One real stack for the whole suite: Postgres, Redis, S3 and every process of the house, on free ports in a temporary folder."""
+"""One real stack for the whole suite.
+
+Postgres, Redis, S3 and every process of the house, on free ports in a temporary folder.
+"""
 
 import os
 import shutil
@@ -16,8 +19,10 @@ from darkroom_client import Client
 from edges import telemetry
 from fleet.stack import Stack
 
-os.environ["OUTBOUND_ALLOWED_NETWORKS"] = "127.0.0.1/32"  # the receivers of webhooks that tests start are here
-telemetry.configure_logs()  # to standard error, as in every process of the house: what a test reads from standard output is its own
+# the receivers of webhooks that tests start are here
+os.environ["OUTBOUND_ALLOWED_NETWORKS"] = "127.0.0.1/32"
+# to standard error, as in every process of the house: a test reads only its own standard output
+telemetry.configure_logs()
 
 
 class SecondTenant(NamedTuple):
@@ -30,10 +35,12 @@ class SecondTenant(NamedTuple):
 @pytest.fixture(scope="session")
 def stack() -> Iterator[Stack]:
     """The running system. Whoever stops one of its processes starts it again."""
-    # Not below pytest's own temporary folder: that is closed to the account Postgres runs under when we are root.
+    # Not below pytest's own temporary folder: that is closed to the account Postgres runs under
+    # when we are root.
     folder = Path(tempfile.mkdtemp(prefix="darkroom-tests-"))
     stack = Stack(folder / "data")
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit on the suite still ends the stack
+    # a time limit on the suite still ends the stack
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         stack.up(wait_s=280)
         yield stack
@@ -61,7 +68,9 @@ def second_tenant(stack: Stack) -> Iterator[SecondTenant]:
     engine = make_engine(env["DATABASE_URL"], pool_size=1)
     with transaction(engine) as session:
         tenant = tenants.create(session, name="second")
-        _, key = api_keys.issue(session, tenant_id=tenant.id, name="tests", pepper=env["API_KEY_PEPPER"])
+        _, key = api_keys.issue(
+            session, tenant_id=tenant.id, name="tests", pepper=env["API_KEY_PEPPER"]
+        )
     engine.dispose()
     with Client(env["DARKROOM_URL"], key) as client:
         yield SecondTenant("second", client)
@@ -77,7 +86,9 @@ def note_engine(connection) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def connections_are_given_back():
-    """Close what pools keep open, so that the files of one process together need no more connections than Postgres has."""
+    """Close what pools keep open, so that the files of one process together need no more
+    connections than Postgres has.
+    """
     yield
     for engine in list(ENGINES):
         engine.dispose()

@@ -47,7 +47,13 @@ class Receiver:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                receiver.heard.append(Heard(time.monotonic(), {name.lower(): value for name, value in self.headers.items()}, body))
+                receiver.heard.append(
+                    Heard(
+                        time.monotonic(),
+                        {name.lower(): value for name, value in self.headers.items()},
+                        body,
+                    )
+                )
                 time.sleep(receiver.hang_s)
                 self.send_response(receiver.status)
                 if receiver.location:

@@ -1,4 +1,7 @@
-"""The arithmetic that benchmarks judge by: who arrives when, percentiles, ours beside the best of the others, memory a request."""
+"""The arithmetic that benchmarks judge by.
+
+Who arrives when, percentiles, ours beside the best of the others, memory a request.
+"""
 
 import itertools
 
@@ -14,7 +17,16 @@ from benchmarks.lib.verdict import judge
 from engine.request import ImageRequest
 
 TEMPLATE = ImageRequest(
-    id="bench", group="bench", checkpoint="tiny", prompt="", width_px=64, height_px=64, num_steps=1, guidance=1.0, sampler="ddim", seed=0
+    id="bench",
+    group="bench",
+    checkpoint="tiny",
+    prompt="",
+    width_px=64,
+    height_px=64,
+    num_steps=1,
+    guidance=1.0,
+    sampler="ddim",
+    seed=0,
 )
 
 
@@ -76,11 +88,21 @@ def test_one_call_renders_what_is_equal_in_steps_and_guidance_and_the_shortest_g
     groups = by_kind(requests)
 
     assert [{request.num_steps for request in group} for group in groups] == [{4}, {8}, {30}]
-    assert sorted(request.id for group in groups for request in group) == sorted(request.id for request in requests)
+    assert sorted(request.id for group in groups for request in group) == sorted(
+        request.id for request in requests
+    )
 
 
 @pytest.mark.parametrize(
-    ("count", "share", "expected"), [(1, 0.99, 1), (2, 0.5, 1), (100, 0.5, 50), (100, 0.99, 99), (101, 0.99, 100), (200, 0.99, 198)]
+    ("count", "share", "expected"),
+    [
+        (1, 0.99, 1),
+        (2, 0.5, 1),
+        (100, 0.5, 50),
+        (100, 0.99, 99),
+        (101, 0.99, 100),
+        (200, 0.99, 198),
+    ],
 )
 def test_a_percentile_is_a_measured_value_that_so_many_do_not_exceed(count, share, expected):
     assert percentile(range(count, 0, -1), share) == expected
@@ -128,7 +150,9 @@ def test_growth_is_from_the_first_third_to_the_last_and_no_peak_decides_it():
 
 
 def test_a_target_is_met_or_missed_where_there_is_a_figure_that_shows_it():
-    assert judge({"device_share": 0.97, "leak_kib_per_request": 2.0, "leak_canceled": 7}, TARGETS) == {
+    assert judge(
+        {"device_share": 0.97, "leak_kib_per_request": 2.0, "leak_canceled": 7}, TARGETS
+    ) == {
         "device_share": True,
         "leak_kib_per_request": False,
     }
@@ -137,18 +161,42 @@ def test_a_target_is_met_or_missed_where_there_is_a_figure_that_shows_it():
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_a_plan_of_faults_has_every_kind_in_time_and_leaves_each_process_the_time_to_come_back(seed):
+def test_a_plan_of_faults_has_every_kind_in_time_and_leaves_each_process_the_time_to_come_back(
+    seed,
+):
     workers = ["worker-1", "worker-2", "worker-3"]
 
-    faults = plan_faults(seed, window_s=250, every_s=5, workers=workers, lease_s=15, notices=True, few=False)
+    faults = plan_faults(
+        seed, window_s=250, every_s=5, workers=workers, lease_s=15, notices=True, few=False
+    )
 
-    assert {fault.kind for fault in faults} == {"kill", "terminate", "restart", "freeze", "cut", "flush", "notice"}
-    assert {fault.target for fault in faults} >= {"results", "sweeper", "gateway", "broker", "handoff", "postgres", "s3"}
-    assert faults == plan_faults(seed, window_s=250, every_s=5, workers=workers, lease_s=15, notices=True, few=False)
+    assert {fault.kind for fault in faults} == {
+        "kill",
+        "terminate",
+        "restart",
+        "freeze",
+        "cut",
+        "flush",
+        "notice",
+    }
+    assert {fault.target for fault in faults} >= {
+        "results",
+        "sweeper",
+        "gateway",
+        "broker",
+        "handoff",
+        "postgres",
+        "s3",
+    }
+    assert faults == plan_faults(
+        seed, window_s=250, every_s=5, workers=workers, lease_s=15, notices=True, few=False
+    )
     for before, after in itertools.combinations(faults, 2):
         if before.target == after.target:
             assert after.at_s >= before.at_s + before.for_s, f"{after} comes while {before} lasts"
-    assert all(fault.for_s > 15 for fault in faults if fault.kind == "freeze" and fault.target in workers)
+    assert all(
+        fault.for_s > 15 for fault in faults if fault.kind == "freeze" and fault.target in workers
+    )
 
 
 def test_the_jobs_of_a_chaos_run_are_the_same_for_every_seed_of_faults():

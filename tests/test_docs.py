@@ -74,13 +74,21 @@ def test_the_readme_is_short_and_leads_to_every_page():
 def from_root(page: Path) -> list[str]:
     """The targets of a page's links, as paths from the repository's root."""
     folder = page.parent
-    return [os.path.relpath((folder / target).resolve(), REPO) for target in links_of(page) if not target.startswith("#")]
+    return [
+        os.path.relpath((folder / target).resolve(), REPO)
+        for target in links_of(page)
+        if not target.startswith("#")
+    ]
 
 
 def test_the_api_page_has_every_route_and_no_other():
     page = text_of("docs/api.md")
     routes = {f"{method} {path}" for method, path in OPERATIONS}
-    rows = "".join(re.findall(r"^\| `(?:GET|POST|PATCH|DELETE) .*$", section("docs/api.md", "## Routes"), re.MULTILINE))
+    rows = "".join(
+        re.findall(
+            r"^\| `(?:GET|POST|PATCH|DELETE) .*$", section("docs/api.md", "## Routes"), re.MULTILINE
+        )
+    )
     told = {each for each in quoted(rows) if re.match(r"(GET|POST|PATCH|PUT|DELETE) /", each)}
 
     assert missing(routes, page) == []
@@ -91,7 +99,11 @@ def test_the_api_page_says_who_may_ask_for_what():
     wrong = []
     for (method, path), operation in OPERATIONS.items():
         row = next(
-            (line for line in section("docs/api.md", "## Routes").splitlines() if line.startswith(f"| `{method} {path}`")),
+            (
+                line
+                for line in section("docs/api.md", "## Routes").splitlines()
+                if line.startswith(f"| `{method} {path}`")
+            ),
             "",
         )
         scope = "read" if method == "GET" else "generate"
@@ -104,7 +116,11 @@ def test_the_api_page_says_who_may_ask_for_what():
 
 
 def test_the_api_page_has_every_type_of_problem_with_its_status():
-    rows = [line for line in section("docs/api.md", "## Errors").splitlines() if re.match(r"\| \d{3} \|", line)]
+    rows = [
+        line
+        for line in section("docs/api.md", "## Errors").splitlines()
+        if re.match(r"\| \d{3} \|", line)
+    ]
     told = {slug: int(row[2:5]) for row in rows for slug in quoted(row.split("|")[2])}
 
     assert told == {kind.slug: kind.status for kind in Problem.__subclasses__()}
@@ -146,7 +162,9 @@ def test_the_page_on_operating_has_every_command_and_no_other():
 
     assert [name for name in commands if not re.search(rf"(\./darkroom |`){name}\b", page)] == []
     known = {*commands, *(name.partition(" ")[0] for name in commands)}
-    assert [words for words in said if words not in known and words.partition(" ")[0] not in known] == []
+    assert [
+        words for words in said if words not in known and words.partition(" ")[0] not in known
+    ] == []
 
 
 def test_the_page_on_operating_has_every_metric():
@@ -155,7 +173,9 @@ def test_the_page_on_operating_has_every_metric():
     assert sorted({*COUNTERS, *HISTOGRAMS, *GAUGES} - told) == []
 
 
-@pytest.mark.parametrize("table", [Tier, Model, ModelTier, ModelVersion, Adapter, Pool], ids=lambda table: table.__name__)
+@pytest.mark.parametrize(
+    "table", [Tier, Model, ModelTier, ModelVersion, Adapter, Pool], ids=lambda table: table.__name__
+)
 def test_the_page_on_models_has_every_key_of_fleet_toml(table):
     page = text_of("docs/models.md")
 
@@ -165,7 +185,9 @@ def test_the_page_on_models_has_every_key_of_fleet_toml(table):
 
 def test_the_page_on_sql_has_every_view_with_every_column(stack):
     page = text_of("docs/sql.md")
-    columns = "SELECT table_name, column_name FROM information_schema.columns WHERE table_name = ANY(%s)"
+    columns = (
+        "SELECT table_name, column_name FROM information_schema.columns WHERE table_name = ANY(%s)"
+    )
     with connected(stack) as cursor:
         cursor.execute(columns, (VIEWS,))
         found = cursor.fetchall()
@@ -173,7 +195,10 @@ def test_the_page_on_sql_has_every_view_with_every_column(stack):
     assert {view for view, _ in found} == set(VIEWS)
     untold = [view for view in VIEWS if f"`{view}`" not in page]
     assert untold == []
-    assert sorted({f"{view}.{column}" for view, column in found if column not in words_quoted(page)}) == []
+    assert (
+        sorted({f"{view}.{column}" for view, column in found if column not in words_quoted(page)})
+        == []
+    )
 
 
 def test_the_error_that_the_api_page_shows_is_what_the_gateway_answers():
@@ -208,7 +233,9 @@ def test_every_link_and_anchor_leads_somewhere(page):
     for target in links_of(page):
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
-        if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors_of(file)):
+        if not file.exists() or (
+            anchor and file.suffix == ".md" and anchor not in anchors_of(file)
+        ):
             broken.append(target)
 
     assert broken == []
@@ -216,7 +243,11 @@ def test_every_link_and_anchor_leads_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_a_file_that_a_page_names_exists(page):
-    named = {each for each in quoted(without_fences(page.read_text())) if re.fullmatch(r"[\w.-]+/[\w./-]+\.(md|py|toml|sql|conf)", each)}
+    named = {
+        each
+        for each in quoted(without_fences(page.read_text()))
+        if re.fullmatch(r"[\w.-]+/[\w./-]+\.(md|py|toml|sql|conf)", each)
+    }
 
     assert {each for each in named if not (REPO / each).exists()} == set()
 
@@ -230,7 +261,9 @@ def test_a_page_that_code_or_a_setting_names_exists():
         if file.suffix in (".py", ".md", ".toml", ".yml", ".example", ".sql", ".conf")
     ]
     named = {
-        (str(file.relative_to(REPO)), page) for file in files for page in re.findall(r"\bdocs/\w+\.md", file.read_text(errors="replace"))
+        (str(file.relative_to(REPO)), page)
+        for file in files
+        for page in re.findall(r"\bdocs/\w+\.md", file.read_text(errors="replace"))
     }
 
     assert {page for _, page in named} & {"docs/engine.md", "docs/cost.md"}
@@ -244,7 +277,7 @@ def test_every_example_says_its_language():
     assert [each.place for each in EXAMPLES if each.language not in LANGUAGES | OTHERS] == []
 
 
-def test_what_is_not_run_says_why(record_property):
+def test_examples_that_are_not_run_say_why(record_property):
     """The reasons are few, so that nobody marks an example to be rid of it."""
     reasons: dict[str, list[str]] = {}
     for each in EXAMPLES:
@@ -259,7 +292,9 @@ def test_what_is_not_run_says_why(record_property):
 
 def test_commands_are_fenced():
     """An indented block would be run by nobody."""
-    command = re.compile(r"^ {4,}(\./darkroom|darkroom|docker|make|curl|pip|python) .*$", re.MULTILINE)
+    command = re.compile(
+        r"^ {4,}(\./darkroom|darkroom|docker|make|curl|pip|python) .*$", re.MULTILINE
+    )
     found = {name_of(page): command.findall(without_fences(page.read_text())) for page in PAGES}
 
     assert {name for name, commands in found.items() if commands} == set()
@@ -318,7 +353,11 @@ def connected(stack: Stack, login: str = "MIGRATION_DATABASE_URL"):
 @pytest.mark.parametrize("example", of("sql"), ids=lambda example: example.place)
 def test_an_sql_example_runs(stack, example):
     """Those of the page on SQL as the auditor, the others as the owner of the tables."""
-    login = "AUDITOR_DATABASE_URL" if name_of(example.page) == "docs/sql.md" else "MIGRATION_DATABASE_URL"
+    login = (
+        "AUDITOR_DATABASE_URL"
+        if name_of(example.page) == "docs/sql.md"
+        else "MIGRATION_DATABASE_URL"
+    )
     nobody = "'00000000-0000-0000-0000-000000000000'"
 
     with connected(stack, login) as cursor:
@@ -328,7 +367,9 @@ def test_an_sql_example_runs(stack, example):
 
 @pytest.fixture(scope="module")
 def workplace(stack, tmp_path_factory):
-    """A folder that looks like the repository on a machine where the stack runs, and its environment."""
+    """A folder that looks like the repository on a machine where the stack runs, and its
+    environment.
+    """
     folder = tmp_path_factory.mktemp("workplace")
     for entry in REPO.iterdir():
         if entry.name not in (".git", ".darkroom"):
@@ -349,7 +390,15 @@ def workplace(stack, tmp_path_factory):
 
 def ran(workplace, command: list[str], text: str) -> subprocess.CompletedProcess[str]:
     folder, environment = workplace
-    return subprocess.run(command, input=text, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(
+        command,
+        input=text,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
 
 
 # A refusal of the gateway ends the script, as an error of a command does.
@@ -358,7 +407,9 @@ STRICT = 'set -eu\ncurl() { command curl --fail-with-body "$@"; }\n'
 
 @pytest.mark.parametrize("page", sorted({each.page for each in of("sh")}), ids=name_of)
 def test_the_commands_of_a_page_run_one_after_the_other(workplace, page):
-    script = "\n".join(f"echo '== line {each.line}'\n{each.text}" for each in of("sh") if each.page == page)
+    script = "\n".join(
+        f"echo '== line {each.line}'\n{each.text}" for each in of("sh") if each.page == page
+    )
 
     done = ran(workplace, ["bash"], STRICT + script)
 

@@ -1,4 +1,4 @@
-"""The walls of the house: who imports whom, who reads the environment, and who never loads torch."""
+"""The walls of the house: who imports whom, who reads the environment, who never loads torch."""
 
 import ast
 import functools
@@ -19,7 +19,19 @@ from settings import REPO, BrokerSettings
 from tests.builders import until
 from tests.test_settings import ENOUGH
 
-ROOMS = ("app", "tasks", "dispatch", "engine", "models", "policy", "edges", "fleet", "cli", "migrations", "darkroom_client")
+ROOMS = (
+    "app",
+    "tasks",
+    "dispatch",
+    "engine",
+    "models",
+    "policy",
+    "edges",
+    "fleet",
+    "cli",
+    "migrations",
+    "darkroom_client",
+)
 DOOR = ("settings", "celeryconfig")
 HOUSE = {*ROOMS, *DOOR, "pocket", "tests", "benchmarks"}
 
@@ -39,12 +51,43 @@ KNOWS = {
 NEVER_HEARD_OF = {
     "app": {"torch", "diffusers", "transformers", "celery", "kombu", "redis", "boto3"},
     "tasks": {"flask", "boto3", "redis"},
-    "engine": {"flask", "celery", "kombu", "sqlalchemy", "redis", "boto3", "pydantic", "pydantic_settings", "httpx"},
-    "dispatch": {"flask", "torch", "diffusers", "transformers", "celery", "kombu", "redis", "boto3"},
+    "engine": {
+        "flask",
+        "celery",
+        "kombu",
+        "sqlalchemy",
+        "redis",
+        "boto3",
+        "pydantic",
+        "pydantic_settings",
+        "httpx",
+    },
+    "dispatch": {
+        "flask",
+        "torch",
+        "diffusers",
+        "transformers",
+        "celery",
+        "kombu",
+        "redis",
+        "boto3",
+    },
     "edges": {"flask", "torch", "diffusers", "transformers"},
 }
 KNOWS_ONLY = {"models": {"sqlalchemy"}, "policy": {"pydantic"}, "darkroom_client": {"httpx"}}
-DOES_IO = {"os", "io", "pathlib", "shutil", "tempfile", "socket", "subprocess", "urllib", "http", "sqlite3", "logging"}
+DOES_IO = {
+    "os",
+    "io",
+    "pathlib",
+    "shutil",
+    "tempfile",
+    "socket",
+    "subprocess",
+    "urllib",
+    "http",
+    "sqlite3",
+    "logging",
+}
 DOES_IO |= {"threading", "asyncio", "time", "random"}
 
 
@@ -74,7 +117,11 @@ def imported(room: str) -> set[tuple[str, str]]:
 
 def strangers_of(folder: str, unknown: set[str]) -> set[tuple[str, str]]:
     """Imports of a folder that lie under one of the dotted names that it must not know."""
-    return {(file, name) for file, name in imported(folder) if any(f"{name}.".startswith(f"{each}.") for each in unknown)}
+    return {
+        (file, name)
+        for file, name in imported(folder)
+        if any(f"{name}.".startswith(f"{each}.") for each in unknown)
+    }
 
 
 def top(name: str) -> str:
@@ -88,7 +135,8 @@ def test_a_room_knows_only_the_rooms_below_it(room):
     strangers = {
         (file, name)
         for file, name in imported(room)
-        if top(name) in HOUSE and not any(name == known or name.startswith(f"{known}.") for known in allowed)
+        if top(name) in HOUSE
+        and not any(name == known or name.startswith(f"{known}.") for known in allowed)
     }
 
     assert strangers == set()
@@ -96,12 +144,18 @@ def test_a_room_knows_only_the_rooms_below_it(room):
 
 @pytest.mark.parametrize("room", NEVER_HEARD_OF)
 def test_a_room_has_never_heard_of(room):
-    assert {(file, name) for file, name in imported(room) if top(name) in NEVER_HEARD_OF[room]} == set()
+    assert {
+        (file, name) for file, name in imported(room) if top(name) in NEVER_HEARD_OF[room]
+    } == set()
 
 
 @pytest.mark.parametrize("room", KNOWS_ONLY)
 def test_a_room_knows_one_library_only(room):
-    libraries = {(file, name) for file, name in imported(room) if top(name) not in {*sys.stdlib_module_names, *HOUSE}}
+    libraries = {
+        (file, name)
+        for file, name in imported(room)
+        if top(name) not in {*sys.stdlib_module_names, *HOUSE}
+    }
 
     assert {(file, name) for file, name in libraries if top(name) not in KNOWS_ONLY[room]} == set()
 
@@ -109,7 +163,9 @@ def test_a_room_knows_one_library_only(room):
 def test_decisions_do_no_io_and_ask_no_clock():
     assert {(file, name) for file, name in imported("policy") if top(name) in DOES_IO} == set()
     for path in modules("policy"):
-        calls = {ast.unparse(node.func) for node in ast.walk(parsed(path)) if isinstance(node, ast.Call)}
+        calls = {
+            ast.unparse(node.func) for node in ast.walk(parsed(path)) if isinstance(node, ast.Call)
+        }
         assert not calls & {"open", "print", "input", "datetime.now", "datetime.utcnow"}, path
 
 
@@ -123,8 +179,11 @@ def test_use_cases_know_no_request():
     assert strangers_of("app/services", {"flask", "werkzeug", "app.http", "app.openai"}) == set()
 
 
-def test_what_a_process_remembers_knows_neither_requests_nor_use_cases():
-    assert strangers_of("app/live", {"flask", "werkzeug", "app.http", "app.openai", "app.services"}) == set()
+def test_app_live_knows_neither_requests_nor_use_cases():
+    assert (
+        strangers_of("app/live", {"flask", "werkzeug", "app.http", "app.openai", "app.services"})
+        == set()
+    )
 
 
 @pytest.mark.parametrize("folder", ["app/http", "app/openai"])
@@ -135,7 +194,9 @@ def test_routes_leave_transactions_to_use_cases(folder):
 
 
 def test_one_module_of_edges_knows_celery():
-    assert {file for file, name in imported("edges") if top(name) in ("celery", "kombu")} == {"edges/broker.py"}
+    assert {file for file, name in imported("edges") if top(name) in ("celery", "kombu")} == {
+        "edges/broker.py"
+    }
 
 
 def test_one_place_of_edges_makes_foreign_errors_ours():
@@ -147,14 +208,19 @@ def test_one_place_of_edges_makes_foreign_errors_ours():
         for handler in ast.walk(parsed(path))
         if isinstance(handler, ast.ExceptHandler)
         for node in ast.walk(handler)
-        if isinstance(node, ast.Raise) and node.exc is not None and re.search(r"Unavailable\(|__name__", ast.unparse(node.exc))
+        if isinstance(node, ast.Raise)
+        and node.exc is not None
+        and re.search(r"Unavailable\(|__name__", ast.unparse(node.exc))
     }
 
     assert by_hand == set()
 
 
 def test_one_place_connects_to_redis():
-    """Else a server that was demoted keeps the client; what Celery and kombu connect is their own."""
+    """Else a server that was demoted keeps the client.
+
+    What Celery and kombu connect is their own.
+    """
     client = re.compile(r"(\w+\.)*((Strict)?Redis|\w*ConnectionPool|from_url)(\.from_url)?")
     connecting = {
         str(path.relative_to(REPO))
@@ -168,19 +234,31 @@ def test_one_place_connects_to_redis():
     assert connecting == {"edges/connections.py"}
 
 
-@pytest.mark.parametrize("room", ["app", "tasks", "dispatch", "models", "policy", "edges", "engine"])
+@pytest.mark.parametrize(
+    "room", ["app", "tasks", "dispatch", "models", "policy", "edges", "engine"]
+)
 def test_only_settings_read_the_environment(room):
     readers = set()
     for path in modules(room):
         for node in ast.walk(parsed(path)):
-            reads = isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv", "os.environb")
-            if reads or (isinstance(node, ast.ImportFrom) and node.module == "os" and {"environ", "getenv"} & {a.name for a in node.names}):
+            reads = isinstance(node, ast.Attribute) and ast.unparse(node) in (
+                "os.environ",
+                "os.getenv",
+                "os.environb",
+            )
+            if reads or (
+                isinstance(node, ast.ImportFrom)
+                and node.module == "os"
+                and {"environ", "getenv"} & {a.name for a in node.names}
+            ):
                 readers.add((str(path.relative_to(REPO)), getattr(node, "lineno", 0)))
     writers = {
         (str(path.relative_to(REPO)), node.lineno)
         for path in modules(room)
         for node in ast.walk(parsed(path))
-        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "os.environ"
+        if isinstance(node, ast.Subscript)
+        and isinstance(node.ctx, ast.Store)
+        and ast.unparse(node.value) == "os.environ"
     }
 
     assert readers - writers == set()
@@ -190,43 +268,69 @@ APPENDS = {"audit.append", "audit.append_of_attempt", "take_back"}
 
 
 def writers() -> set[str]:
-    """Functions of `models` that append to the audit log, as callers name them: who calls one locks more than one row."""
+    """Functions of `models` that append to the audit log, as callers name them.
+
+    Who calls one locks more than one row.
+    """
     found = set()
     for path in sorted((REPO / "models").glob("*.py")):
         for function in (node for node in parsed(path).body if isinstance(node, ast.FunctionDef)):
-            calls = {ast.unparse(node.func) for node in ast.walk(function) if isinstance(node, ast.Call)}
+            calls = {
+                ast.unparse(node.func) for node in ast.walk(function) if isinstance(node, ast.Call)
+            }
             found |= {f"{path.stem}.{function.name}"} if calls & APPENDS else set()
     return found
 
 
-def test_what_a_request_writes_is_tried_again_when_it_conflicts_with_another():
+def test_writes_of_a_request_are_tried_again_when_they_conflict_with_another_s():
     """`with transaction(...)` runs its block once; what writes is handed to `run_transaction`."""
     once = set()
     for path in modules("app"):
         for block in (node for node in ast.walk(parsed(path)) if isinstance(node, ast.With)):
-            if any(ast.unparse(item.context_expr).startswith("transaction(") for item in block.items):
-                calls = {ast.unparse(node.func) for node in ast.walk(block) if isinstance(node, ast.Call)}
+            if any(
+                ast.unparse(item.context_expr).startswith("transaction(") for item in block.items
+            ):
+                calls = {
+                    ast.unparse(node.func) for node in ast.walk(block) if isinstance(node, ast.Call)
+                }
                 once |= {(str(path.relative_to(REPO)), call) for call in calls & writers()}
 
-    assert writers() >= {"jobs.cancel", "files.erase", "tenants.limit", "webhooks.delete", "api_keys.rotate"}
+    assert writers() >= {
+        "jobs.cancel",
+        "files.erase",
+        "tenants.limit",
+        "webhooks.delete",
+        "api_keys.rotate",
+    }
     assert once == set()
 
 
 def test_every_module_says_what_it_is_for():
-    paths = [path for room in ROOMS for path in modules(room)] + [REPO / f"{name}.py" for name in DOOR]
+    paths = [path for room in ROOMS for path in modules(room)] + [
+        REPO / f"{name}.py" for name in DOOR
+    ]
 
-    assert [str(path.relative_to(REPO)) for path in paths if not ast.get_docstring(parsed(path))] == []
+    assert [
+        str(path.relative_to(REPO)) for path in paths if not ast.get_docstring(parsed(path))
+    ] == []
 
 
 def dispatched() -> set[str]:
-    """Task names that are published anywhere: what `announce` is handed, by their constants in `policy.queues`."""
+    """Task names that are published anywhere.
+
+    What `announce` is handed, by their constants in `policy.queues`.
+    """
     names = set()
     for room in ROOMS:
         for path in modules(room):
             for node in ast.walk(parsed(path)):
-                if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("broker.announce"):
+                if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+                    "broker.announce"
+                ):
                     constant = ast.unparse(node.args[0])
-                    assert constant.startswith("queues."), f"{path}: {constant} is not a name that can be followed"
+                    assert constant.startswith("queues."), (
+                        f"{path}: {constant} is not a name that can be followed"
+                    )
                     names.add(getattr(queues, constant.removeprefix("queues.")))
     return names
 
@@ -261,7 +365,8 @@ def test_every_dispatched_name_is_a_registered_task(stack):
     celery = make_celery(BrokerSettings(broker_url=stack.env["BROKER_URL"]), fleet)
 
     def registered() -> set[str]:
-        answers = celery.control.inspect(timeout=2).registered() or {}  # of those who answer in time
+        # of those who answer in time
+        answers = celery.control.inspect(timeout=2).registered() or {}
         return {name.partition(" ")[0] for tasks in answers.values() for name in tasks}
 
     until(lambda: dispatched() <= registered(), within_s=30)
@@ -287,12 +392,24 @@ LOADED = {
 
 @pytest.fixture(scope="module")
 def loaded() -> dict[str, set[str]]:
-    """Top-level modules that each kind of process has loaded once it is ready to work; all start at once."""
+    """Top-level modules that each kind of process has loaded once it is ready to work.
+
+    All start at once.
+    """
     # A copy of the names: other threads may still import.
-    tell = "; import sys, json; print(json.dumps(sorted({name.partition('.')[0] for name in list(sys.modules)})))"
+    tell = (
+        "; import sys, json; print(json.dumps(sorted({name.partition('.')[0] for name in "
+        "list(sys.modules)})))"
+    )
     environment = {**ENOUGH, "PATH": os.environ.get("PATH", ""), "HOME": os.environ.get("HOME", "")}
     started = {
-        role: subprocess.Popen([sys.executable, "-c", code + tell], cwd=REPO, env=environment, stdout=subprocess.PIPE, text=True)
+        role: subprocess.Popen(
+            [sys.executable, "-c", code + tell],
+            cwd=REPO,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for role, code in LOADED.items()
     }
     printed = {role: process.communicate(timeout=120)[0] for role, process in started.items()}
@@ -328,7 +445,10 @@ def test_no_file_knows_the_machine_it_was_written_on():
     for path in tracked():
         content = path.read_bytes()
         if b"\0" not in content[:8192]:
-            found += [f"{path.relative_to(REPO)}: {match.group().decode()}" for match in homes.finditer(content)]
+            found += [
+                f"{path.relative_to(REPO)}: {match.group().decode()}"
+                for match in homes.finditer(content)
+            ]
 
     assert found == []
 
@@ -340,7 +460,11 @@ def test_requirements_are_pinned_exactly():
     loose = []
     for file in files:
         lines = [line.partition("#")[0].strip() for line in file.read_text().splitlines()]
-        loose += [f"{file.name}: {line}" for line in lines if line and not line.startswith("-r ") and not pinned.fullmatch(line)]
+        loose += [
+            f"{file.name}: {line}"
+            for line in lines
+            if line and not line.startswith("-r ") and not pinned.fullmatch(line)
+        ]
 
     assert loose == []
     assert len(files) >= 3

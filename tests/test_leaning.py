@@ -13,7 +13,18 @@ from settings import REPO
 
 PAGE = (REPO / "docs" / "leaning.md").read_text()
 PRODUCT = (
-    *("app", "tasks", "engine", "models", "policy", "dispatch", "edges", "fleet", "cli", "darkroom_client"),
+    *(
+        "app",
+        "tasks",
+        "engine",
+        "models",
+        "policy",
+        "dispatch",
+        "edges",
+        "fleet",
+        "cli",
+        "darkroom_client",
+    ),
     *("migrations", "deploy", "pocket", "settings.py", "celeryconfig.py"),
 )
 NO_LIBRARY = {"_exit", "_typeshed"}  # Python's own
@@ -65,12 +76,19 @@ def test_every_private_name_of_a_library_is_written_down():
 
 
 def test_every_name_is_used_where_the_page_says():
-    rows = [line.split("|")[1:3] for line in PAGE.splitlines() if line.startswith("| ") and ".py`" in line.split("|")[2]]
+    rows = [
+        line.split("|")[1:3]
+        for line in PAGE.splitlines()
+        if line.startswith("| ") and ".py`" in line.split("|")[2]
+    ]
 
     unused = []
     for names, places in rows:
         texts = "".join((REPO / path).read_text() for path in re.findall(r"`([\w/]+\.py)`", places))
-        named = [name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)`", names) if "__" not in name]  # `vars` reads `__dict__`
+        # `vars` reads `__dict__`
+        named = [
+            name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)`", names) if "__" not in name
+        ]
         unused += [f"{name}: {places.strip()}" for name in named if name not in texts]
 
     assert len(rows) > 20
@@ -82,7 +100,9 @@ def test_every_test_that_is_to_notice_exists():
 
     assert len(named) > 20
     missing = [
-        f"{file}::{name}" for file, name in named if not re.search(rf"^(async )?def {name}\(", (REPO / file).read_text(), re.MULTILINE)
+        f"{file}::{name}"
+        for file, name in named
+        if not re.search(rf"^(async )?def {name}\(", (REPO / file).read_text(), re.MULTILINE)
     ]
     assert missing == []
 

@@ -169,7 +169,9 @@ def a_full_job(session, tenant) -> NewJob:
 
 def written(session, new, tenant) -> tuple[AcceptedRow, Job]:
     """What the database makes of a job, and its row as it is read back."""
-    (row,) = accepting.accept(session, [new], tenant_id=tenant.id, api_key_id=None, currency="EUR", actor="tests")
+    (row,) = accepting.accept(
+        session, [new], tenant_id=tenant.id, api_key_id=None, currency="EUR", actor="tests"
+    )
     return row, session.get_one(Job, row.id)
 
 
@@ -228,7 +230,11 @@ def options_of_the_command() -> set[str]:
 
 def listed_in_the_page_on_the_api() -> set[str]:
     """The fields in backquotes of its table of a job's fields."""
-    rows = [line for line in section("docs/api.md", "## Fields of a job").splitlines() if line[:1] == "|"]
+    rows = [
+        line
+        for line in section("docs/api.md", "## Fields of a job").splitlines()
+        if line[:1] == "|"
+    ]
     return words_quoted("".join(row.split("|")[1] for row in rows))
 
 
@@ -263,8 +269,17 @@ def test_every_place_knows_every_parameter_of_a_job(request):
             extras - {"strength"},
             set(get_type_hints(openai_schemas.GenerationBody)),
         ),
-        **{f"app.schemas.openai.{body.__name__}": lambda body=body: (extras, set(get_type_hints(body))) for body in WITH_A_PICTURE},
-        **{place: lambda answer=answer: (members, names_of(answer)) for place, answer in ANSWERS.items()},
+        **{
+            f"app.schemas.openai.{body.__name__}": lambda body=body: (
+                extras,
+                set(get_type_hints(body)),
+            )
+            for body in WITH_A_PICTURE
+        },
+        **{
+            place: lambda answer=answer: (members, names_of(answer))
+            for place, answer in ANSWERS.items()
+        },
         "app.spec.job_fields": lambda: (asked, set(job_fields(a_fleet()))),
         "models.tables.Job": lambda: (set(NAMES), set(inspect(Job).column_attrs.keys())),
         "function accept_jobs": lambda: (set(NAMES), kept_by_accept_jobs()),
@@ -293,7 +308,11 @@ def test_every_place_knows_every_parameter_of_a_job(request):
     missing = missing_anywhere(places)
 
     assert not missing, "\n".join(missing)
-    assert {param.name for param in PARAMS if param.member is None} == {*NOT_IN_ANSWERS, "width_px", "height_px"}
+    assert {param.name for param in PARAMS if param.member is None} == {
+        *NOT_IN_ANSWERS,
+        "width_px",
+        "height_px",
+    }
 
 
 def test_a_place_that_cannot_be_looked_at_does_not_hide_the_others():
@@ -335,7 +354,7 @@ def test_a_parameter_and_its_column_agree_on_none(param):
     assert Job.__table__.c[param.name].nullable == may_be_none(param.kind)
 
 
-def test_what_a_wish_says_by_default_is_what_a_body_says_by_default():
+def test_defaults_of_a_wish_are_those_of_a_body():
     body = JobBody(prompt="a red circle")
 
     assert {name: getattr(body, name) or None for name in ASKED} == {
@@ -385,7 +404,9 @@ def test_a_body_becomes_the_wish_that_it_says():
 
 def test_numbers_have_units_or_are_bare():
     bare = {"guidance", "seed", "strength"}
-    numbers = {param.name for param in PARAMS if {int, float} & set(get_args(param.kind) or (param.kind,))}
+    numbers = {
+        param.name for param in PARAMS if {int, float} & set(get_args(param.kind) or (param.kind,))
+    }
 
     assert numbers - bare == {param.name for param in PARAMS if param.unit}
 
@@ -460,7 +481,9 @@ def test_a_tenant_has_the_tiers_and_models_of_its_limits(limits, tier, model, is
     assert Limits(**limits).allows(tier=tier, model=model) is is_allowed
 
 
-@pytest.mark.parametrize("stock", ["max_concurrent_jobs", "daily_megapixel_steps", "monthly_megapixel_steps"])
+@pytest.mark.parametrize(
+    "stock", ["max_concurrent_jobs", "daily_megapixel_steps", "monthly_megapixel_steps"]
+)
 def test_each_stock_alone_is_counted_by_the_database(stock):
     assert Limits(**{stock: 0}).has_stocks
 
@@ -503,7 +526,7 @@ def test_limits_are_written_as_their_columns_hold_them(session):
 
 
 @pytest.mark.parametrize("name", ["weight", "name", "id"])
-def test_what_is_no_limit_is_not_changed_as_one(session, name):
+def test_an_unknown_limit_is_not_changed(session, name):
     with pytest.raises(ValueError, match="no limit"):
         tenants.limit(session, a_tenant(session), changes={name: 2.0}, actor="tests")
 
@@ -520,7 +543,11 @@ def test_a_column_that_is_no_limit_is_not_looked_up_with_a_key(session):
 
 
 def test_scopes_are_one_list():
-    said = str(next(c.sqltext for c in ApiKey.__table__.constraints if c.name == "api_keys_scopes_are_known"))
+    said = str(
+        next(
+            c.sqltext for c in ApiKey.__table__.constraints if c.name == "api_keys_scopes_are_known"
+        )
+    )
     [options] = [option for option in issue_key.params if option.name == "scopes"]
 
     assert re.findall(r"'(\w+)'", said) == list(SCOPES)

@@ -58,7 +58,10 @@ ROLES = [
 ]
 # What each process is started by, and a variable that it cannot do without.
 PROCESSES = {
-    "gateway": (["-m", "gunicorn", "-c", "deploy/gunicorn.conf.py", "app.wsgi:application"], "API_KEY_PEPPER"),
+    "gateway": (
+        ["-m", "gunicorn", "-c", "deploy/gunicorn.conf.py", "app.wsgi:application"],
+        "API_KEY_PEPPER",
+    ),
     "worker": (["-m", "fleet.worker"], "HANDOFF_URL"),
     "results": (["-m", "tasks.serve", "results"], "S3_BUCKET"),
     "sweeper": (["-m", "tasks.serve", "maintenance"], "DATABASE_URL"),
@@ -69,7 +72,11 @@ PROCESSES = {
 
 
 def required(kind) -> list[str]:
-    return [name.upper() for name, field in kind.model_fields.items() if field.default is PydanticUndefined]
+    return [
+        name.upper()
+        for name, field in kind.model_fields.items()
+        if field.default is PydanticUndefined
+    ]
 
 
 @pytest.fixture
@@ -96,7 +103,9 @@ def test_enough_is_enough(environment, kind):
     assert isinstance(load(kind), kind)
 
 
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in ROLES for name in required(kind)])
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind in ROLES for name in required(kind)]
+)
 def test_a_missing_variable_is_told_by_its_name(environment, capsys, kind, name):
     environment.delenv(name)
 
@@ -107,7 +116,9 @@ def test_a_missing_variable_is_told_by_its_name(environment, capsys, kind, name)
 def test_an_empty_secret_is_told_as_one(environment, capsys):
     environment.setenv("S3_SECRET_ACCESS_KEY", "")
 
-    assert refusal(capsys, StoreSettings) == ["settings: S3_SECRET_ACCESS_KEY: is empty; accepted: any text"]
+    assert refusal(capsys, StoreSettings) == [
+        "settings: S3_SECRET_ACCESS_KEY: is empty; accepted: any text"
+    ]
 
 
 def test_all_missing_variables_are_told_at_once(environment, capsys):
@@ -149,7 +160,9 @@ def test_all_missing_variables_are_told_at_once(environment, capsys):
         ("IMAGE_DELIVERY", "pigeon"),
     ],
 )
-def test_a_wrong_variable_is_told_by_its_name_and_without_its_value(environment, capsys, name, value):
+def test_a_wrong_variable_is_told_by_its_name_and_without_its_value(
+    environment, capsys, name, value
+):
     environment.setenv(name, value)
 
     [line] = refusal(capsys, GatewaySettings)
@@ -159,7 +172,9 @@ def test_a_wrong_variable_is_told_by_its_name_and_without_its_value(environment,
     assert value not in line or value in ("0", "")
 
 
-@pytest.mark.parametrize("url", ["postgres://u:p@h/d", "postgresql://u:p@h/d", "postgresql+psycopg2://u:p@h/d"])
+@pytest.mark.parametrize(
+    "url", ["postgres://u:p@h/d", "postgresql://u:p@h/d", "postgresql+psycopg2://u:p@h/d"]
+)
 def test_every_way_to_write_a_postgres_url_is_taken(environment, url):
     environment.setenv("DATABASE_URL", url)
 
@@ -171,11 +186,13 @@ def test_every_way_to_write_a_postgres_url_is_taken(environment, url):
     [
         (
             {"GATEWAY_MAX_WAITS": "120", "GATEWAY_MAX_UPLOADS": "8"},
-            "GATEWAY_THREADS: is too few; accepted: more than GATEWAY_MAX_WAITS (120) and GATEWAY_MAX_UPLOADS (8) together",
+            "GATEWAY_THREADS: is too few; "
+            "accepted: more than GATEWAY_MAX_WAITS (120) and GATEWAY_MAX_UPLOADS (8) together",
         ),
         (
             {"GATEWAY_MAX_CONNECTIONS": "640"},
-            "GATEWAY_MAX_CONNECTIONS: is too few; accepted: more than GATEWAY_THREADS and GATEWAY_MAX_STREAMS together (640)",
+            "GATEWAY_MAX_CONNECTIONS: is too few; "
+            "accepted: more than GATEWAY_THREADS and GATEWAY_MAX_STREAMS together (640)",
         ),
     ],
 )
@@ -209,7 +226,11 @@ def test_most_threads_are_left_to_short_requests_however_many_there_are(environm
         ("BROKER_URL", "redis://:@h/0", "its password is empty"),
         ("BROKER_URL", "redis:///0", "names no host"),
         ("BROKER_URL", "redis://h/tasks", "is not the number of a database"),
-        ("HANDOFF_URL", "rediss://h/0?ssl_cert_reqs=CERT_NONE", "accepted: none, optional, required"),
+        (
+            "HANDOFF_URL",
+            "rediss://h/0?ssl_cert_reqs=CERT_NONE",
+            "accepted: none, optional, required",
+        ),
     ],
 )
 def test_a_wrong_url_is_told_without_its_password(environment, capsys, name, value, told):
@@ -225,16 +246,31 @@ def test_a_wrong_url_is_told_without_its_password(environment, capsys, name, val
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ({"LEASE_RENEW_S": "12"}, "LEASE_STOP_S: must be more than LEASE_RENEW_S (12), or no worker could renew in time, and less"),
-        ({"LEASE_STOP_S": "15"}, "LEASE_STOP_S: must be more than LEASE_RENEW_S (5), or no worker could renew in time, and less"),
-        ({"LEASE_TTL_S": "12"}, "LEASE_STOP_S: must be more than LEASE_RENEW_S (5), or no worker could renew in time, and less"),
+        (
+            {"LEASE_RENEW_S": "12"},
+            "LEASE_STOP_S: must be more than LEASE_RENEW_S (12), or no worker could renew in "
+            "time, and less",
+        ),
+        (
+            {"LEASE_STOP_S": "15"},
+            "LEASE_STOP_S: must be more than LEASE_RENEW_S (5), or no worker could renew in "
+            "time, and less",
+        ),
+        (
+            {"LEASE_TTL_S": "12"},
+            "LEASE_STOP_S: must be more than LEASE_RENEW_S (5), or no worker could renew in "
+            "time, and less",
+        ),
         (
             {"LEASE_TTL_S": "4"},
             "LEASE_STOP_S: must be more than LEASE_RENEW_S (5), or no worker could renew in time,"
             " and less than LEASE_TTL_S (4), or two would render one job",
         ),
         ({"STORE_WITHIN_S": "3600"}, "STORE_WITHIN_S: must be less than HANDOFF_TTL_S"),
-        ({"HANDOFF_URL": "redis://:other@127.0.0.1:1/0"}, "HANDOFF_URL: is the Redis database of BROKER_URL"),
+        (
+            {"HANDOFF_URL": "redis://:other@127.0.0.1:1/0"},
+            "HANDOFF_URL: is the Redis database of BROKER_URL",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(environment, capsys, changed, named):
@@ -269,7 +305,9 @@ def test_a_secret_may_come_from_a_file(environment, tmp_path):
 def test_a_secret_twice_is_refused(environment, capsys, tmp_path):
     environment.setenv("API_KEY_PEPPER_FILE", str(tmp_path))
 
-    assert refusal(capsys, GatewaySettings) == ["settings: API_KEY_PEPPER_FILE: API_KEY_PEPPER is set as well; keep one of the two"]
+    assert refusal(capsys, GatewaySettings) == [
+        "settings: API_KEY_PEPPER_FILE: API_KEY_PEPPER is set as well; keep one of the two"
+    ]
 
 
 def test_a_secret_s_file_that_cannot_be_read_is_named(environment, capsys, tmp_path):
@@ -278,7 +316,10 @@ def test_a_secret_s_file_that_cannot_be_read_is_named(environment, capsys, tmp_p
 
     [line] = refusal(capsys, GatewaySettings)
 
-    assert line == f"settings: API_KEY_PEPPER_FILE: {tmp_path}/nothing cannot be read (No such file or directory)"
+    assert line == (
+        f"settings: API_KEY_PEPPER_FILE: {tmp_path}/nothing cannot be read (No such file or "
+        "directory)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -294,7 +335,7 @@ def test_a_secret_s_file_that_cannot_be_read_is_named(environment, capsys, tmp_p
         ("https://images.example.com", False),
     ],
 )
-def test_what_is_beyond_the_loopback(place, stays_here):
+def test_loopback_places_are_told_from_others(place, stays_here):
     assert is_loopback(place) is stays_here
 
 
@@ -307,9 +348,13 @@ def test_what_is_beyond_the_loopback(place, stays_here):
         {"GATEWAY_BIND": "0.0.0.0:8080"},
     ],
 )
-def test_secrets_from_the_repository_are_refused_beyond_the_loopback(environment, capsys, published):
+def test_secrets_from_the_repository_are_refused_beyond_the_loopback(
+    environment, capsys, published
+):
     environment.setenv("API_KEY_PEPPER", "development-only-pepper")
-    environment.setenv("DATABASE_URL", "postgresql://darkroom_app:development-only-app@postgres/darkroom")
+    environment.setenv(
+        "DATABASE_URL", "postgresql://darkroom_app:development-only-app@postgres/darkroom"
+    )
     for name, value in published.items():
         environment.setenv(name, value)
 
@@ -324,7 +369,8 @@ def test_secrets_from_the_repository_are_refused_beyond_the_loopback(environment
 
 def test_secrets_from_the_repository_will_do_on_the_loopback(environment):
     environment.setenv("API_KEY_PEPPER", "development-only-pepper")
-    environment.setenv("GATEWAY_BIND", "0.0.0.0:8080")  # of a container, whose port is published on the loopback
+    # of a container, whose port is published on the loopback
+    environment.setenv("GATEWAY_BIND", "0.0.0.0:8080")
     environment.setenv("PUBLISHED_AT", "127.0.0.1:8080,127.0.0.1:8333")
 
     assert load(GatewayProcessSettings).hints() == []
@@ -349,7 +395,9 @@ def test_an_environment_of_another_process_can_be_read(environment):
 def ended(command: list[str], environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
     """A process that is expected to end by itself."""
     whole = {"PATH": os.environ.get("PATH", ""), **environment}
-    return subprocess.run([sys.executable, *command], cwd=REPO, env=whole, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, *command], cwd=REPO, env=whole, capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.mark.parametrize("process", PROCESSES)
@@ -365,7 +413,9 @@ def test_a_process_does_not_start_without_a_variable_that_it_needs(process):
 
 @pytest.mark.parametrize("process", [name for name in PROCESSES if name != "migrations"])
 def test_a_process_does_not_start_with_a_wrong_fleet_file(process, tmp_path):
-    (tmp_path / "fleet.toml").write_text((REPO / "fleet.toml").read_text().replace("rank = 0", "rank = -1"))
+    (tmp_path / "fleet.toml").write_text(
+        (REPO / "fleet.toml").read_text().replace("rank = 0", "rank = -1")
+    )
 
     end = ended(PROCESSES[process][0], ENOUGH | {"FLEET_FILE": str(tmp_path / "fleet.toml")})
 
@@ -375,17 +425,29 @@ def test_a_process_does_not_start_with_a_wrong_fleet_file(process, tmp_path):
 
 
 def test_a_model_that_is_not_there_ends_the_worker(tmp_path):
-    (tmp_path / "fleet.toml").write_text((REPO / "fleet.toml").read_text().replace("pocket/checkpoint", "pocket/nothing"))
+    (tmp_path / "fleet.toml").write_text(
+        (REPO / "fleet.toml").read_text().replace("pocket/checkpoint", "pocket/nothing")
+    )
 
-    end = ended(["-m", "tasks.serve", "render"], ENOUGH | {"FLEET_FILE": str(tmp_path / "fleet.toml"), "DEVICE": "cpu"})
+    end = ended(
+        ["-m", "tasks.serve", "render"],
+        ENOUGH | {"FLEET_FILE": str(tmp_path / "fleet.toml"), "DEVICE": "cpu"},
+    )
 
     assert end.returncode == 78
-    assert end.stderr.splitlines()[-1].startswith("fleet.toml: a model of pool 'local' cannot be loaded: ")
+    assert end.stderr.splitlines()[-1].startswith(
+        "fleet.toml: a model of pool 'local' cannot be loaded: "
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [("rank = first", "not TOML"), ("currency = 'EUR'", "tiers: Field required"), (None, "cannot be read"), ("folder", "is a folder")],
+    [
+        ("rank = first", "not TOML"),
+        ("currency = 'EUR'", "tiers: Field required"),
+        (None, "cannot be read"),
+        ("folder", "is a folder"),
+    ],
 )
 def test_a_wrong_fleet_file_ends_the_start_with_its_key(environment, capsys, tmp_path, text, told):
     file = tmp_path / "fleet.toml"
@@ -405,12 +467,18 @@ def test_a_wrong_fleet_file_ends_the_start_with_its_key(environment, capsys, tmp
 
 
 def test_origins_and_the_public_address_are_read_as_people_write_them(environment):
-    environment.setenv("CORS_ALLOWED_ORIGINS", "https://app.example, http://localhost:5173,capacitor://localhost ,http://[::1]:8080")
+    environment.setenv(
+        "CORS_ALLOWED_ORIGINS",
+        "https://app.example, http://localhost:5173,capacitor://localhost ,http://[::1]:8080",
+    )
     environment.setenv("PUBLIC_URL", "https://example.com/darkroom/")
 
     settings = load(GatewaySettings)
 
-    assert settings.cors_allowed_origins == "https://app.example,http://localhost:5173,capacitor://localhost,http://[::1]:8080"
+    assert (
+        settings.cors_allowed_origins
+        == "https://app.example,http://localhost:5173,capacitor://localhost,http://[::1]:8080"
+    )
     assert settings.public_url == "https://example.com/darkroom"
 
 
@@ -485,7 +553,9 @@ def as_shown(name: str, default: object) -> str:
 
 
 def test_the_page_on_settings_shows_every_default():
-    defaults = {name.upper(): field.default for kind in ROLES for name, field in kind.model_fields.items()}
+    defaults = {
+        name.upper(): field.default for kind in ROLES for name, field in kind.model_fields.items()
+    }
 
     shown = shown_in(text_of("docs/settings.md"), defaults)
 

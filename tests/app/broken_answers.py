@@ -1,4 +1,6 @@
-"""An application whose answers end in the middle, for gunicorn with `deploy.connections.BoundedWorker`."""
+"""An application whose answers end in the middle, for gunicorn with
+`deploy.connections.BoundedWorker`.
+"""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,6 @@
-"""The running gateway, as two tenants and as nobody; and gateways of our own with a part that is broken."""
+"""The running gateway, as two tenants and as nobody; and gateways of our own with a part that is
+broken.
+"""
 
 import contextlib
 import os
@@ -30,7 +32,16 @@ from policy.fleet import Fleet, parse_fleet
 from policy.limits import Limits
 from policy.states import ACTIVE_STATES
 from settings import REPO, GatewaySettings, ServerSettings
-from tests.builders import GONE, a_closed_port, a_fleet, a_job, a_lease, a_tenant, settings_for, until
+from tests.builders import (
+    GONE,
+    a_closed_port,
+    a_fleet,
+    a_job,
+    a_lease,
+    a_tenant,
+    settings_for,
+    until,
+)
 
 OPEN: list[tuple[Engine, News]] = []  # the stack's database and news, once a test asked for them
 
@@ -38,7 +49,9 @@ OPEN: list[tuple[Engine, News]] = []  # the stack's database and news, once a te
 @pytest.fixture(scope="session", autouse=True)
 def plain_logs():
     """structlog's own default draws every traceback with all its variables, which takes seconds."""
-    structlog.configure(processors=[structlog.processors.format_exc_info, structlog.processors.KeyValueRenderer()])
+    structlog.configure(
+        processors=[structlog.processors.format_exc_info, structlog.processors.KeyValueRenderer()]
+    )
     yield
     structlog.reset_defaults()
 
@@ -55,7 +68,9 @@ def stack_database(stack) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module", autouse=True)
 def nothing_left_to_do():
-    """What this room's tests asked for and did not wait for is taken back, or the one worker renders it while others wait."""
+    """What this room's tests asked for and did not wait for is taken back, or the one worker
+    renders it while others wait.
+    """
     yield
     for engine, news in OPEN:
         with transaction(engine) as session:
@@ -75,7 +90,13 @@ def new_key(stack, stack_database) -> Callable[..., str]:
     def new_key(*, revoked: bool = False) -> str:
         with transaction(stack_database) as session:
             tenant = tenants.create(session, name=f"app-{uuid.uuid4().hex[:8]}", actor="tests")
-            row, key = api_keys.issue(session, tenant_id=tenant.id, name="tests", pepper=stack.env["API_KEY_PEPPER"], actor="tests")
+            row, key = api_keys.issue(
+                session,
+                tenant_id=tenant.id,
+                name="tests",
+                pepper=stack.env["API_KEY_PEPPER"],
+                actor="tests",
+            )
             if revoked:
                 api_keys.revoke(session, row.id, actor="tests")
         return key
@@ -89,7 +110,14 @@ def new_tenant(stack, new_key) -> Iterator[Callable[[], httpx.Client]]:
     opened = []
 
     def new_tenant() -> httpx.Client:
-        opened.append(httpx.Client(base_url=stack.env["DARKROOM_URL"], headers=bearer(new_key()), timeout=90, trust_env=False))
+        opened.append(
+            httpx.Client(
+                base_url=stack.env["DARKROOM_URL"],
+                headers=bearer(new_key()),
+                timeout=90,
+                trust_env=False,
+            )
+        )
         return opened[-1]
 
     yield new_tenant
@@ -119,7 +147,11 @@ def nobody(stack) -> Iterator[httpx.Client]:
 @pytest.fixture(scope="session")
 def finished_job(api) -> dict:
     """A job of the tenant that succeeded, with two images."""
-    answer = api.post("/v1/jobs", json={"prompt": "a red circle", "n": 2, "seed": 7, "steps": 2}, headers={"Prefer": "wait=60"})
+    answer = api.post(
+        "/v1/jobs",
+        json={"prompt": "a red circle", "n": 2, "seed": 7, "steps": 2},
+        headers={"Prefer": "wait=60"},
+    )
     job = answer.json()
     assert job["state"] == "succeeded", job
     return job
@@ -134,11 +166,17 @@ def canceled_job(api) -> dict:
 
 @pytest.fixture
 def count_jobs(stack_database) -> Callable[[], int]:
-    """How many jobs there are of all tenants of this room's tests: nobody else makes any meanwhile."""
+    """How many jobs there are of all tenants of this room's tests.
+
+    Nobody else makes any meanwhile.
+    """
 
     def count_jobs() -> int:
         with transaction(stack_database) as session:
-            query = "SELECT count(*) FROM jobs JOIN tenants ON tenants.id = jobs.tenant_id WHERE tenants.name LIKE 'app-%'"
+            query = (
+                "SELECT count(*) FROM jobs JOIN tenants ON tenants.id = jobs.tenant_id "
+                "WHERE tenants.name LIKE 'app-%'"
+            )
             return int(session.scalar(text(query)))
 
     return count_jobs
@@ -146,7 +184,7 @@ def count_jobs(stack_database) -> Callable[[], int]:
 
 @pytest.fixture(scope="session")
 def gateway_with(stack) -> Iterator[Callable[..., FlaskClient]]:
-    """A gateway of our own on the stack's parts, with some settings changed: WSGI without a socket."""
+    """A gateway of our own on the stack's parts, with some settings changed; WSGI, no socket."""
     shipped, opened = parse_fleet((REPO / "fleet.toml").read_text()), dict[str, Flask]()
 
     def gateway_with(fleet: Fleet = shipped, **changes) -> FlaskClient:
@@ -168,19 +206,39 @@ def _close(app: Flask) -> None:
 
 @pytest.fixture(scope="module")
 def a_gateway(stack, tmp_path_factory) -> Iterator[Callable[..., str]]:
-    """The URL of a gateway of our own as it is served, gunicorn and all, with these variables changed; one for all who want the same."""
+    """The URL of a gateway of our own as it is served, gunicorn and all, with these variables
+    changed; one for all who want the same.
+    """
     opened: dict[str, tuple[subprocess.Popen, str]] = {}
 
     def a_gateway(**changes: object) -> str:
         which = str(sorted(changes.items()))
         if which not in opened:
             url = f"127.0.0.1:{a_closed_port()}"
-            names = {name.upper() for kind in (GatewaySettings, ServerSettings) for name in kind.model_fields}
-            env = {name: value for name, value in stack.env.items() if name in names} | {"METRICS_PORT": "0"}
-            env |= {"PATH": os.environ["PATH"], "GATEWAY_BIND": url} | {name.upper(): str(value) for name, value in changes.items()}
-            command = [sys.executable, "-m", "gunicorn", "-c", "deploy/gunicorn.conf.py", "app.wsgi:application"]
+            names = {
+                name.upper()
+                for kind in (GatewaySettings, ServerSettings)
+                for name in kind.model_fields
+            }
+            env = {name: value for name, value in stack.env.items() if name in names} | {
+                "METRICS_PORT": "0"
+            }
+            env |= {"PATH": os.environ["PATH"], "GATEWAY_BIND": url} | {
+                name.upper(): str(value) for name, value in changes.items()
+            }
+            command = [
+                sys.executable,
+                "-m",
+                "gunicorn",
+                "-c",
+                "deploy/gunicorn.conf.py",
+                "app.wsgi:application",
+            ]
             with (tmp_path_factory.mktemp("gateway") / "log").open("w") as log:
-                opened[which] = subprocess.Popen(command, cwd=REPO, env=env, stderr=log), f"http://{url}"
+                opened[which] = (
+                    subprocess.Popen(command, cwd=REPO, env=env, stderr=log),
+                    f"http://{url}",
+                )
             until(lambda: _serves(opened[which][1]), within_s=60, what="the gateway's start")
         return opened[which][1]
 
@@ -201,7 +259,9 @@ def _serves(url: str) -> bool:
 @pytest.fixture(scope="module")
 def runtime(stack) -> Iterator[Runtime]:
     """What a gateway process works with, and no Flask around it."""
-    opened = open_runtime(settings_for(GatewaySettings, stack.env), parse_fleet((REPO / "fleet.toml").read_text()))
+    opened = open_runtime(
+        settings_for(GatewaySettings, stack.env), parse_fleet((REPO / "fleet.toml").read_text())
+    )
     yield opened
     opened.readiness.close()
     opened.endings.close()
@@ -212,8 +272,16 @@ def caller(stack, stack_database) -> Caller:
     """A tenant that has nothing yet."""
     with transaction(stack_database) as session:
         tenant = tenants.create(session, name=f"app-{uuid.uuid4().hex[:8]}", actor="tests")
-        row, _ = api_keys.issue(session, tenant_id=tenant.id, name="tests", pepper=stack.env["API_KEY_PEPPER"], actor="tests")
-        return Caller(tenant.id, row.id, row.kid, f"key:{row.kid}", frozenset({"generate", "read"}), Limits())
+        row, _ = api_keys.issue(
+            session,
+            tenant_id=tenant.id,
+            name="tests",
+            pepper=stack.env["API_KEY_PEPPER"],
+            actor="tests",
+        )
+        return Caller(
+            tenant.id, row.id, row.kid, f"key:{row.kid}", frozenset({"generate", "read"}), Limits()
+        )
 
 
 @pytest.fixture(scope="session")
@@ -221,7 +289,11 @@ def elsewhere(stack) -> Callable[[str], dict[str, str]]:
     """The setting that makes a part of the house unreachable."""
     port = a_closed_port()
     settings = {
-        "database": {"database_url": make_url(stack.env["DATABASE_URL"]).set(port=port).render_as_string(hide_password=False)},
+        "database": {
+            "database_url": make_url(stack.env["DATABASE_URL"])
+            .set(port=port)
+            .render_as_string(hide_password=False)
+        },
         "broker": {"broker_url": f"redis://127.0.0.1:{port}/0"},
         "handoff": {"handoff_url": f"redis://127.0.0.1:{port}/0"},
         "object_store": {"s3_bucket": "no-such-bucket"},
@@ -233,19 +305,37 @@ WISH = {"prompt": "a red circle", "tier": "batch", "n": 8, "seed": 7}
 
 
 class House:
-    """A gateway, and a pool that it serves with as many workers as the test says; nobody renders anything."""
+    """A gateway, and a pool that it serves with as many workers as the test says.
+
+    Nobody renders anything.
+    """
 
     def __init__(self, open_gateway, database, new_key, changes) -> None:
         self.pool, self._database, self._new_key = f"pool-{uuid.uuid4().hex[:8]}", database, new_key
         shape = {"models": ["pocket"], "slots": 8, "max_batch_rows": 4}
         rows = {"128x128": 4, "128x192": 4}
-        own = {f"pools.{self.pool}": shape, "pools.local": GONE, "models.pocket.tiers.quality.bucket_rows": rows}
-        self.http = open_gateway(a_fleet({**own, **{key.replace("POOL", self.pool): value for key, value in changes.items()}}))
+        own = {
+            f"pools.{self.pool}": shape,
+            "pools.local": GONE,
+            "models.pocket.tiers.quality.bucket_rows": rows,
+        }
+        self.http = open_gateway(
+            a_fleet(
+                {**own, **{key.replace("POOL", self.pool): value for key, value in changes.items()}}
+            )
+        )
 
     def with_workers(self, count=1):
         with transaction(self._database) as session:
             for number in range(count):
-                workers.heartbeat(session, name=f"gpu{number}@{self.pool}", pool=self.pool, device="cpu", slots=8, facts={})
+                workers.heartbeat(
+                    session,
+                    name=f"gpu{number}@{self.pool}",
+                    pool=self.pool,
+                    device="cpu",
+                    slots=8,
+                    facts={},
+                )
         return self
 
     def without_workers(self):
@@ -259,7 +349,14 @@ class House:
     def runs(self, *, tier="batch", predicted_s):
         """A worker is at a job of somebody else's that will take so long."""
         with transaction(self._database) as session:
-            a_lease(session, ttl_s=600, worker=f"gpu0@{self.pool}", pool=self.pool, tier=tier, predicted_s=predicted_s)
+            a_lease(
+                session,
+                ttl_s=600,
+                worker=f"gpu0@{self.pool}",
+                pool=self.pool,
+                tier=tier,
+                predicted_s=predicted_s,
+            )
 
     def waits(self, *, tenant=None, count=1, predicted_s):
         """Somebody submits so many jobs that wait; the tenant comes back."""
@@ -272,7 +369,9 @@ class House:
     def leave(self):
         """End everything, so that nobody has to look after it."""
         with transaction(self._database) as session:
-            for job in session.scalars(select(Job).where(Job.pool == self.pool, Job.state.in_(ACTIVE_STATES))).all():
+            for job in session.scalars(
+                select(Job).where(Job.pool == self.pool, Job.state.in_(ACTIVE_STATES))
+            ).all():
                 jobs.cancel(session, job.id, tenant_id=job.tenant_id, actor="tests")
         self.without_workers()
 
@@ -282,7 +381,9 @@ class Tenant:
         self._http, self._headers = house.http, headers
 
     def post(self, *, headers=None, **wish):
-        return self._http.post("/v1/jobs", json={**WISH, **wish}, headers={**self._headers, **(headers or {})})
+        return self._http.post(
+            "/v1/jobs", json={**WISH, **wish}, headers={**self._headers, **(headers or {})}
+        )
 
     def get(self, job, what="self"):
         return self._http.get(job["urls"][what], headers=self._headers).json
@@ -305,7 +406,12 @@ def a_house(stack, stack_database, gateway_with, new_key):
     opened = []
 
     def a_house(changes=None, **settings):
-        house = House(lambda fleet: gateway_with(fleet, broker_url=corner, **settings), stack_database, new_key, changes or {})
+        house = House(
+            lambda fleet: gateway_with(fleet, broker_url=corner, **settings),
+            stack_database,
+            new_key,
+            changes or {},
+        )
         opened.append(house)
         return house
 
@@ -315,7 +421,10 @@ def a_house(stack, stack_database, gateway_with, new_key):
 
 
 def of_this_moment(ask):
-    """What `ask()` says once the gateway has looked at the queues again: it does so a few times a second."""
+    """What `ask()` says once the gateway has looked at the queues again.
+
+    It does so a few times a second.
+    """
     time.sleep(FRESH_FOR_S + 0.05)
     return ask()
 

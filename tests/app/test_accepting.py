@@ -1,4 +1,7 @@
-"""POST /v1/jobs and what the tenant can ask about its job: accepted, shown, waited for, canceled."""
+"""POST /v1/jobs and what the tenant can ask about its job.
+
+Accepted, shown, waited for, canceled.
+"""
 
 import time
 import uuid
@@ -16,7 +19,9 @@ FINAL = {"succeeded", "failed", "rejected", "canceled", "expired"}
 
 
 def create(api, headers=None, **fields):
-    return api.post("/v1/jobs", json={"prompt": "a red circle", "tier": "batch", **fields}, headers=headers)
+    return api.post(
+        "/v1/jobs", json={"prompt": "a red circle", "tier": "batch", **fields}, headers=headers
+    )
 
 
 @pytest.fixture
@@ -49,7 +54,10 @@ def test_every_resolved_parameter_is_echoed(accepted):
 
     job = accepted(tier="quality").json()
 
-    assert {key: job[key] for key in ("object", "model", "model_version", "tier", "size", "sampler", "precision")} == {
+    assert {
+        key: job[key]
+        for key in ("object", "model", "model_version", "tier", "size", "sampler", "precision")
+    } == {
         "object": "job",
         "model": "pocket",
         "model_version": "1",
@@ -58,13 +66,23 @@ def test_every_resolved_parameter_is_echoed(accepted):
         "sampler": "ddim",
         "precision": "fp32",
     }
-    assert (job["prompt"], job["negative_prompt"], job["steps"], job["guidance"]) == ("a red circle", "", tier.default_steps, 1.5)
-    assert (job["n"], job["output_format"], job["determinism"], job["bucket_rows"]) == (1, "png", "reproducible", 8)
+    assert (job["prompt"], job["negative_prompt"], job["steps"], job["guidance"]) == (
+        "a red circle",
+        "",
+        tier.default_steps,
+        1.5,
+    )
+    assert (job["n"], job["output_format"], job["determinism"], job["bucket_rows"]) == (
+        1,
+        "png",
+        "reproducible",
+        8,
+    )
     assert isinstance(job["seed"], int)
     assert [image["seed"] for image in job["images"]] == [job["seed"]]
 
 
-def test_what_was_asked_for_is_echoed_as_it_was(accepted):
+def test_parameters_that_were_asked_for_are_echoed_as_they_were(accepted):
     wish = {
         "prompt": "ein roter Kreis, 赤い円 🔴",
         "negative_prompt": "blue",
@@ -82,14 +100,28 @@ def test_what_was_asked_for_is_echoed_as_it_was(accepted):
     job = accepted(**wish).json()
 
     assert {key: job[key] for key in wish} == wish
-    assert [image["seed"] for image in job["images"]] == [wish["seed"] + index for index in range(4)]
+    assert [image["seed"] for image in job["images"]] == [
+        wish["seed"] + index for index in range(4)
+    ]
 
 
 def test_a_seed_is_drawn_where_none_was_asked_for(accepted):
     assert len({accepted().json()["seed"] for _ in range(3)}) == 3
 
 
-WISH = ("prompt", "negative_prompt", "model", "tier", "size", "steps", "guidance", "sampler", "seed", "n", "output_format")
+WISH = (
+    "prompt",
+    "negative_prompt",
+    "model",
+    "tier",
+    "size",
+    "steps",
+    "guidance",
+    "sampler",
+    "seed",
+    "n",
+    "output_format",
+)
 
 
 def test_the_resolved_parameters_are_enough_to_ask_for_the_same_again(accepted):
@@ -102,7 +134,10 @@ def test_the_resolved_parameters_are_enough_to_ask_for_the_same_again(accepted):
 
 
 def test_instants_are_aware_and_in_order(finished_job):
-    instants = [datetime.fromisoformat(finished_job[key]) for key in ("created_at", "started_at", "rendered_at", "finished_at")]
+    instants = [
+        datetime.fromisoformat(finished_job[key])
+        for key in ("created_at", "started_at", "rendered_at", "finished_at")
+    ]
 
     assert instants == sorted(instants)
     assert all(instant.tzinfo for instant in instants)
@@ -112,11 +147,14 @@ def test_a_finished_job_tells_images_time_and_cost(finished_job):
     assert [image["state"] for image in finished_job["images"]] == ["stored", "stored"]
     assert finished_job["progress"] == {"step": 4, "num_steps": 4, "images_done": 2}
     assert finished_job["timing"]["total_s"] >= finished_job["timing"]["render_s"] >= 0
-    assert (float(finished_job["cost"]["amount"]) > 0, finished_job["cost"]["currency"]) == (True, "USD")
+    assert (float(finished_job["cost"]["amount"]) > 0, finished_job["cost"]["currency"]) == (
+        True,
+        "USD",
+    )
     assert finished_job["failure"] is None
 
 
-def test_who_waits_gets_the_finished_job(api):
+def test_a_client_that_waits_gets_the_finished_job(api):
     answer = create(api, tier="fast", steps=1, headers={"Prefer": "respond-async, wait=60"})
 
     assert (answer.status_code, answer.json()["state"]) == (202, "succeeded")
@@ -128,7 +166,10 @@ def test_waiting_for_a_finished_job_takes_no_time(api, finished_job):
 
     answer = api.get(finished_job["urls"]["self"], headers={"Prefer": 'wait="30"'})
 
-    assert (answer.json()["state"], answer.headers["Preference-Applied"]) == ("succeeded", "wait=30")
+    assert (answer.json()["state"], answer.headers["Preference-Applied"]) == (
+        "succeeded",
+        "wait=30",
+    )
     assert time.monotonic() - started < 5
 
 
@@ -140,7 +181,8 @@ def test_a_wait_for_a_canceled_job_is_over(api, accepted):
 
 
 @pytest.mark.parametrize(
-    ("prefer", "applied"), [("wait=0", None), ("wait=61", "wait=60"), ("WAIT = 7", "wait=7"), ("return=minimal", None)]
+    ("prefer", "applied"),
+    [("wait=0", None), ("wait=61", "wait=60"), ("WAIT = 7", "wait=7"), ("return=minimal", None)],
 )
 def test_a_preference_is_applied_as_far_as_it_goes(api, finished_job, prefer, applied):
     answer = api.get(finished_job["urls"]["self"], headers={"Prefer": prefer})
@@ -176,7 +218,9 @@ def test_a_job_that_succeeded_cannot_be_canceled(api, finished_job):
     assert problem["state"] == "succeeded"
 
 
-def test_a_job_accepted_while_the_broker_is_away_is_rendered_all_the_same(elsewhere, new_key, gateway_with):
+def test_a_job_accepted_while_the_broker_is_away_is_rendered_all_the_same(
+    elsewhere, new_key, gateway_with
+):
     gateway = gateway_with(**elsewhere("broker"))
     headers, started = bearer(new_key()), time.monotonic()
 
@@ -184,7 +228,13 @@ def test_a_job_accepted_while_the_broker_is_away_is_rendered_all_the_same(elsewh
 
     assert answer.status_code == 202
     assert time.monotonic() - started < 5
-    state = until(lambda: (now := gateway.get(answer.headers["Location"], headers=headers).json["state"]) in FINAL and now, within_s=60)
+    state = until(
+        lambda: (
+            (now := gateway.get(answer.headers["Location"], headers=headers).json["state"]) in FINAL
+            and now
+        ),
+        within_s=60,
+    )
     assert state == "succeeded"
 
 
@@ -192,7 +242,9 @@ def test_a_job_is_accepted_while_the_hand_off_is_away(elsewhere, new_key, gatewa
     gateway = gateway_with(**elsewhere("handoff"))
     headers = bearer(new_key())
 
-    answer = gateway.post("/v1/jobs", json={"prompt": "a red circle", "tier": "batch"}, headers=headers)
+    answer = gateway.post(
+        "/v1/jobs", json={"prompt": "a red circle", "tier": "batch"}, headers=headers
+    )
 
     assert answer.status_code == 202
     assert gateway.post(answer.json["urls"]["cancel"], headers=headers).json["state"] == "canceled"

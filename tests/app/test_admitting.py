@@ -1,4 +1,7 @@
-"""Who is let in and what is said of the wait: gateways of our own, for pools that only the test knows."""
+"""Who is let in and what is said of the wait.
+
+Gateways of our own, for pools that only the test knows.
+"""
 
 import pytest
 from sqlalchemy import text
@@ -12,7 +15,9 @@ from tests.builders import a_redis, until
 
 
 def refused(answer, status, slug, reason, *, seconds=None) -> dict:
-    """The members of a refusal that asks to come back, up to a fifth sooner or later than in so many seconds."""
+    """The members of a refusal that asks to come back, up to a fifth sooner or later than in so
+    many seconds.
+    """
     problem = assert_problem(answer, status, slug)
     retry_after_s = int(answer.headers["Retry-After"])
     assert problem["reason"] == reason
@@ -34,7 +39,7 @@ def test_a_waiting_job_tells_how_many_go_before_it_and_when_it_will_be_done(a_ho
     assert all(queue["eta_p50_s"] <= queue["eta_p90_s"] for queue in queues)
 
 
-def test_what_another_tenant_dumps_behind_a_job_does_not_keep_it_waiting(a_house):
+def test_a_job_is_not_kept_waiting_by_another_tenant_s_dump_behind_it(a_house):
     house = a_house().with_workers()
     tenant, other = house.tenant(), house.waits(count=4, predicted_s=30)
     job = of_this_moment(tenant.post).json
@@ -45,7 +50,9 @@ def test_what_another_tenant_dumps_behind_a_job_does_not_keep_it_waiting(a_house
     assert of_this_moment(lambda: tenant.get(job)["queue"]) == before
 
 
-def test_jobs_whose_pictures_do_not_come_are_before_no_job_that_needs_none(a_house, stack_database, monkeypatch):
+def test_jobs_whose_pictures_do_not_come_are_before_no_job_that_needs_none(
+    a_house, stack_database, monkeypatch
+):
     monkeypatch.setattr(app.live.forecast, "PICTURES_LATE_S", 0.6)
     house = a_house().with_workers()
     tenant = house.tenant()
@@ -53,7 +60,10 @@ def test_jobs_whose_pictures_do_not_come_are_before_no_job_that_needs_none(a_hou
     with transaction(stack_database) as session:
         own = session.get(Tenant, session.get_one(Job, job["id"]).tenant_id)
     house.waits(tenant=own, count=40, predicted_s=30)
-    lacking = text("UPDATE jobs SET lacks_inputs = true, inputs_asked_at = clock_timestamp() WHERE pool = :pool AND id <> :id")
+    lacking = text(
+        "UPDATE jobs SET lacks_inputs = true, inputs_asked_at = clock_timestamp() "
+        "WHERE pool = :pool AND id <> :id"
+    )
     with transaction(stack_database) as session:
         session.execute(lacking, {"pool": house.pool, "id": job["id"]})
 
@@ -120,7 +130,11 @@ def test_a_pool_that_nothing_serves_is_refused_by_name(a_house, count_jobs):
     assert count_jobs() == before
 
 
-@pytest.mark.parametrize("change", [{"pools.POOL.warm_floor": 1}, {"pools.POOL.scalable": True}], ids=["warm", "scalable"])
+@pytest.mark.parametrize(
+    "change",
+    [{"pools.POOL.warm_floor": 1}, {"pools.POOL.scalable": True}],
+    ids=["warm", "scalable"],
+)
 def test_where_workers_are_still_to_come_jobs_wait_for_them(a_house, change):
     assert a_house(change).tenant().post().status_code == 202
 
@@ -135,7 +149,7 @@ def test_when_its_last_worker_leaves_a_pool_is_unserved(a_house):
     refused(of_this_moment(tenant.post), 503, "model-unserved", "unserved")
 
 
-def test_what_could_not_start_in_time_is_refused(a_house, count_jobs):
+def test_a_job_that_could_not_start_in_time_is_refused(a_house, count_jobs):
     house = a_house().with_workers(2)
     house.runs(tier="fast", predicted_s=160)
     tenant, before = house.tenant(), count_jobs()
@@ -148,7 +162,9 @@ def test_what_could_not_start_in_time_is_refused(a_house, count_jobs):
     assert tenant.post(tier="quality", n=1).status_code == 202, "it has more time"
 
 
-def test_images_that_are_made_faster_than_they_are_stored_are_a_reason_too(a_house, tmp_path, count_jobs):
+def test_images_that_are_made_faster_than_they_are_stored_are_a_reason_too(
+    a_house, tmp_path, count_jobs
+):
     before = count_jobs()
     with a_redis(tmp_path, maxmemory="512kb") as full:
         tenant = a_house(handoff_url=full).with_workers().tenant()

@@ -1,4 +1,7 @@
-"""A job that is written is accepted: whatever fails after the commit, the client is told so, or it would ask for it again."""
+"""A job that is written is accepted.
+
+Whatever fails after the commit, the client is told so, or it would ask for it again.
+"""
 
 import threading
 from collections.abc import Iterator
@@ -20,40 +23,61 @@ JOB = {"prompt": "a red circle", "tier": "batch", "steps": 4, "n": 2}
 
 
 class House:
-    """A gateway on a database of its own, with no broker; the database goes away with the commit that writes a job."""
+    """A gateway on a database of its own, with no broker.
+
+    The database goes away with the commit that writes a job.
+    """
 
     def __init__(self, env, database) -> None:
         self._server = create_engine(env["MIGRATION_DATABASE_URL"], isolation_level="AUTOCOMMIT")
         self._database, self._name = database, make_url(database.owner_url).database
         url = database.app.url.render_as_string(hide_password=False)
         settings = settings_for(
-            GatewaySettings, env, database_url=url, broker_url=f"redis://127.0.0.1:{a_closed_port()}/0", lease_ttl_s=86_400.0
+            GatewaySettings,
+            env,
+            database_url=url,
+            broker_url=f"redis://127.0.0.1:{a_closed_port()}/0",
+            lease_ttl_s=86_400.0,
         )
         self.app = create_app(settings, parse_fleet((REPO / "fleet.toml").read_text()))
         with transaction(database.app) as session:
-            workers.heartbeat(session, name="gpu0@here", pool="local", device="cpu", slots=16, facts={})
+            workers.heartbeat(
+                session, name="gpu0@here", pool="local", device="cpu", slots=16, facts={}
+            )
             tenant = tenants.create(session, name="tests", actor="tests")
             pepper = settings.api_key_pepper.get_secret_value()
-            _, self._key = api_keys.issue(session, tenant_id=tenant.id, name="tests", pepper=pepper, actor="tests")
+            _, self._key = api_keys.issue(
+                session, tenant_id=tenant.id, name="tests", pepper=pepper, actor="tests"
+            )
 
     def jobs(self) -> list[str]:
         with transaction(self._database.owner) as session:
-            return [str(job_id) for job_id in session.scalars(text("SELECT id FROM jobs ORDER BY id"))]
+            return [
+                str(job_id) for job_id in session.scalars(text("SELECT id FROM jobs ORDER BY id"))
+            ]
 
     def post(self, path, body, *, headers=None):
-        """Send a request; the database is away from the moment at which a job of it is committed until it is answered."""
+        """Send a request.
+
+        The database is away from the moment at which a job of it is committed until it is answered.
+        """
 
         is_away = threading.Event()
 
         def go_away(session: Session) -> None:
-            is_the_gateway_s = session.get_bind().url.database == self._name and session.get_bind() is not self._database.owner
+            is_the_gateway_s = (
+                session.get_bind().url.database == self._name
+                and session.get_bind() is not self._database.owner
+            )
             if is_the_gateway_s and not is_away.is_set() and self.jobs():
                 is_away.set()
                 self._let_in(False)
 
         event.listen(Session, "after_commit", go_away)
         try:
-            return self.app.test_client().post(path, json=body, headers=bearer(self._key) | (headers or {}))
+            return self.app.test_client().post(
+                path, json=body, headers=bearer(self._key) | (headers or {})
+            )
         finally:
             event.remove(Session, "after_commit", go_away)
             self._let_in(True)
@@ -61,11 +85,17 @@ class House:
 
     def _let_in(self, is_open: bool) -> None:
         with self._server.connect() as connection:
-            connection.execute(text(f"ALTER DATABASE {self._name} ALLOW_CONNECTIONS {str(is_open).lower()}"))
+            connection.execute(
+                text(f"ALTER DATABASE {self._name} ALLOW_CONNECTIONS {str(is_open).lower()}")
+            )
             if not is_open:
                 self._database.owner.dispose()
                 connection.execute(
-                    text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name"), {"name": self._name}
+                    text(
+                        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                        "WHERE datname = :name"
+                    ),
+                    {"name": self._name},
                 )
 
     def close(self) -> None:
@@ -92,10 +122,15 @@ def test_a_job_is_accepted_though_the_database_goes_away_with_its_commit(house, 
 
 
 def test_a_batch_is_accepted_though_the_database_goes_away_with_its_commit(house):
-    answer = house.post("/v1/jobs:batch", {"defaults": JOB, "jobs": [{"seed": 1}, {"seed": 2}, {"steps": -1}]})
+    answer = house.post(
+        "/v1/jobs:batch", {"defaults": JOB, "jobs": [{"seed": 1}, {"seed": 2}, {"steps": -1}]}
+    )
 
     assert answer.status_code == 200, answer.json
     assert (answer.json["accepted"], answer.json["refused"]) == (2, 1)
     told = [item["job"] for item in answer.json["data"][:2]]
     assert [job["id"] for job in told] == house.jobs()
-    assert [(job["state"], job["seed"], job["n"], job["model"]) for job in told] == [("queued", 1, 2, "pocket"), ("queued", 2, 2, "pocket")]
+    assert [(job["state"], job["seed"], job["n"], job["model"]) for job in told] == [
+        ("queued", 1, 2, "pocket"),
+        ("queued", 2, 2, "pocket"),
+    ]

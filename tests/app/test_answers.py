@@ -1,4 +1,7 @@
-"""Real answers of the whole stack beside the served document, its schemas closed: no member is missing in either."""
+"""Real answers of the whole stack beside the served document, its schemas closed.
+
+No member is missing in either.
+"""
 
 import json
 import uuid
@@ -35,10 +38,16 @@ def witness(nobody) -> Witness:
 
 @pytest.fixture(scope="module")
 def house(stack, stack_database, witness):
-    """HTTP as a tenant whose key has every scope; the witness looks at every answer that is no stream."""
+    """HTTP as a tenant whose key has every scope.
+
+    The witness looks at every answer that is no stream.
+    """
 
     def look(answer):
-        if not answer.headers.get("Content-Type", "").startswith("text/event-stream") and answer.request.url.path != "/openapi.json":
+        if (
+            not answer.headers.get("Content-Type", "").startswith("text/event-stream")
+            and answer.request.url.path != "/openapi.json"
+        ):
             witness.look(answer)
 
     with transaction(stack_database) as session:
@@ -157,7 +166,9 @@ def test_answers_about_pictures_are_as_described(house, job):
 
 
 def test_events_of_a_job_are_as_described(house, witness):
-    job = house.post("/v1/jobs", json={"prompt": PROMPT, "tier": "quality", "steps": 30, "seed": 7}).json()
+    job = house.post(
+        "/v1/jobs", json={"prompt": PROMPT, "tier": "quality", "steps": 30, "seed": 7}
+    ).json()
 
     with house.stream("GET", job["urls"]["events"], params={"previews": "true"}) as answer:
         told = [(kind, data) for _, kind, data in events_of(answer) if kind]
@@ -212,7 +223,11 @@ def test_events_in_the_words_of_openai_are_as_described(house, witness, path, pi
         **user,
     }
     with house.stream("POST", path, json=wish) as answer:
-        data = [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: {")]
+        data = [
+            line.removeprefix("data: ")
+            for line in answer.iter_lines()
+            if line.startswith("data: {")
+        ]
 
     told = [json.loads(each) for each in data]
     witness.look_at_events(
@@ -229,7 +244,11 @@ def test_the_error_that_ends_a_stream_is_as_described(house, witness):
         json={"prompt": PROMPT, "steps": 60, "tier": "quality", "stream": True},
     ) as answer:
         house.post(f"/v1/jobs/{answer.headers['X-Darkroom-Job-Id']}/cancel")
-        [data] = [json.loads(line.removeprefix("data: ")) for line in answer.iter_lines() if line.startswith("data: {")]
+        [data] = [
+            json.loads(line.removeprefix("data: "))
+            for line in answer.iter_lines()
+            if line.startswith("data: {")
+        ]
 
     assert data["type"] == "error"
     witness.look_at_events(("POST", "/v1/images/generations"), [("error", data)])
@@ -237,7 +256,9 @@ def test_the_error_that_ends_a_stream_is_as_described(house, witness):
 
 def test_answers_about_webhooks_and_their_messages_are_as_described(house, witness):
     with a_receiver() as receiver:
-        endpoint = house.post("/v1/webhooks", json={"url": receiver.url, "description": "orders"}).json()
+        endpoint = house.post(
+            "/v1/webhooks", json={"url": receiver.url, "description": "orders"}
+        ).json()
         own = endpoint["urls"]["self"]
         house.get("/v1/webhooks")
         house.get(own)
@@ -256,7 +277,10 @@ def test_answers_about_webhooks_and_their_messages_are_as_described(house, witne
 
 @pytest.mark.parametrize("event", EVENTS)
 def test_a_message_about_each_end_is_as_described(witness, stack_database, job, event):
-    """One body is made of every row: what differs is the state, the failure and the images that are not there."""
+    """One body is made of every row.
+
+    What differs is the state, the failure and the images that are not there.
+    """
     with transaction(stack_database) as session:
         row = session.get(Job, uuid.UUID(job["id"]))
         found = jobs.find(session, row.id, tenant_id=row.tenant_id)
@@ -303,7 +327,13 @@ def test_answers_about_what_there_is_and_was_used_are_as_described(house):
 
 def test_readiness_that_is_lost_is_as_described(witness, gateway_with, elsewhere):
     gateway = gateway_with(**elsewhere("database"))
-    answer = until(lambda: (answer := gateway.get("/readyz")).json["parts"]["database"].get("detail") != "not asked yet" and answer)
+    answer = until(
+        lambda: (
+            (answer := gateway.get("/readyz")).json["parts"]["database"].get("detail")
+            != "not asked yet"
+            and answer
+        )
+    )
 
     assert answer.status_code == 503
     witness.look_at(("GET", "/readyz"), 503, answer.content_type, lambda: answer.json)
@@ -366,7 +396,9 @@ def test_refusals_that_say_more_are_as_described(house, job, stack_database):
         a_job(session, tenant=tenant)
         tenants.limit(session, tenant, changes={"max_concurrent_jobs": 1}, actor="tests")
     body = {"prompt": PROMPT, "tier": "batch"}
-    refused = until(lambda: (answer := house.post("/v1/jobs", json=body)).status_code == 429 and answer).json()
+    refused = until(
+        lambda: (answer := house.post("/v1/jobs", json=body)).status_code == 429 and answer
+    ).json()
     assert refused["max_concurrent_jobs"] == 1
     with transaction(stack_database) as session:
         tenants.limit(

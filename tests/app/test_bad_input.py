@@ -1,4 +1,7 @@
-"""Whatever a client sends: the right problem, that names the field and what is accepted; never a 500, never a row."""
+"""Whatever a client sends: the right problem, that names the field and what is accepted.
+
+Never a 500, never a row.
+"""
 
 import json
 
@@ -37,7 +40,10 @@ def no_row(count_jobs):
         pytest.param(b'{"prompt": "a red circle", "guidance": -Infinity}', id="minus Infinity"),
         pytest.param(b'{"prompt": "a \xff circle"}', id="not UTF-8"),
         pytest.param(b'{"prompt": "a\x00circle"}', id="a raw NUL"),
-        pytest.param(b'{"prompt": "a red circle", "seed": ' + b"9" * 5000 + b"}", id="a number of 5000 digits"),
+        pytest.param(
+            b'{"prompt": "a red circle", "seed": ' + b"9" * 5000 + b"}",
+            id="a number of 5000 digits",
+        ),
         pytest.param(b'{"a":' * 40_000 + b"1" + b"}" * 40_000, id="objects nested 40000 deep"),
         pytest.param(b"[" * 100_000 + b"]" * 100_000, id="lists nested 100000 deep"),
         pytest.param(b"[]", id="a list"),
@@ -60,10 +66,16 @@ def test_a_body_that_is_no_json_object_is_malformed(api, body):
         pytest.param({"prompt": ""}, "prompt", {"min_chars": 1}, id="empty prompt"),
         pytest.param({"prompt": " \n\t"}, "prompt", {"min_chars": 1}, id="blank prompt"),
         pytest.param({"prompt": "x" * 2001}, "prompt", {"max_chars": 2000}, id="long prompt"),
-        pytest.param({"prompt": "x" * 200_000}, "prompt", {"max_chars": 2000}, id="very long prompt"),
+        pytest.param(
+            {"prompt": "x" * 200_000}, "prompt", {"max_chars": 2000}, id="very long prompt"
+        ),
         pytest.param({"prompt": "a\x00circle"}, "prompt", None, id="NUL in prompt"),
-        pytest.param({"negative_prompt": "a\x00circle"}, "negative_prompt", None, id="NUL in negative prompt"),
-        pytest.param({"negative_prompt": None}, "negative_prompt", None, id="null as negative prompt"),
+        pytest.param(
+            {"negative_prompt": "a\x00circle"}, "negative_prompt", None, id="NUL in negative prompt"
+        ),
+        pytest.param(
+            {"negative_prompt": None}, "negative_prompt", None, id="null as negative prompt"
+        ),
         pytest.param({"prompt": "\ud800"}, "prompt", None, id="lone surrogate"),
         pytest.param({"model": "stable-diffusion-9"}, "model", MODELS, id="unknown model"),
         pytest.param({"model": ""}, "model", MODELS, id="empty model"),
@@ -79,27 +91,42 @@ def test_a_body_that_is_no_json_object_is_malformed(api, body):
         pytest.param({"size": [128, 128]}, "size", None, id="list as size"),
         pytest.param({"steps": 0}, "steps", {"min": 1, "max": 20}, id="no steps"),
         pytest.param({"steps": -1}, "steps", {"min": 1, "max": 20}, id="negative steps"),
-        pytest.param({"steps": 21}, "steps", {"min": 1, "max": 20}, id="too many steps for the tier"),
+        pytest.param(
+            {"steps": 21}, "steps", {"min": 1, "max": 20}, id="too many steps for the tier"
+        ),
         pytest.param({"steps": 10**400}, "steps", {"min": 1, "max": 20}, id="astronomic steps"),
         pytest.param({"steps": "20"}, "steps", None, id="text as steps"),
         pytest.param({"steps": 4.5}, "steps", None, id="fraction as steps"),
         pytest.param({"steps": True}, "steps", None, id="true as steps"),
-        pytest.param({"guidance": -0.5}, "guidance", {"min": 0.0, "max": 15.0}, id="negative guidance"),
+        pytest.param(
+            {"guidance": -0.5}, "guidance", {"min": 0.0, "max": 15.0}, id="negative guidance"
+        ),
         pytest.param({"guidance": 1e30}, "guidance", {"min": 0.0, "max": 15.0}, id="huge guidance"),
         pytest.param({"guidance": "7.5"}, "guidance", None, id="text as guidance"),
-        pytest.param({"sampler": "plms"}, "sampler", ["ddim", "euler", "euler_a", "dpmpp_2m", "unipc"], id="unknown sampler"),
+        pytest.param(
+            {"sampler": "plms"},
+            "sampler",
+            ["ddim", "euler", "euler_a", "dpmpp_2m", "unipc"],
+            id="unknown sampler",
+        ),
         pytest.param({"seed": -2}, "seed", {"min": -1, "max": MAX_SEED - 1}, id="negative seed"),
-        pytest.param({"seed": 2**63}, "seed", {"min": -1, "max": MAX_SEED - 1}, id="seed beyond 63 bits"),
+        pytest.param(
+            {"seed": 2**63}, "seed", {"min": -1, "max": MAX_SEED - 1}, id="seed beyond 63 bits"
+        ),
         pytest.param({"seed": 1.5}, "seed", None, id="fraction as seed"),
         pytest.param({"n": 0}, "n", {"min": 1, "max": 4}, id="no images"),
         pytest.param({"n": -3}, "n", {"min": 1, "max": 4}, id="negative images"),
         pytest.param({"n": 1000}, "n", {"min": 1, "max": 4}, id="a thousand images"),
         pytest.param({"n": None}, "n", None, id="null as n"),
-        pytest.param({"output_format": "gif"}, "output_format", ["png", "webp", "jpeg"], id="unknown format"),
+        pytest.param(
+            {"output_format": "gif"}, "output_format", ["png", "webp", "jpeg"], id="unknown format"
+        ),
     ],
 )
 def test_a_field_that_cannot_be_used_is_pointed_at(api, fields, field, accepted):
-    answer = api.post("/v1/jobs", content=json.dumps({"prompt": "a red circle", **fields}), headers=JSON)
+    answer = api.post(
+        "/v1/jobs", content=json.dumps({"prompt": "a red circle", **fields}), headers=JSON
+    )
 
     problem = assert_problem(answer, 422, "invalid-image-request")
     [error] = problem["errors"]
@@ -114,14 +141,23 @@ def test_a_missing_prompt_is_pointed_at(api):
 
 
 def test_an_infinity_by_exponent_is_a_wrong_field(api):
-    answer = api.post("/v1/jobs", content=b'{"prompt": "a red circle", "guidance": 1e999}', headers=JSON)
+    answer = api.post(
+        "/v1/jobs", content=b'{"prompt": "a red circle", "guidance": 1e999}', headers=JSON
+    )
 
-    assert [error["pointer"] for error in assert_problem(answer, 422, "invalid-image-request")["errors"]] == ["/guidance"]
+    assert [
+        error["pointer"] for error in assert_problem(answer, 422, "invalid-image-request")["errors"]
+    ] == ["/guidance"]
 
 
-@pytest.mark.parametrize(("name", "pointer"), [("promt", "/promt"), ("a/b~c", "/a~1b~0c"), ("", "/"), ("x" * 1000, "/" + "x" * 64)])
+@pytest.mark.parametrize(
+    ("name", "pointer"),
+    [("promt", "/promt"), ("a/b~c", "/a~1b~0c"), ("", "/"), ("x" * 1000, "/" + "x" * 64)],
+)
 def test_an_unknown_field_is_refused_and_the_known_ones_are_told(api, name, pointer):
-    answer = api.post("/v1/jobs", content=json.dumps({"prompt": "a red circle", name: 1}), headers=JSON)
+    answer = api.post(
+        "/v1/jobs", content=json.dumps({"prompt": "a red circle", name: 1}), headers=JSON
+    )
 
     [error] = assert_problem(answer, 422, "invalid-image-request")["errors"]
     assert error["pointer"] == pointer
@@ -194,12 +230,16 @@ def test_five_megabytes_that_do_not_tell_their_length_are_too_large_too(api):
         pytest.param("Bearer " + "x" * 4000, id="a very long key"),
     ],
 )
-@pytest.mark.parametrize("route", ["POST /v1/jobs", "GET /v1/jobs", "GET /v1/models", "GET /v1/tiers"])
+@pytest.mark.parametrize(
+    "route", ["POST /v1/jobs", "GET /v1/jobs", "GET /v1/models", "GET /v1/tiers"]
+)
 def test_without_a_live_key_nothing_is_told(nobody, authorization, route):
     method, path = route.split()
     headers = {} if authorization is None else {"Authorization": authorization.encode("latin-1")}
 
-    answer = nobody.request(method, path, json={"prompt": "a red circle"} if method == "POST" else None, headers=headers)
+    answer = nobody.request(
+        method, path, json={"prompt": "a red circle"} if method == "POST" else None, headers=headers
+    )
 
     assert_problem(answer, 401, "unauthenticated")
     assert answer.headers["WWW-Authenticate"].startswith("Bearer")
@@ -209,17 +249,35 @@ def test_a_mistyped_or_revoked_key_looks_like_an_unknown_one(nobody, new_key):
     key, revoked = new_key(), new_key(revoked=True)
     mistyped = key[:-1] + ("0" if key[-1] != "0" else "1")
 
-    answers = [nobody.post("/v1/jobs", json={"prompt": "x"}, headers=bearer(bad)) for bad in (mistyped, revoked)]
+    answers = [
+        nobody.post("/v1/jobs", json={"prompt": "x"}, headers=bearer(bad))
+        for bad in (mistyped, revoked)
+    ]
 
-    assert len({assert_problem(answer, 401, "unauthenticated")["detail"] for answer in answers}) == 1
+    assert (
+        len({assert_problem(answer, 401, "unauthenticated")["detail"] for answer in answers}) == 1
+    )
 
 
 def test_the_scheme_s_name_may_be_written_in_any_case(nobody, new_key):
-    assert nobody.get("/v1/tiers", headers={"Authorization": f"bEARER {new_key()}"}).status_code == 200
+    assert (
+        nobody.get("/v1/tiers", headers={"Authorization": f"bEARER {new_key()}"}).status_code == 200
+    )
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/job", "/v1/jobs/", "/v1/jobs/not-an-id", "/v1/jobs/7/images/0", "/v2/jobs", "/v1/jobs/%00", "/%ff"]
+    "path",
+    [
+        "/",
+        "/v1",
+        "/v1/job",
+        "/v1/jobs/",
+        "/v1/jobs/not-an-id",
+        "/v1/jobs/7/images/0",
+        "/v2/jobs",
+        "/v1/jobs/%00",
+        "/%ff",
+    ],
 )
 def test_an_unknown_route_is_a_problem(api, path):
     assert_problem(api.get(path), 404, "not-found")

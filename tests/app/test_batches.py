@@ -1,4 +1,6 @@
-"""POST /v1/jobs:batch: up to a thousand jobs in one request, each checked by itself, all written or none."""
+"""POST /v1/jobs:batch: up to a thousand jobs in one request, each checked by itself, all written or
+none.
+"""
 
 import json
 import time
@@ -42,26 +44,45 @@ def test_a_thousand_jobs_are_accepted_in_their_order_within_seconds(a_house, sta
 
 def test_a_batch_leaves_what_single_requests_would(a_house, stack_database):
     tenant = a_house().with_workers().tenant()
-    wishes = [{**BODY, "seed": 3, "n": 2, "metadata": {"a": "b"}, "start_deadline_s": 600}, {**BODY, "tier": "quality", "seed": 4}]
+    wishes = [
+        {**BODY, "seed": 3, "n": 2, "metadata": {"a": "b"}, "start_deadline_s": 600},
+        {**BODY, "tier": "quality", "seed": 4},
+    ]
 
     alone = [tenant.send("/v1/jobs", wish).json for wish in wishes]
     together = [tenant.get(item["job"]) for item in tenant.send(URL, {"jobs": wishes}).json["data"]]
 
     own = {"id", "urls", "created_at", "start_by", "queue", "images"}
     for one, other in zip(alone, together, strict=True):
-        assert {name: one[name] for name in one if name not in own} == {name: other[name] for name in other if name not in own}
-        assert [{**image, "url": None} for image in one["images"]] == [{**image, "url": None} for image in other["images"]]
+        assert {name: one[name] for name in one if name not in own} == {
+            name: other[name] for name in other if name not in own
+        }
+        assert [{**image, "url": None} for image in one["images"]] == [
+            {**image, "url": None} for image in other["images"]
+        ]
     with transaction(stack_database) as session:
         rows = session.execute(
-            text("SELECT * FROM jobs WHERE id = ANY(CAST(:ids AS uuid[]))"), {"ids": [job["id"] for job in alone + together]}
+            text("SELECT * FROM jobs WHERE id = ANY(CAST(:ids AS uuid[]))"),
+            {"ids": [job["id"] for job in alone + together]},
         )
         by_id = {str(row.id): row for row in rows}
     for one, other in zip(alone, together, strict=True):
         first, second = by_id[one["id"]], by_id[other["id"]]
-        for column in ("api_key_id", "predicted_s", "run_within_s", "megapixel_steps", "usage_day", "currency", "metadata", "state"):
+        for column in (
+            "api_key_id",
+            "predicted_s",
+            "run_within_s",
+            "megapixel_steps",
+            "usage_day",
+            "currency",
+            "metadata",
+            "state",
+        ):
             assert getattr(first, column) == getattr(second, column), column
         assert second.release_tag >= first.release_tag
-        assert second.start_by - second.accepted_at == pytest.approx(first.start_by - first.accepted_at, abs=_SECOND)
+        assert second.start_by - second.accepted_at == pytest.approx(
+            first.start_by - first.accepted_at, abs=_SECOND
+        )
 
 
 def test_a_bad_item_does_not_refuse_the_others(api):
@@ -79,7 +100,11 @@ def test_a_bad_item_does_not_refuse_the_others(api):
 
     assert [item["status"] for item in batch["data"]] == [202, 422, 422, 422, 422, 422, 202]
     assert (batch["accepted"], batch["refused"]) == (2, 5)
-    assert [item["problem"]["errors"][0]["pointer"] for item in batch["data"][1:6] if item["problem"]["errors"]] == [
+    assert [
+        item["problem"]["errors"][0]["pointer"]
+        for item in batch["data"][1:6]
+        if item["problem"]["errors"]
+    ] == [
         "/steps",
         "/",
         "/prompt",
@@ -89,15 +114,24 @@ def test_a_bad_item_does_not_refuse_the_others(api):
     cancel_all(api, batch)
 
 
-def test_what_the_items_have_in_common_is_said_once(api):
-    batch = api.post(URL, json={"jobs": [{"prompt": "one"}, {"prompt": "two", "steps": 7}], "defaults": {**BODY, "seed": 9}}).json()
+def test_defaults_say_once_what_the_items_have_in_common(api):
+    batch = api.post(
+        URL,
+        json={
+            "jobs": [{"prompt": "one"}, {"prompt": "two", "steps": 7}],
+            "defaults": {**BODY, "seed": 9},
+        },
+    ).json()
 
     jobs = [api.get(item["job"]["urls"]["self"]).json() for item in batch["data"]]
-    assert [(job["prompt"], job["steps"], job["seed"]) for job in jobs] == [("one", 60, 9), ("two", 7, 9)]
+    assert [(job["prompt"], job["steps"], job["seed"]) for job in jobs] == [
+        ("one", 60, 9),
+        ("two", 7, 9),
+    ]
     cancel_all(api, batch)
 
 
-def test_what_a_tenant_may_have_waiting_holds_within_a_batch_too(a_house):
+def test_a_tenant_s_cap_on_waiting_jobs_holds_within_a_batch_too(a_house):
     """Each item of 8 images of 60 steps; the cap has room for a few of them."""
     house = a_house().with_workers()
     own_s = house.tenant().send("/v1/estimate", {**BODY, "n": 8}).json["cost"]["gpu_seconds"]
@@ -147,7 +181,10 @@ def test_a_batch_of_which_nothing_was_accepted_may_come_again_under_its_key(a_ho
 
     house.with_workers()
 
-    assert of_this_moment(lambda: tenant.send(URL, {"jobs": [BODY]}, headers=key)).json["accepted"] == 1
+    assert (
+        of_this_moment(lambda: tenant.send(URL, {"jobs": [BODY]}, headers=key)).json["accepted"]
+        == 1
+    )
 
 
 def test_batches_and_single_jobs_of_one_tenant_do_not_lock_each_other_out(gateway_with, new_key):
@@ -163,7 +200,7 @@ def test_batches_and_single_jobs_of_one_tenant_do_not_lock_each_other_out(gatewa
         assert set(threads.map(send, range(24))) == {200}
 
 
-def test_problems_beyond_what_an_answer_holds_are_shortened_and_say_as_much_as_a_client_acts_on():
+def test_problems_beyond_what_an_answer_holds_are_shortened_to_what_a_client_acts_on():
     errors = [{"pointer": f"/field{number}", "detail": "x" * 500} for number in range(3)]
     long = FleetSaturated("y" * MAX_PROBLEM_CHARS, retry_after_s=7)
     wrong = InvalidImageRequest("z" * 500, errors=errors, errors_left_out=4)
@@ -172,7 +209,10 @@ def test_problems_beyond_what_an_answer_holds_are_shortened_and_say_as_much_as_a
 
     kept = {"type": "/problems/fleet-saturated", "title": "Fleet saturated", "status": 503}
     assert saturated == kept | {"detail": "y" * MAX_SHORT_DETAIL_CHARS, "retry_after_s": 7}
-    assert (invalid["type"], len(invalid["detail"])) == ("/problems/invalid-image-request", MAX_SHORT_DETAIL_CHARS)
+    assert (invalid["type"], len(invalid["detail"])) == (
+        "/problems/invalid-image-request",
+        MAX_SHORT_DETAIL_CHARS,
+    )
     assert invalid["errors"] == [{"pointer": "/field0", "detail": "x" * MAX_SHORT_DETAIL_CHARS}]
     assert invalid["errors_left_out"] == 2 + 4
 
@@ -199,19 +239,36 @@ def test_a_batch_may_be_larger_than_a_job_and_has_a_limit_of_its_own(api):
     batch = api.post(URL, json={"jobs": [long] * 40}).json()
     assert batch["accepted"] == 40
 
-    assert_problem(api.post(URL, content=b" " * 4_200_000, headers={"Content-Type": "application/json"}), 413, "body-too-large")
+    assert_problem(
+        api.post(URL, content=b" " * 4_200_000, headers={"Content-Type": "application/json"}),
+        413,
+        "body-too-large",
+    )
     cancel_all(api, batch)
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | st.integers() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["prompt", "seed", "n", "metadata", "adapters"]), inner),
+    st.none()
+    | st.booleans()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.integers()
+    | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["prompt", "seed", "n", "metadata", "adapters"]), inner)
+    ),
     max_leaves=6,
 )
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.dictionaries(st.sampled_from(["jobs", "defaults", "x"]), JSON | st.lists(JSON, max_size=4), max_size=3))
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.dictionaries(
+        st.sampled_from(["jobs", "defaults", "x"]), JSON | st.lists(JSON, max_size=4), max_size=3
+    )
+)
 def test_whatever_comes_is_answered(api, body):
     answer = api.post(URL, json=body)
 

@@ -1,4 +1,6 @@
-"""What a body may cost: bounded before anything looks at its fields, and what is answered of it is bounded, too."""
+"""What a body may cost: bounded before anything looks at its fields, and what is answered of it is
+bounded, too.
+"""
 
 import io
 import json
@@ -27,11 +29,21 @@ def many(count: int, value="0") -> str:
     "body",
     [
         pytest.param(many(100_000), id="unknown fields"),
-        pytest.param('{"prompt": "x", "metadata": ' + many(100_000) + "}", id="entries of metadata"),
+        pytest.param(
+            '{"prompt": "x", "metadata": ' + many(100_000) + "}", id="entries of metadata"
+        ),
         pytest.param('{"prompt": "x", "adapters": [' + "0," * 500_000 + "0]}", id="adapters"),
-        pytest.param('{"prompt": "x", "adapters": [' + ",".join([many(60)] * 200) + "]}", id="fields of adapters"),
-        pytest.param('{"prompt": ' + "[" * 15 + "[]," * 300 + "[]" + "]" * 15 + "}", id="a list of lists"),
-        pytest.param('{"prompt": "x", "steps": ' + many(60, '"' + "y" * 5000 + '"') + "}", id="long values of the wrong kind"),
+        pytest.param(
+            '{"prompt": "x", "adapters": [' + ",".join([many(60)] * 200) + "]}",
+            id="fields of adapters",
+        ),
+        pytest.param(
+            '{"prompt": ' + "[" * 15 + "[]," * 300 + "[]" + "]" * 15 + "}", id="a list of lists"
+        ),
+        pytest.param(
+            '{"prompt": "x", "steps": ' + many(60, '"' + "y" * 5000 + '"') + "}",
+            id="long values of the wrong kind",
+        ),
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/jobs", "/v1/estimate", "/v1/images/generations", BATCH])
@@ -44,7 +56,9 @@ def test_a_body_of_many_wrong_values_is_refused_in_few_words(api, path, body):
 
 
 @pytest.mark.parametrize("path", ["/v1/webhooks", "/v1/admin/tenants"])
-@pytest.mark.parametrize("body", [many(20_000), '{"events": [' + "0," * 100_000 + '0], "url": "x"}'])
+@pytest.mark.parametrize(
+    "body", [many(20_000), '{"events": [' + "0," * 100_000 + '0], "url": "x"}']
+)
 def test_other_routes_have_the_same_bounds(api, path, body):
     answer = api.post(path, content=body, headers=JSON)
 
@@ -72,16 +86,23 @@ def test_a_field_of_a_form_may_be_as_large_as_a_body(gateway_with, new_key):
 
 
 def test_errors_are_told_up_to_a_number_and_counted_beyond_it(api):
-    answer = api.post("/v1/jobs", json={"prompt": "x", **{f"field-{number}": 1 for number in range(50)}})
+    answer = api.post(
+        "/v1/jobs", json={"prompt": "x", **{f"field-{number}": 1 for number in range(50)}}
+    )
 
     problem = assert_problem(answer, 422, "invalid-image-request")
     assert len(problem["errors"]) == MAX_ERRORS
     assert problem["errors_left_out"] == 50 - MAX_ERRORS
 
 
-def test_what_is_too_much_is_pointed_at(api):
+def test_a_member_that_is_too_large_is_pointed_at(api):
     problem = assert_problem(
-        api.post("/v1/jobs", json={"prompt": "x", "metadata": {str(n): "" for n in range(MAX_MEMBERS + 1)}}), 422, "invalid-image-request"
+        api.post(
+            "/v1/jobs",
+            json={"prompt": "x", "metadata": {str(n): "" for n in range(MAX_MEMBERS + 1)}},
+        ),
+        422,
+        "invalid-image-request",
     )
 
     assert problem["errors"] == [
@@ -94,15 +115,22 @@ def test_what_is_too_much_is_pointed_at(api):
 
 
 def test_an_adapter_s_fields_are_those_that_are_offered_for_one(api):
-    answer = api.post("/v1/jobs", json={"prompt": "x", "adapters": [{"name": "sepia", "weight": 1}]})
+    answer = api.post(
+        "/v1/jobs", json={"prompt": "x", "adapters": [{"name": "sepia", "weight": 1}]}
+    )
 
     [error] = assert_problem(answer, 422, "invalid-image-request")["errors"]
     assert (error["pointer"], error["accepted"]) == ("/adapters/0/weight", ["name", "strength"])
 
 
-@pytest.mark.parametrize("body", ['{"prompt": "x", "seed": 1, "seed": 2}', '{"prompt": "x", "metadata": {"a": "1", "a": "2"}}'])
+@pytest.mark.parametrize(
+    "body",
+    ['{"prompt": "x", "seed": 1, "seed": 2}', '{"prompt": "x", "metadata": {"a": "1", "a": "2"}}'],
+)
 def test_a_member_that_is_there_twice_is_refused(api, body):
-    problem = assert_problem(api.post("/v1/jobs", content=body, headers=JSON), 400, "malformed-body")
+    problem = assert_problem(
+        api.post("/v1/jobs", content=body, headers=JSON), 400, "malformed-body"
+    )
 
     assert "more than once" in problem["detail"]
 
@@ -117,13 +145,22 @@ def test_a_body_that_is_nested_deeply_is_malformed_whatever_comes_with_it(api, d
 
 
 def test_the_largest_batch_that_means_something_is_within_bounds():
-    everything = {**dict.fromkeys(JobBody.model_fields), "metadata": {f"key-{n}": "" for n in range(16)}}
+    everything = {
+        **dict.fromkeys(JobBody.model_fields),
+        "metadata": {f"key-{n}": "" for n in range(16)},
+    }
     everything["adapters"] = [{"name": "a", "strength": 1.0}] * 8
 
-    check_bounds({"jobs": [everything] * 1000, "defaults": everything}, problem=InvalidImageRequest, lists={"/jobs": 1000})
+    check_bounds(
+        {"jobs": [everything] * 1000, "defaults": everything},
+        problem=InvalidImageRequest,
+        lists={"/jobs": 1000},
+    )
 
 
-@pytest.mark.parametrize("body", [[[0] * 256] * 256 * 2, {"a": [[[0] * 200] * 200] * 3}, [0] * (MAX_ENTRIES + 1)])
+@pytest.mark.parametrize(
+    "body", [[[0] * 256] * 256 * 2, {"a": [[[0] * 200] * 200] * 3}, [0] * (MAX_ENTRIES + 1)]
+)
 def test_a_value_beyond_the_bounds_is_found(body):
     with pytest.raises((InvalidImageRequest, MalformedBody)):
         check_bounds(body, problem=InvalidImageRequest)
@@ -136,15 +173,20 @@ def test_wrong_defaults_are_said_once_for_a_thousand_jobs(api):
     answer = api.post(BATCH, json=body)
 
     problem = assert_problem(answer, 422, "invalid-image-request")
-    assert [error["pointer"] for error in problem["errors"]] == ["/defaults/steps", "/defaults/nosuch"]
+    assert [error["pointer"] for error in problem["errors"]] == [
+        "/defaults/steps",
+        "/defaults/nosuch",
+    ]
     assert len(answer.content) < MOST_TOLD
 
 
-def test_what_a_thousand_wrong_jobs_are_answered_with_is_bounded(api):
+def test_the_answer_to_a_thousand_wrong_jobs_is_bounded(api):
     wrong = {f"field-{number}": 1 for number in range(60)}
 
     answer = api.post(
-        BATCH, json={"jobs": [{"prompt": "x", "tier": "batch"}, *[wrong] * 999]}, headers={"Idempotency-Key": str(uuid.uuid4())}
+        BATCH,
+        json={"jobs": [{"prompt": "x", "tier": "batch"}, *[wrong] * 999]},
+        headers={"Idempotency-Key": str(uuid.uuid4())},
     )
 
     batch = answer.json()
@@ -152,7 +194,12 @@ def test_what_a_thousand_wrong_jobs_are_answered_with_is_bounded(api):
     assert len(answer.content) < 1_000_000
     first, last = batch["data"][1]["problem"], batch["data"][-1]["problem"]
     assert len(first["errors"]) == MAX_ERRORS
-    assert (last["type"], last["status"], len(last["errors"]), last["errors_left_out"]) == (first["type"], 422, 1, 60)
+    assert (last["type"], last["status"], len(last["errors"]), last["errors_left_out"]) == (
+        first["type"],
+        422,
+        1,
+        60,
+    )
     api.post(batch["data"][0]["job"]["urls"]["cancel"])
 
 
@@ -172,7 +219,9 @@ def test_what_a_thousand_wrong_jobs_are_answered_with_is_bounded(api):
     ],
 )
 def test_text_that_people_write_is_kept(api, text):
-    job = api.post("/v1/jobs", json={"prompt": "a dot", "tier": "batch", "metadata": {"title": text}}).json()
+    job = api.post(
+        "/v1/jobs", json={"prompt": "a dot", "tier": "batch", "metadata": {"title": text}}
+    ).json()
 
     assert job["metadata"] == {"title": text}
     if text:
@@ -186,13 +235,19 @@ def test_text_that_people_write_is_kept(api, text):
 
 @pytest.mark.parametrize("text", ["a\nb", "a\tb", "\x1b[31m", "\x00", "\x7f", "\x85", "\ud83d"])
 def test_text_that_steers_a_terminal_is_not(api, text):
-    answer = api.post("/v1/jobs", content=json.dumps({"prompt": "a dot", "metadata": {"title": text}}), headers=JSON)
+    answer = api.post(
+        "/v1/jobs",
+        content=json.dumps({"prompt": "a dot", "metadata": {"title": text}}),
+        headers=JSON,
+    )
 
     assert_problem(answer, 422, "invalid-image-request")
     assert not is_human(text)
 
 
-@pytest.mark.parametrize("fields", [{"n": 1.0, "seed": 42.0, "steps": 4.0}, {"n": 1, "seed": 4.2e1, "steps": 4.0}])
+@pytest.mark.parametrize(
+    "fields", [{"n": 1.0, "seed": 42.0, "steps": 4.0}, {"n": 1, "seed": 4.2e1, "steps": 4.0}]
+)
 def test_json_has_one_kind_of_number(api, fields):
     job = api.post("/v1/jobs", json={"prompt": "a dot", "tier": "batch", **fields}).json()
     batch = api.post(BATCH, json={"jobs": [{"prompt": "a dot", "tier": "batch", **fields}]}).json()
@@ -205,14 +260,19 @@ def test_json_has_one_kind_of_number(api, fields):
 
 @pytest.mark.parametrize("value", [True, False, 1.5, 1e-9, "1"])
 @pytest.mark.parametrize("field", ["n", "seed", "steps"])
-def test_what_is_no_whole_number_is_none(api, field, value):
-    problem = assert_problem(api.post("/v1/jobs", json={"prompt": "a dot", field: value}), 422, "invalid-image-request")
+def test_a_number_that_is_not_whole_is_refused(api, field, value):
+    problem = assert_problem(
+        api.post("/v1/jobs", json={"prompt": "a dot", field: value}), 422, "invalid-image-request"
+    )
 
     assert [error["pointer"] for error in problem["errors"]] == [f"/{field}"]
 
 
 def test_a_seed_of_minus_one_is_drawn(api):
-    jobs = [api.post("/v1/jobs", json={"prompt": "a dot", "tier": "batch", "seed": -1}).json() for _ in range(2)]
+    jobs = [
+        api.post("/v1/jobs", json={"prompt": "a dot", "tier": "batch", "seed": -1}).json()
+        for _ in range(2)
+    ]
 
     assert jobs[0]["seed"] != jobs[1]["seed"]
     assert api.post("/v1/estimate", json={"prompt": "a dot", "seed": -1}).json()["seed"] is None
@@ -221,7 +281,11 @@ def test_a_seed_of_minus_one_is_drawn(api):
 
 
 def test_an_estimate_takes_the_bodies_that_a_job_does(api):
-    body = {"prompt": "a dot", "tier": "batch", "init_image": "data:image/png;base64," + "A" * 300_000}
+    body = {
+        "prompt": "a dot",
+        "tier": "batch",
+        "init_image": "data:image/png;base64," + "A" * 300_000,
+    }
 
     assert api.post("/v1/estimate", json=body).status_code == 200
     assert_problem(api.post("/v1/jobs", json=body), 422, "invalid-picture")
@@ -246,7 +310,9 @@ def test_an_estimate_takes_the_bodies_that_a_job_does(api):
 )
 def test_odd_queries_are_answered(api, path):
     for size in (3, 5):
-        api.post("/v1/files", content=png(a_picture(size, 2)), headers={"Content-Type": "image/png"})
+        api.post(
+            "/v1/files", content=png(a_picture(size, 2)), headers={"Content-Type": "image/png"}
+        )
 
     answer = api.get(path)
 
@@ -255,7 +321,9 @@ def test_odd_queries_are_answered(api, path):
 
 def test_the_next_page_is_found_whatever_else_the_query_says(api):
     for size in (3, 5, 7):
-        api.post("/v1/files", content=png(a_picture(size, 2)), headers={"Content-Type": "image/png"})
+        api.post(
+            "/v1/files", content=png(a_picture(size, 2)), headers={"Content-Type": "image/png"}
+        )
 
     first = api.get("/v1/files", params={"limit": 1, "endpoint": "x", "a&b": "c=d"})
     second = api.get(first.links["next"]["url"])

@@ -147,7 +147,7 @@ def test_one_key_does_not_wait_for_another(source, threads):
     source.goes_on.set()
 
 
-def test_what_a_read_raises_is_not_remembered_and_the_next_one_tries(source, threads):
+def test_an_error_of_a_read_is_not_remembered_and_the_next_one_tries(source, threads):
     kept = Cache("tests", 10)
     source.goes_on.clear()
     source.error = OSError("away")
@@ -163,7 +163,7 @@ def test_what_a_read_raises_is_not_remembered_and_the_next_one_tries(source, thr
     assert [other.result(5) for other in others] == [2, 2, 2]
 
 
-def test_who_has_waited_long_enough_reads_too(source, threads, monkeypatch):
+def test_a_reader_that_has_waited_long_enough_reads_too(source, threads, monkeypatch):
     monkeypatch.setattr(cache, "PATIENCE_S", 0.2)
     kept = Cache("tests", 10)
     source.goes_on.clear()
@@ -178,7 +178,7 @@ def test_who_has_waited_long_enough_reads_too(source, threads, monkeypatch):
     assert kept.get("a", source) == "by itself", "what came late is not news"
 
 
-def test_what_grows_old_is_read_behind_the_back_of_those_who_ask(clock, source):
+def test_an_old_value_is_read_anew_behind_the_back_of_those_who_ask(clock, source):
     refresher = Later()
     kept = Cache("tests", 10, keep_for_s=1.0, refresh_after_s=0.5, refresher=refresher)
     kept.get("a", source)
@@ -238,7 +238,7 @@ def test_while_it_is_refreshed_nobody_waits(source, threads):
         until(lambda: kept.get("a", source) > 1, within_s=5)
 
 
-def test_what_was_forgotten_is_read_again(source):
+def test_a_forgotten_value_is_read_again(source):
     kept = Cache("tests", 10)
     kept.get("a", source)
 
@@ -261,7 +261,7 @@ def test_a_read_that_began_before_a_forget_is_not_remembered(source, threads):
     assert kept.get("a", source) == "changed"
 
 
-def test_who_waited_for_a_read_that_was_forgotten_sees_the_change(source, threads):
+def test_readers_that_waited_for_a_forgotten_read_see_the_change(source, threads):
     kept = Cache("tests", 10)
     source.goes_on.clear()
     wait_in_line(kept, "a", source, threads)
@@ -304,10 +304,13 @@ def test_while_somebody_reads_others_take_what_is_a_little_too_old(clock, source
     source.goes_on.set()
 
     assert first.result(10) == 2
-    assert {each.result(10) for each in others} == {3}  # that of the first began too long before they asked
+    # that of the first began too long before they asked
+    assert {each.result(10) for each in others} == {3}
 
 
-def test_a_read_that_others_did_not_wait_for_is_remembered_all_the_same(clock, source, threads, monkeypatch):
+def test_a_read_that_others_did_not_wait_for_is_remembered_all_the_same(
+    clock, source, threads, monkeypatch
+):
     monkeypatch.setattr(cache, "PATIENCE_S", 0.0)
     kept = Cache("tests", 10)
     held, source.goes_on = source.goes_on, threading.Event()

@@ -1,4 +1,7 @@
-"""What one process has only so much of: taken, given back, and counted right whoever comes at once."""
+"""What one process has only so much of.
+
+Taken, given back, and counted right whoever comes at once.
+"""
 
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +11,7 @@ from prometheus_client import CollectorRegistry, Gauge
 from app.live.capacity import Capacity
 
 
-def test_what_is_released_can_be_taken_again():
+def test_capacity_that_is_released_can_be_taken_again():
     capacity, tenant = Capacity(1), uuid.uuid4()
 
     holding = capacity.take(tenant)

@@ -26,8 +26,16 @@ def test_a_model_tells_what_it_accepts(api):
     model = api.get("/v1/models").json()["data"][0]
 
     expected = FLEET.models["pocket"]
-    assert (model["id"], tuple(model["sizes"]), tuple(model["samplers"])) == ("pocket", expected.sizes, expected.samplers)
-    assert (model["max_guidance"], model["max_prompt_chars"], model["licence"]) == (15.0, 2000, "Apache-2.0")
+    assert (model["id"], tuple(model["sizes"]), tuple(model["samplers"])) == (
+        "pocket",
+        expected.sizes,
+        expected.samplers,
+    )
+    assert (model["max_guidance"], model["max_prompt_chars"], model["licence"]) == (
+        15.0,
+        2000,
+        "Apache-2.0",
+    )
     assert model["tiers"]["fast"] == {"default_steps": 4, "default_guidance": 1.5}
     assert model["output_formats"] == ["png", "webp", "jpeg"]
     assert model == api.get("/v1/models/pocket").json()
@@ -52,7 +60,9 @@ def test_a_model_s_defaults_are_what_a_job_gets_that_says_nothing(gateway_with, 
 
 
 def test_an_unknown_model_is_not_found_and_the_known_ones_are_told(api):
-    assert assert_problem(api.get("/v1/models/dall-e-9"), 404, "model-not-found")["accepted"] == list(FLEET.model_ids)
+    assert assert_problem(api.get("/v1/models/dall-e-9"), 404, "model-not-found")[
+        "accepted"
+    ] == list(FLEET.model_ids)
 
 
 def test_aliases_are_listed_after_the_models_and_found_by_their_names(api):
@@ -62,15 +72,25 @@ def test_aliases_are_listed_after_the_models_and_found_by_their_names(api):
     assert "alias_of" not in listed["pocket"]
     assert listed["pocket"]["aliases"] == list(FLEET.models["pocket"].aliases)
     for alias in FLEET.models["pocket"].aliases:
-        assert listed[alias] == listed["pocket"] | {"id": alias, "alias_of": "pocket"} == api.get(f"/v1/models/{alias}").json()
+        assert (
+            listed[alias]
+            == listed["pocket"] | {"id": alias, "alias_of": "pocket"}
+            == api.get(f"/v1/models/{alias}").json()
+        )
 
 
 def test_an_alias_with_a_slash_is_found_too(gateway_with, new_key):
-    fleet = a_fleet({"models.large.aliases": ["stabilityai/stable-diffusion-3.5-large", "flux:dev"]})
+    fleet = a_fleet(
+        {"models.large.aliases": ["stabilityai/stable-diffusion-3.5-large", "flux:dev"]}
+    )
 
     for alias in fleet.models["large"].aliases:
         answer = gateway_with(fleet).get(f"/v1/models/{alias}", headers=bearer(new_key()))
-        assert (answer.status_code, answer.json["id"], answer.json["alias_of"]) == (200, alias, "large")
+        assert (answer.status_code, answer.json["id"], answer.json["alias_of"]) == (
+            200,
+            alias,
+            "large",
+        )
 
 
 def test_tiers_come_in_the_order_in_which_they_are_served(api):
@@ -80,5 +100,15 @@ def test_tiers_come_in_the_order_in_which_they_are_served(api):
     assert [tier["id"] for tier in answer["data"]] == list(FLEET.tiers_by_rank)
     for tier in answer["data"]:
         own = FLEET.tiers[tier["id"]]
-        shown = {key: tier[key] for key in ("max_steps", "default_steps", "max_images", "max_megapixels", "determinism", "price_weight")}
+        shown = {
+            key: tier[key]
+            for key in (
+                "max_steps",
+                "default_steps",
+                "max_images",
+                "max_megapixels",
+                "determinism",
+                "price_weight",
+            )
+        }
         assert shown == {key: getattr(own, key) for key in shown}

@@ -1,4 +1,7 @@
-"""clip_skip, the youngest parameter, from the request to the pixels and back: also a recipe for the next one."""
+"""clip_skip, the youngest parameter, from the request to the pixels and back.
+
+Also a recipe for the next one.
+"""
 
 import json
 
@@ -33,7 +36,12 @@ def test_it_changes_the_pixels_and_is_replayed(api):
 
     again = api.post(f"/v1/jobs/{skipped.json()['id']}/replay", headers=WAIT)
 
-    assert [answer.json()["clip_skip"] for answer in (plain, none, skipped, again)] == [None, 0, 1, 1]
+    assert [answer.json()["clip_skip"] for answer in (plain, none, skipped, again)] == [
+        None,
+        0,
+        1,
+        1,
+    ]
     assert pixels_of(plain) == pixels_of(none) != pixels_of(skipped) == pixels_of(again)
 
 
@@ -48,7 +56,9 @@ def test_it_is_estimated_and_shown_in_the_history(api, stack_database):
 
 
 def test_openai_s_clients_ask_for_it_and_are_told(api, stack, new_key):
-    client = openai.OpenAI(base_url=f"{stack.env['DARKROOM_URL']}/v1", api_key=new_key(), max_retries=0)
+    client = openai.OpenAI(
+        base_url=f"{stack.env['DARKROOM_URL']}/v1", api_key=new_key(), max_retries=0
+    )
     extra = {"clip_skip": 1, "steps": 4, "tier": "quality", "seed": 7}
 
     image = client.images.generate(prompt=BODY["prompt"], extra_body=extra)
@@ -70,7 +80,7 @@ def test_the_command_and_the_client_ask_for_it(stack, client):
 
 @pytest.mark.parametrize("url", ["/v1/jobs", "/v1/estimate"])
 @pytest.mark.parametrize(("value", "why"), [(-1, "from 0 to 12"), (13, "from 0 to 12"), (1.5, "")])
-def test_what_no_encoder_has_is_refused(api, url, value, why):
+def test_a_clip_skip_that_no_encoder_has_is_refused(api, url, value, why):
     answer = api.post(url, json=BODY | {"clip_skip": value})
 
     problem = assert_problem(answer, 422, "invalid-image-request")
@@ -81,7 +91,9 @@ def test_what_no_encoder_has_is_refused(api, url, value, why):
 def test_a_family_that_does_not_take_it_refuses_it_by_name(gateway_with, new_key):
     changes = {"family": "flux", "samplers": ["flow_euler"], "default_sampler": "flow_euler"}
     fleet = a_fleet({f"models.pocket.{name}": value for name, value in changes.items()})
-    answer = gateway_with(fleet).post("/v1/jobs", json=BODY | {"clip_skip": 1}, headers=bearer(new_key()))
+    answer = gateway_with(fleet).post(
+        "/v1/jobs", json=BODY | {"clip_skip": 1}, headers=bearer(new_key())
+    )
 
     problem = assert_problem(answer, 422, "invalid-image-request")
     assert problem["errors"][0]["pointer"] == "/clip_skip"

@@ -1,4 +1,7 @@
-"""The gateway as it is served, and clients that are slow, silent or many: nobody else waits for them."""
+"""The gateway as it is served, and clients that are slow, silent or many.
+
+Nobody else waits for them.
+"""
 
 import json
 import socket
@@ -40,7 +43,15 @@ def gateway(a_gateway):
 @pytest.fixture(scope="module")
 def patient_gateway(a_gateway):
     """One with few threads and much patience: whoever is slow stays for the whole test."""
-    return a_gateway(**TIGHT | {"header_timeout_s": 60, "body_timeout_s": 60, "keepalive_s": 60, "gateway_max_connections": 1000})
+    return a_gateway(
+        **TIGHT
+        | {
+            "header_timeout_s": 60,
+            "body_timeout_s": 60,
+            "keepalive_s": 60,
+            "gateway_max_connections": 1000,
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -121,12 +132,15 @@ def test_requests_that_do_not_come_take_no_thread(patient_gateway, key, sent):
         assert works(patient_gateway, key)
 
 
-@pytest.mark.parametrize("room_bytes", [134_217_728, 1_048_576], ids=["room for all", "room for few"])
+@pytest.mark.parametrize(
+    "room_bytes", [134_217_728, 1_048_576], ids=["room for all", "room for few"]
+)
 def test_answers_that_nobody_reads_take_no_thread(a_gateway, key, room_bytes):
     url = a_gateway(**TIGHT | {"gateway_max_connections": 1000, "gateway_buffer_bytes": room_bytes})
     with connected(url, MORE_THAN_THREADS, receive_buffer=2048) as deaf:
         for sock in deaf:
-            sock.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 40)  # more than the system's buffers hold
+            # more than the system's buffers hold
+            sock.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 40)
 
         assert works(url, key)
 
@@ -154,7 +168,8 @@ def test_clients_that_do_not_close_hold_up_nobody(patient_gateway, key):
 def test_a_body_that_nobody_reads_is_not_waited_for(patient_gateway, key):
     with connected(patient_gateway, MORE_THAN_THREADS) as slow:
         for sock in slow:
-            sock.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 3000000\r\n\r\n{")  # no key: 401
+            # no key: 401
+            sock.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 3000000\r\n\r\n{")
 
         assert works(patient_gateway, key)
 
@@ -163,23 +178,41 @@ def test_a_body_that_nobody_reads_is_not_waited_for(patient_gateway, key):
 def test_an_answer_to_a_body_that_nobody_reads_says_that_the_connection_ends(gateway, key, how):
     """Or a client sends its next request into the close, and hears nothing."""
     large = b"x" * 1_000_000
-    body = large if how == "with its length" else (large[place : place + 50_000] for place in range(0, len(large), 50_000))
+    body = (
+        large
+        if how == "with its length"
+        else (large[place : place + 50_000] for place in range(0, len(large), 50_000))
+    )
     with httpx.Client(trust_env=False, headers=bearer(key)) as client:
         for content in (body, large, large):
-            refused = client.post(f"{gateway}/v1/images/generations", content=content, headers={"Content-Type": "application/json"})
+            refused = client.post(
+                f"{gateway}/v1/images/generations",
+                content=content,
+                headers={"Content-Type": "application/json"},
+            )
             asked_again = client.get(f"{gateway}/v1/key")
 
             assert (refused.status_code, refused.headers["Connection"]) == (413, "close")
-            assert (asked_again.status_code, asked_again.headers["Connection"]) == (200, "keep-alive")
+            assert (asked_again.status_code, asked_again.headers["Connection"]) == (
+                200,
+                "keep-alive",
+            )
 
 
 def test_a_client_that_sends_a_large_body_in_vain_still_hears_why(gateway):
-    answer = httpx.post(f"{gateway}/v1/files", content=bytes(6_000_000), headers={"Content-Type": "image/png"}, trust_env=False)
+    answer = httpx.post(
+        f"{gateway}/v1/files",
+        content=bytes(6_000_000),
+        headers={"Content-Type": "image/png"},
+        trust_env=False,
+    )
 
     assert answer.status_code == 401
 
 
-@pytest.mark.parametrize("sent", [b"GET /healthz HTTP/1.1\r\n", b"POST /v1/jobs HTTP/1.1\r\nContent-Length: 9\r\n\r\n{"])
+@pytest.mark.parametrize(
+    "sent", [b"GET /healthz HTTP/1.1\r\n", b"POST /v1/jobs HTTP/1.1\r\nContent-Length: 9\r\n\r\n{"]
+)
 def test_a_request_that_does_not_come_in_time_is_told_so(gateway, sent):
     with connected(gateway) as [sock]:
         sock.sendall(sent)
@@ -212,9 +245,16 @@ def test_a_large_body_may_take_its_time_while_it_comes_fast_enough(a_gateway, ke
     assert status_of(answer) == 422  # it is no picture, but it was read
 
 
-@pytest.mark.parametrize(("length", "more"), [(LARGE, b""), (60_000, b"Expect: 100-continue\r\n")], ids=["large", "asks before it sends"])
-def test_slow_uploads_of_one_tenant_leave_threads_and_room_to_others(a_gateway, key, new_key, length, more):
-    patient = {"header_timeout_s": 60, "body_timeout_s": 60, "keepalive_s": 61 if more else 60}  # and so a gateway of its own for each case
+@pytest.mark.parametrize(
+    ("length", "more"),
+    [(LARGE, b""), (60_000, b"Expect: 100-continue\r\n")],
+    ids=["large", "asks before it sends"],
+)
+def test_slow_uploads_of_one_tenant_leave_threads_and_room_to_others(
+    a_gateway, key, new_key, length, more
+):
+    # and so a gateway of its own for each case
+    patient = {"header_timeout_s": 60, "body_timeout_s": 60, "keepalive_s": 61 if more else 60}
     url = a_gateway(**TIGHT | patient)
     with connected(url, 3) as slow:
         for sock in slow:
@@ -223,7 +263,9 @@ def test_slow_uploads_of_one_tenant_leave_threads_and_room_to_others(a_gateway, 
 
         assert len(refused) == 1  # two of three are its share
         assert works(url, key)
-        other = httpx.post(f"{url}/v1/files", content=bytes(LARGE), headers=_picture(new_key()), trust_env=False)
+        other = httpx.post(
+            f"{url}/v1/files", content=bytes(LARGE), headers=_picture(new_key()), trust_env=False
+        )
         assert other.status_code == 422  # no picture, but it was read
 
 
@@ -236,9 +278,21 @@ def test_a_head_that_does_not_end_is_refused(gateway):
 
 def test_an_answer_that_fails_in_the_middle_ends_its_connection_and_no_other(tmp_path):
     port = a_closed_port()
-    command = [sys.executable, "-m", "gunicorn", "--worker-class", "deploy.connections.BoundedWorker", "--threads", "4"]
+    command = [
+        sys.executable,
+        "-m",
+        "gunicorn",
+        "--worker-class",
+        "deploy.connections.BoundedWorker",
+        "--threads",
+        "4",
+    ]
     with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen([*command, "-b", f"127.0.0.1:{port}", "tests.app.broken_answers:application"], cwd=REPO, stderr=log)
+        process = subprocess.Popen(
+            [*command, "-b", f"127.0.0.1:{port}", "tests.app.broken_answers:application"],
+            cwd=REPO,
+            stderr=log,
+        )
     try:
         until(lambda: answers(port), within_s=20, what="the start")
         with httpx.Client(trust_env=False, base_url=f"http://127.0.0.1:{port}") as client:
@@ -262,7 +316,10 @@ def answers(port):
 
 def test_requests_behind_one_another_are_answered_in_their_order(gateway):
     with connected(gateway) as [sock]:
-        sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET /nowhere HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        sock.sendall(
+            b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+            b"GET /nowhere HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        )
 
         answer = heard(sock)
 
@@ -271,7 +328,10 @@ def test_requests_behind_one_another_are_answered_in_their_order(gateway):
 
 def test_a_request_in_small_pieces_is_one_request(gateway, key):
     body = json.dumps({"prompt": "a red circle", "steps": -1}).encode()
-    head = f"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Type: application/json\r\n"
+    head = (
+        f"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
+        "Content-Type: application/json\r\n"
+    )
     sent = head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
     with connected(gateway) as [sock]:
         for place in range(0, len(sent), 16):
@@ -287,14 +347,23 @@ def test_a_request_in_small_pieces_is_one_request(gateway, key):
 @pytest.mark.parametrize("how", ["chunked", "expect"])
 def test_a_body_may_be_chunked_or_wait_to_be_asked_for(gateway, key, how):
     body = json.dumps({"prompt": "a red circle", "steps": -1}).encode()
-    head = f"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Type: application/json\r\n"
+    head = (
+        f"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
+        "Content-Type: application/json\r\n"
+    )
     with connected(gateway) as [sock]:
         if how == "expect":
-            sock.sendall(f"{head}Content-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n".encode())
+            sock.sendall(
+                f"{head}Content-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n".encode()
+            )
             assert sock.recv(100).startswith(b"HTTP/1.1 100")
             sock.sendall(body)
         else:
-            sock.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n{len(body):x}\r\n".encode() + body + b"\r\n0\r\n\r\n")
+            sock.sendall(
+                f"{head}Transfer-Encoding: chunked\r\n\r\n{len(body):x}\r\n".encode()
+                + body
+                + b"\r\n0\r\n\r\n"
+            )
 
         assert status_of(heard(sock, until_closed=False)) == 422
 
@@ -328,16 +397,29 @@ def test_the_gateway_is_alive_while_all_its_threads_are_taken(stack, patient_gat
             sock.sendall(asked)
         time.sleep(0.5)
 
-        assert httpx.get(f"{patient_gateway}/healthz", timeout=2, trust_env=False).status_code == 200
-        readiness = until(lambda: _unready(patient_gateway), within_s=10, what="telling that the database is away")
+        assert (
+            httpx.get(f"{patient_gateway}/healthz", timeout=2, trust_env=False).status_code == 200
+        )
+        readiness = until(
+            lambda: _unready(patient_gateway), within_s=10, what="telling that the database is away"
+        )
 
     assert readiness["parts"]["database"] == {"ready": False, "detail": "does not answer"}
-    until(lambda: httpx.get(f"{patient_gateway}/readyz", trust_env=False).status_code == 200, within_s=30, what="being ready again")
+    until(
+        lambda: httpx.get(f"{patient_gateway}/readyz", trust_env=False).status_code == 200,
+        within_s=30,
+        what="being ready again",
+    )
 
 
-def test_requests_whose_clients_left_while_they_queued_are_not_begun(stack, patient_gateway, key, count_jobs):
+def test_requests_whose_clients_left_while_they_queued_are_not_begun(
+    stack, patient_gateway, key, count_jobs
+):
     body = json.dumps({"prompt": "a red circle", "tier": "batch"})
-    head = f"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Type: application/json\r\n"
+    head = (
+        f"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
+        "Content-Type: application/json\r\n"
+    )
     before = count_jobs()
     with frozen(stack.pid("postgres")):
         with connected(patient_gateway, MORE_THAN_THREADS) as impatient:
@@ -347,7 +429,8 @@ def test_requests_whose_clients_left_while_they_queued_are_not_begun(stack, pati
         time.sleep(STALE_AFTER_S)
 
     assert works(patient_gateway, key)  # behind all of them
-    assert count_jobs() - before <= TIGHT["gateway_threads"] + TIGHT["gateway_max_streams"]  # those that had a thread
+    # those that had a thread
+    assert count_jobs() - before <= TIGHT["gateway_threads"] + TIGHT["gateway_max_streams"]
 
 
 def test_every_process_is_in_the_metrics_whichever_answers(a_gateway):
@@ -355,7 +438,8 @@ def test_every_process_is_in_the_metrics_whichever_answers(a_gateway):
     url = a_gateway(web_concurrency=2, metrics_port=port, gateway_threads=8, gateway_max_streams=2)
 
     for _ in range(30):
-        with httpx.Client(base_url=url, trust_env=False) as client:  # a connection each: whichever process takes it
+        # a connection each: whichever process takes it
+        with httpx.Client(base_url=url, trust_env=False) as client:
             client.get("/nowhere")
 
     counted = [_counted(port, route="unknown") for _ in range(5)]
@@ -374,17 +458,41 @@ def test_no_client_chooses_what_a_metric_is_called(a_gateway, key):
 
 
 def _odd_requests(url, key, word):
-    """Everything in a request that somebody might take for a label, with a word of the client's choice."""
+    """Everything in a request that somebody might take for a label, with a word of the client's
+    choice.
+    """
     with httpx.Client(base_url=url, trust_env=False, headers=bearer(key)) as client:
         assert client.request(word.upper(), "/v1/jobs").status_code == 501
         assert client.request(word.upper(), f"/{word}").status_code == 501
-        for path in (f"/{word}", f"/v1/jobs/{word}", f"/problems/{word}", f"/docs/{word}", f"/v1/jobs?{word}={word}", f"/v1/models/{word}"):
+        for path in (
+            f"/{word}",
+            f"/v1/jobs/{word}",
+            f"/problems/{word}",
+            f"/docs/{word}",
+            f"/v1/jobs?{word}={word}",
+            f"/v1/models/{word}",
+        ):
             client.get(path)
-        fields = {"prompt": word, "tier": word, "model": word, "sampler": word, "output_format": word, word: word}
+        fields = {
+            "prompt": word,
+            "tier": word,
+            "model": word,
+            "sampler": word,
+            "output_format": word,
+            word: word,
+        }
         for name, value in fields.items():
             client.post("/v1/jobs", json={"prompt": "x", name: value, "steps": -1})
             client.post("/v1/images/generations", json={"prompt": "x", name: value, "steps": -1})
-        client.get("/v1/jobs", headers={"Authorization": f"{word} {word}", "X-Request-Id": word, "Prefer": f"{word}=1", "Host": word})
+        client.get(
+            "/v1/jobs",
+            headers={
+                "Authorization": f"{word} {word}",
+                "X-Request-Id": word,
+                "Prefer": f"{word}=1",
+                "Host": word,
+            },
+        )
         client.post("/v1/files", content=word.encode(), headers={"Content-Type": f"image/{word}"})
 
 
@@ -397,7 +505,9 @@ def _series(port):
 def _counted(port, *, route):
     lines = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text.splitlines()
     return sum(
-        float(line.rpartition(" ")[2]) for line in lines if line.startswith("darkroom_http_requests_total{") and f'"{route}"' in line
+        float(line.rpartition(" ")[2])
+        for line in lines
+        if line.startswith("darkroom_http_requests_total{") and f'"{route}"' in line
     )
 
 
@@ -411,7 +521,10 @@ def _picture(key):
 
 
 def _upload(key, length):
-    head = f"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Type: image/png\r\n"
+    head = (
+        f"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
+        "Content-Type: image/png\r\n"
+    )
     return f"{head}Content-Length: {length}\r\n\r\n".encode()
 
 

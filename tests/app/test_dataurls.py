@@ -19,8 +19,13 @@ TEXT = base64.b64encode(PICTURE).decode()
     "url",
     [
         pytest.param(f"data:image/png;base64,{TEXT}", id="plain"),
-        pytest.param("data:image/png;base64," + "\n".join(textwrap.wrap(TEXT, 76)), id="wrapped at 76, as the command base64 does"),
-        pytest.param("data:image/png;base64," + "\r\n".join(textwrap.wrap(TEXT, 64)) + "\r\n", id="CRLF"),
+        pytest.param(
+            "data:image/png;base64," + "\n".join(textwrap.wrap(TEXT, 76)),
+            id="wrapped at 76, as the command base64 does",
+        ),
+        pytest.param(
+            "data:image/png;base64," + "\r\n".join(textwrap.wrap(TEXT, 64)) + "\r\n", id="CRLF"
+        ),
         pytest.param(f"data:image/png;base64,{TEXT}\n", id="a newline behind it"),
         pytest.param(f" \tdata:image/png;base64, {TEXT}", id="spaces around it"),
         pytest.param(f"data:image/png;base64,{TEXT.rstrip('=')}", id="no padding"),
@@ -31,7 +36,9 @@ TEXT = base64.b64encode(PICTURE).decode()
         pytest.param(f"data:image/png;name=a.png;base64,{TEXT}", id="a parameter"),
         pytest.param(f"data:image/vnd.adobe.photoshop+x;base64,{TEXT}", id="an odd type"),
         pytest.param(f"data:application/octet-stream;base64,{TEXT}", id="any bytes"),
-        pytest.param("data:image/png;base64," + quote(TEXT, safe=""), id="base64 in percent-encoding"),
+        pytest.param(
+            "data:image/png;base64," + quote(TEXT, safe=""), id="base64 in percent-encoding"
+        ),
         pytest.param(f"data:image/png;base64,{TEXT}#fragment", id="a fragment"),
         pytest.param("data:image/png," + quote(PICTURE), id="percent-encoding alone"),
     ],
@@ -66,7 +73,11 @@ def test_white_space_and_padding_do_not_matter(content, at):
     for place in sorted(at):
         text = text[:place] + " \n\r\t\f"[place % 5] + text[place:]
 
-    assert decoded(f"data:;base64,{text}") == decoded(f"data:;base64,{text.replace('=', '')}") == content
+    assert (
+        decoded(f"data:;base64,{text}")
+        == decoded(f"data:;base64,{text.replace('=', '')}")
+        == content
+    )
 
 
 @given(st.text(max_size=60))

@@ -23,7 +23,7 @@ def test_a_document_lacks_no_member():
         JobUrls(**{name: url for name, url in URLS.items() if name != "events"})
 
 
-def test_what_a_newer_release_wrote_into_a_row_is_shown():
+def test_a_value_that_a_newer_release_wrote_into_a_row_is_shown():
     place = QueuePlace(jobs_ahead="many", eta_p50_s=1, eta_p90_s=None)
 
     assert json.loads(to_json(place)) == {"jobs_ahead": "many", "eta_p50_s": 1, "eta_p90_s": None}

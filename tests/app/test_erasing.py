@@ -27,7 +27,13 @@ from tests.builders import (
     until,
 )
 
-WISH = {"prompt": "a secret circle", "negative_prompt": "a secret square", "metadata": {"secret": "yes"}, "steps": 1, "n": 2}
+WISH = {
+    "prompt": "a secret circle",
+    "negative_prompt": "a secret square",
+    "metadata": {"secret": "yes"},
+    "steps": 1,
+    "n": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +60,17 @@ def test_an_erased_job_is_empty_and_its_bill_and_digests_stay(api, stack_databas
 
     assert [(answer.status_code, answer.content) for answer in answers] == [(204, b"")] * 2
     after = api.get(job["urls"]["self"]).json()
-    assert (after["prompt"], after["negative_prompt"], after["metadata"], after["state"]) == (None, None, {}, "succeeded")
-    assert (after["erased_at"] is not None, after["cost"], after["seed"]) == (True, job["cost"], job["seed"])
+    assert (after["prompt"], after["negative_prompt"], after["metadata"], after["state"]) == (
+        None,
+        None,
+        {},
+        "succeeded",
+    )
+    assert (after["erased_at"] is not None, after["cost"], after["seed"]) == (
+        True,
+        job["cost"],
+        job["seed"],
+    )
     assert [(image["url"], image["pixels_sha256"]) for image in after["images"]] == [
         (None, image["pixels_sha256"]) for image in job["images"]
     ]
@@ -63,10 +78,22 @@ def test_an_erased_job_is_empty_and_its_bill_and_digests_stay(api, stack_databas
     assert api.get(job["urls"]["status"]).json()["erased_at"] is not None
     assert events_of(owner, job).count("job:content:erased") == 1
     with transaction(stack_database) as session:
-        row = session.execute(text("SELECT prompt, negative_prompt, metadata FROM jobs WHERE id = :id"), {"id": job["id"]}).one()
+        row = session.execute(
+            text("SELECT prompt, negative_prompt, metadata FROM jobs WHERE id = :id"),
+            {"id": job["id"]},
+        ).one()
         assert tuple(row) == ("", "", None)
-        assert session.scalar(text("SELECT prompt FROM job_history WHERE job_id = :id"), {"id": job["id"]}) == ""
-    until(lambda: httpx.get(object_url, trust_env=False).status_code in (403, 404), within_s=75, what="the object's deletion")
+        assert (
+            session.scalar(
+                text("SELECT prompt FROM job_history WHERE job_id = :id"), {"id": job["id"]}
+            )
+            == ""
+        )
+    until(
+        lambda: httpx.get(object_url, trust_env=False).status_code in (403, 404),
+        within_s=75,
+        what="the object's deletion",
+    )
 
 
 def test_a_job_under_way_is_taken_back_first(api, owner):
@@ -84,14 +111,22 @@ def test_a_job_under_way_is_taken_back_first(api, owner):
 def test_an_image_that_another_job_made_too_stays(api):
     """Images are kept by what they look like: the same wish twice is one object."""
     wish = {"prompt": "a blue square", "tier": "quality", "steps": 5, "seed": 31_337}
-    first, second = (api.post("/v1/jobs", json=wish, headers={"Prefer": "wait=60"}).json() for _ in range(2))
+    first, second = (
+        api.post("/v1/jobs", json=wish, headers={"Prefer": "wait=60"}).json() for _ in range(2)
+    )
     assert first["images"][0]["content_sha256"] == second["images"][0]["content_sha256"]
-    witness = api.post("/v1/jobs", json={**wish, "seed": 31_338}, headers={"Prefer": "wait=60"}).json()
+    witness = api.post(
+        "/v1/jobs", json={**wish, "seed": 31_338}, headers={"Prefer": "wait=60"}
+    ).json()
     gone = api.get(witness["images"][0]["url"]).headers["Location"]
 
     api.delete(first["urls"]["self"])
     api.delete(witness["urls"]["self"])
-    until(lambda: httpx.get(gone, trust_env=False).status_code != 200, within_s=75, what="the other object's deletion")
+    until(
+        lambda: httpx.get(gone, trust_env=False).status_code != 200,
+        within_s=75,
+        what="the other object's deletion",
+    )
 
     kept = httpx.get(api.get(second["images"][0]["url"]).headers["Location"], trust_env=False)
     assert kept.status_code == 200
@@ -125,7 +160,7 @@ def test_an_object_is_let_go_when_its_last_name_is_erased(stack_database):
         uploads.end(session, artifact["object_key"])
 
 
-def test_what_was_accepted_under_a_key_comes_back_empty(api):
+def test_an_erased_job_that_was_accepted_under_a_key_comes_back_empty(api):
     key = {"Idempotency-Key": str(uuid.uuid4())}
     job = api.post("/v1/jobs", json={**WISH, "tier": "batch"}, headers=key).json()
     api.delete(job["urls"]["self"])
@@ -138,7 +173,10 @@ def test_what_was_accepted_under_a_key_comes_back_empty(api):
 def test_an_erased_failure_is_not_tried_again(stack_database):
     with transaction(stack_database) as session:
         job = a_succeeded_job(session)
-        session.execute(text("UPDATE jobs SET state = 'failed', failure_code = 'internal' WHERE id = :id"), {"id": job.id})
+        session.execute(
+            text("UPDATE jobs SET state = 'failed', failure_code = 'internal' WHERE id = :id"),
+            {"id": job.id},
+        )
         erasing.erase(session, job.id, tenant_id=job.tenant_id, actor="tests")
         assert jobs.requeue_dead(session, job.id, start_within_s=60, actor="tests") is None
         session.rollback()
@@ -146,7 +184,10 @@ def test_an_erased_failure_is_not_tried_again(stack_database):
 
 def test_erasing_and_replaying_at_once_never_replays_nothing(gateway_with, new_key):
     own, app = bearer(new_key()), gateway_with().application
-    made = [app.test_client().post("/v1/jobs", json={**WISH, "tier": "batch"}, headers=own).json for _ in range(6)]
+    made = [
+        app.test_client().post("/v1/jobs", json={**WISH, "tier": "batch"}, headers=own).json
+        for _ in range(6)
+    ]
 
     def act(number):
         job, client = made[number // 2], app.test_client()
@@ -165,7 +206,9 @@ def test_erasing_and_replaying_at_once_never_replays_nothing(gateway_with, new_k
 
 
 def test_an_erased_job_leaves_nothing_in_redis(a_house, stack, stack_database):
-    """At once: pixels on their way to the store, snapshots, pictures, progress, events and previews."""
+    """At once: pixels on their way to the store, snapshots, pictures, progress, events and
+    previews.
+    """
     tenant = a_house().with_workers().tenant()
     kept, erased = (tenant.post(n=2).json for _ in range(2))
     jobs_of = {name: uuid.UUID(job["id"]) for name, job in (("kept", kept), ("erased", erased))}

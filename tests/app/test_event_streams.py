@@ -1,4 +1,6 @@
-"""GET /v1/jobs/{id}/events: what a client of server-sent events reads, from the place in the queue to the end."""
+"""GET /v1/jobs/{id}/events: what a client of server-sent events reads, from the place in the queue
+to the end.
+"""
 
 import base64
 import io
@@ -84,14 +86,25 @@ def held_worker(stack):
 
 @pytest.fixture
 def served(stack, api):
-    """A gateway of our own behind a real socket, with some settings changed: HTTP as the tenant, and its parts."""
+    """A gateway of our own behind a real socket, with some settings changed.
+
+    HTTP as the tenant, and its parts.
+    """
     opened = []
 
     def served(**changes):
-        app = create_app(settings_for(GatewaySettings, stack.env, **changes), parse_fleet((REPO / "fleet.toml").read_text()))
+        app = create_app(
+            settings_for(GatewaySettings, stack.env, **changes),
+            parse_fleet((REPO / "fleet.toml").read_text()),
+        )
         server = make_server("127.0.0.1", 0, app, threaded=True)
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        client = httpx.Client(base_url=f"http://127.0.0.1:{server.port}", headers=api.headers, timeout=30, trust_env=False)
+        client = httpx.Client(
+            base_url=f"http://127.0.0.1:{server.port}",
+            headers=api.headers,
+            timeout=30,
+            trust_env=False,
+        )
         opened.append((app.extensions["darkroom"], server, client))
         return client, app.extensions["darkroom"]
 
@@ -124,7 +137,9 @@ def test_a_job_is_followed_from_its_place_in_the_queue_to_its_end(api, held_work
     assert events[0][2]["jobs_ahead"] >= 0
     assert 0 <= events[0][2]["eta_p50_s"] <= events[0][2]["eta_p90_s"]
     for index in (0, 1):
-        steps = [data["step"] for _, kind, data in events if kind == "step" and data["index"] == index]
+        steps = [
+            data["step"] for _, kind, data in events if kind == "step" and data["index"] == index
+        ]
         assert steps == sorted(set(steps))
         assert steps[-1] == 30
     ids = [tuple(map(int, id.split("-"))) for id, _, _ in events if id]
@@ -149,7 +164,10 @@ def test_a_stored_image_is_told_as_the_job_shows_it(api):
     images = {image["index"]: image for image in events[-1][2]["images"]}
     stored = [data for _, kind, data in events if kind == "stored"]
     assert [data["index"] for data in stored] == [0, 1]
-    assert stored == [{name: value for name, value in images[data["index"]].items() if name in data} for data in stored]
+    assert stored == [
+        {name: value for name, value in images[data["index"]].items() if name in data}
+        for data in stored
+    ]
     assert api.get(stored[0]["url"]).status_code == 302
 
 
@@ -174,7 +192,7 @@ def test_previews_are_made_only_for_those_who_ask(api, handoff_redis):
 
 
 @pytest.mark.slow
-def test_who_asks_while_it_is_rendered_sees_previews_too(api):
+def test_a_follower_that_asks_while_a_job_is_rendered_sees_previews_too(api):
     job = create(api)
     with following(api, job) as plain:
         next(event for event in plain if event[1] == "step")
@@ -182,7 +200,7 @@ def test_who_asks_while_it_is_rendered_sees_previews_too(api):
         assert "preview" in kinds(read(api, job, previews="true"))
 
 
-def test_who_comes_back_is_told_exactly_the_rest(api):
+def test_a_follower_that_comes_back_is_told_exactly_the_rest(api):
     job = create(api, steps=4)
     events = read(api, job)
     middle = len(events) // 2
@@ -252,14 +270,25 @@ class Socket:
         self.timeouts_s.append(timeout_s)
 
 
-def test_a_stream_that_nobody_reads_is_given_up_after_half_a_minute(api, gateway_with, canceled_job):
+def test_a_stream_that_nobody_reads_is_given_up_after_half_a_minute(
+    api, gateway_with, canceled_job
+):
     http, stream = gateway_with(), {"prompt": "a red circle", "tier": "batch", "stream": True}
     headers = {"Authorization": api.headers["Authorization"]}
-    wishes = [("GET", canceled_job["urls"]["events"], None), ("POST", "/v1/images/generations", stream)]
+    wishes = [
+        ("GET", canceled_job["urls"]["events"], None),
+        ("POST", "/v1/images/generations", stream),
+    ]
 
     for method, path, body in wishes:
         socket = Socket()
-        answer = http.open(path, method=method, json=body, headers=headers, environ_overrides={"gunicorn.socket": socket})
+        answer = http.open(
+            path,
+            method=method,
+            json=body,
+            headers=headers,
+            environ_overrides={"gunicorn.socket": socket},
+        )
         answer.close()
         assert (answer.status_code, socket.timeouts_s) == (200, [30]), path
 
@@ -302,7 +331,7 @@ def test_an_id_that_is_none_is_refused(api, finished_job, after):
     assert answer.json()["header"] == "Last-Event-ID"
 
 
-def test_what_previews_may_be_is_said(api, finished_job):
+def test_a_wrong_previews_parameter_is_told_the_accepted_values(api, finished_job):
     answer = api.get(finished_job["urls"]["events"], params={"previews": "maybe"})
 
     assert_problem(answer, 422, "invalid-query")
@@ -340,7 +369,9 @@ def test_a_redis_that_answers_nothing_does_not_keep_a_stream_from_its_end(api, s
 
 
 @pytest.mark.slow
-def test_a_gateway_that_goes_ends_its_streams_at_once_and_the_next_one_goes_on(api, stack, held_worker):
+def test_a_gateway_that_goes_ends_its_streams_at_once_and_the_next_one_goes_on(
+    api, stack, held_worker
+):
     job = create(api)
 
     with following(api, job) as stream:
@@ -412,7 +443,9 @@ def a_queued(attempt=1):
     return SimpleNamespace(state="queued", attempt=attempt)
 
 
-def test_a_place_in_the_queue_is_told_at_once_and_again_once_it_has_moved_by_more_than_a_tenth(places):
+def test_a_place_in_the_queue_is_told_at_once_and_again_once_it_has_moved_by_more_than_a_tenth(
+    places,
+):
     forecast = _Forecast(places, a_queued())
     later = {"after_s": LOOK_EVERY_S}
 
@@ -434,7 +467,9 @@ def test_that_there_is_no_forecast_is_told_once(places):
 
 
 @pytest.mark.parametrize(("started", "goes_on"), [(0, True), (1, True), (2, False)])
-def test_only_the_start_of_a_later_attempt_ends_the_forecast_of_a_job_that_waits_again(places, started, goes_on):
+def test_only_the_start_of_a_later_attempt_ends_the_forecast_of_a_job_that_waits_again(
+    places, started, goes_on
+):
     """Who comes late is told first of the attempt that was lost."""
     forecast = _Forecast(places, a_queued(attempt=1))
 

@@ -44,10 +44,14 @@ def sql(stack):
 
 
 def bring(tenant, content=None, **options):
-    return tenant.post("/v1/files", files={"file": ("picture", png() if content is None else content)}, **options)
+    return tenant.post(
+        "/v1/files", files={"file": ("picture", png() if content is None else content)}, **options
+    )
 
 
-def test_a_picture_that_the_store_has_lost_is_there_again_once_it_is_brought_again(tenant, stack, sql):
+def test_a_picture_that_the_store_has_lost_is_there_again_once_it_is_brought_again(
+    tenant, stack, sql
+):
     content = png(a_picture(40, 24, seed=5))
     file = bring(tenant, content).json()
     [row] = sql("SELECT object_key FROM files WHERE id = :id", id=file["id"])
@@ -85,7 +89,12 @@ def test_a_picture_is_kept_and_comes_back_with_the_same_pixels(tenant):
 
     file = answer.json()
     assert (answer.status_code, answer.headers["Location"]) == (201, f"/v1/files/{file['id']}")
-    assert (file["width_px"], file["height_px"], file["mode"], file["content_type"]) == (60, 40, "RGB", "image/png")
+    assert (file["width_px"], file["height_px"], file["mode"], file["content_type"]) == (
+        60,
+        40,
+        "RGB",
+        "image/png",
+    )
     content = fetched(tenant, file).content
     assert hashlib.sha256(content).hexdigest() == file["content_sha256"]
     assert len(content) == file["size_bytes"]
@@ -115,7 +124,10 @@ def test_the_same_picture_many_times_at_once_is_one_file(tenant, sql):
 
     assert {answer.status_code for answer in answers} == {201}
     [file_id] = {answer.json()["id"] for answer in answers}
-    stored = "SELECT count(*) FROM audit_events WHERE event = 'file:content:stored' AND facts ->> 'file_id' = :id"
+    stored = (
+        "SELECT count(*) FROM audit_events WHERE event = 'file:content:stored' "
+        "AND facts ->> 'file_id' = :id"
+    )
     assert sql(stored, id=file_id) == [{"count": 1}]
 
 
@@ -126,10 +138,16 @@ def test_the_same_picture_of_two_tenants_is_two_files(tenant, stranger):
 def test_another_tenant_s_file_is_not_there(tenant, stranger):
     file = bring(tenant).json()
 
-    for answer in (stranger.get(file["urls"]["self"]), stranger.get(file["url"]), stranger.delete(file["urls"]["self"])):
+    for answer in (
+        stranger.get(file["urls"]["self"]),
+        stranger.get(file["url"]),
+        stranger.delete(file["urls"]["self"]),
+    ):
         assert_problem(answer, 404, "file-not-found")
     answer = create(stranger, init_image=file["id"])
-    assert error_of(assert_problem(answer, 422, "invalid-image-request"))["pointer"] == "/init_image"
+    assert (
+        error_of(assert_problem(answer, 422, "invalid-image-request"))["pointer"] == "/init_image"
+    )
     assert tenant.get(file["urls"]["self"]).status_code == 200
 
 
@@ -144,12 +162,18 @@ def test_files_are_listed_newest_first_page_by_page(tenant):
     second = tenant.get(first.links["next"]["url"])
 
     assert [file["id"] for file in first.json()["data"] + second.json()["data"]] == ids[::-1]
-    assert (first.json()["has_more"], second.json()["has_more"], second.json()["next_cursor"]) == (True, False, None)
+    assert (first.json()["has_more"], second.json()["has_more"], second.json()["next_cursor"]) == (
+        True,
+        False,
+        None,
+    )
     assert_problem(tenant.get("/v1/files", params={"limit": 0}), 422, "invalid-query")
     assert_problem(tenant.get("/v1/files", params={"cursor": "?"}), 422, "invalid-query")
 
 
-@pytest.mark.parametrize("fields", [{}, {"picture": ("a", b"x")}, [("file", ("a", png())), ("file", ("b", png()))]])
+@pytest.mark.parametrize(
+    "fields", [{}, {"picture": ("a", b"x")}, [("file", ("a", png())), ("file", ("b", png()))]]
+)
 def test_a_form_has_one_picture_in_the_field_file(tenant, fields):
     fields = fields or {"": ("a", b"x")}
 
@@ -158,20 +182,27 @@ def test_a_form_has_one_picture_in_the_field_file(tenant, fields):
 
 def test_a_file_input_that_nobody_filled_in_is_no_picture(tenant):
     empty = b'--x\r\nContent-Disposition: form-data; name="file"; filename=""\r\n\r\n\r\n--x--\r\n'
-    answer = tenant.post("/v1/files", content=empty, headers={"Content-Type": "multipart/form-data; boundary=x"})
+    answer = tenant.post(
+        "/v1/files", content=empty, headers={"Content-Type": "multipart/form-data; boundary=x"}
+    )
 
     assert "there are 0" in assert_problem(answer, 400, "malformed-body")["detail"]
 
 
-def test_what_nothing_reads_in_a_form_is_refused_and_openai_s_purpose_is_let_be(tenant):
+def test_form_parts_that_nothing_reads_are_refused_and_openai_s_purpose_is_let_be(tenant):
     assert bring(tenant, data={"purpose": "vision"}).status_code == 201
-    assert "'expires'" in assert_problem(bring(tenant, data={"expires": "1"}), 400, "malformed-body")["detail"]
+    assert (
+        "'expires'"
+        in assert_problem(bring(tenant, data={"expires": "1"}), 400, "malformed-body")["detail"]
+    )
     two = tenant.post("/v1/files", files={"file": ("a", png()), "mask": ("b", png())})
     assert "'mask'" in assert_problem(two, 400, "malformed-body")["detail"]
 
 
 def test_a_body_of_another_kind_is_refused_and_says_which_ones_are_not(tenant):
-    problem = assert_problem(tenant.post("/v1/files", json={"file": "x"}), 415, "unsupported-media-type")
+    problem = assert_problem(
+        tenant.post("/v1/files", json={"file": "x"}), 415, "unsupported-media-type"
+    )
 
     assert "image/png" in problem["accepted"]
 
@@ -185,15 +216,25 @@ def in_pieces(content: bytes):
 @pytest.mark.parametrize("in_chunks", [True, False])
 def test_an_upload_that_is_too_large_is_refused(tenant, as_form, in_chunks):
     request = tenant.build_request("POST", "/v1/files", files={"file": ("a", b"\0" * 34_000_000)})
-    content, kind = (request.read(), request.headers["Content-Type"]) if as_form else (b"\0" * 34_000_000, "image/png")
+    content, kind = (
+        (request.read(), request.headers["Content-Type"])
+        if as_form
+        else (b"\0" * 34_000_000, "image/png")
+    )
 
-    answer = tenant.post("/v1/files", content=in_pieces(content) if in_chunks else content, headers={"Content-Type": kind})
+    answer = tenant.post(
+        "/v1/files",
+        content=in_pieces(content) if in_chunks else content,
+        headers={"Content-Type": kind},
+    )
 
     assert_problem(answer, 413, "body-too-large")
 
 
 def test_an_upload_of_unknown_length_is_kept(tenant):
-    answer = tenant.post("/v1/files", content=in_pieces(png()), headers={"Content-Type": "image/png"})
+    answer = tenant.post(
+        "/v1/files", content=in_pieces(png()), headers={"Content-Type": "image/png"}
+    )
 
     assert answer.status_code == 201
 
@@ -214,9 +255,16 @@ def test_an_erased_file_is_gone_and_erasing_it_again_is_harmless(tenant, sql):
     for path in (file["urls"]["self"], file["url"]):
         assert_problem(tenant.get(path), 404, "file-not-found")
     assert tenant.get("/v1/files").json()["data"] == []
-    until(lambda: httpx.get(location, trust_env=False).status_code == 404, within_s=20, what="the object's end")
+    until(
+        lambda: httpx.get(location, trust_env=False).status_code == 404,
+        within_s=20,
+        what="the object's end",
+    )
     events = "SELECT event FROM audit_events WHERE facts ->> 'file_id' = :id ORDER BY seq"
-    assert [row["event"] for row in sql(events, id=file["id"])] == ["file:content:stored", "file:content:erased"]
+    assert [row["event"] for row in sql(events, id=file["id"])] == [
+        "file:content:stored",
+        "file:content:erased",
+    ]
     assert_problem(tenant.delete(f"/v1/files/{uuid.uuid4()}"), 404, "file-not-found")
 
 
@@ -251,13 +299,18 @@ def test_a_file_that_an_unfinished_job_starts_from_is_not_erased(tenant):
     file = bring(tenant).json()
     job = create(tenant, init_image=file["id"], steps=60, n=8).json()
 
-    assert assert_problem(tenant.delete(file["urls"]["self"]), 409, "file-in-use")["job_id"] == job["id"]
+    assert (
+        assert_problem(tenant.delete(file["urls"]["self"]), 409, "file-in-use")["job_id"]
+        == job["id"]
+    )
     tenant.post(job["urls"]["cancel"])
     assert tenant.delete(file["urls"]["self"]).status_code == 204
 
 
 def test_a_data_url_is_kept_as_a_file(tenant):
-    job = create(tenant, init_image=data_url(png(a_picture(50, 50)), "image/webp"), strength=0.5).json()
+    job = create(
+        tenant, init_image=data_url(png(a_picture(50, 50)), "image/webp"), strength=0.5
+    ).json()
 
     file = tenant.get(f"/v1/files/{job['init_image']}").json()
     assert (file["width_px"], file["height_px"]) == (50, 50)
@@ -288,19 +341,28 @@ def test_a_data_url_of_some_megabytes_is_taken(tenant):
     ],
 )
 @pytest.mark.parametrize("field", ["init_image", "mask"])
-def test_what_stands_for_no_picture_is_refused_and_says_what_would(tenant, field, value):
+def test_a_value_that_stands_for_no_picture_is_refused_with_the_ones_that_would(
+    tenant, field, value
+):
     start = {"init_image": bring(tenant).json()["id"]} if field == "mask" else {}
 
-    error = error_of(assert_problem(create(tenant, **start, **{field: value}), 422, "invalid-image-request"))
+    error = error_of(
+        assert_problem(create(tenant, **start, **{field: value}), 422, "invalid-image-request")
+    )
 
     assert error["pointer"] == f"/{field}"
     assert len(error["accepted"]) == 2
 
 
 def test_a_picture_that_the_model_could_not_follow_is_not_looked_at(tenant):
-    error = error_of(assert_problem(create(tenant, control_image="no-id"), 422, "invalid-image-request"))
+    error = error_of(
+        assert_problem(create(tenant, control_image="no-id"), 422, "invalid-image-request")
+    )
 
-    assert (error["pointer"], "is not followed by model" in error["detail"]) == ("/control_image", True)
+    assert (error["pointer"], "is not followed by model" in error["detail"]) == (
+        "/control_image",
+        True,
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"<svg/>", png()[:100]])
@@ -312,7 +374,10 @@ def test_a_data_url_of_no_picture_names_its_field(tenant, content):
 
 
 def test_a_mask_has_the_shape_of_the_picture_it_lies_on(tenant):
-    picture, mask = bring(tenant, png(a_picture(90, 60))).json(), bring(tenant, png(a_picture(45, 30))).json()
+    picture, mask = (
+        bring(tenant, png(a_picture(90, 60))).json(),
+        bring(tenant, png(a_picture(45, 30))).json(),
+    )
     other = bring(tenant, png(a_picture(60, 90))).json()
 
     job = create(tenant, init_image=picture["id"], mask=mask["id"]).json()
@@ -329,7 +394,9 @@ def elsewhere_on_the_web():
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response({"/picture": 200, "/text": 200, "/huge": 200, "/away": 302}.get(self.path, 404))
+            self.send_response(
+                {"/picture": 200, "/text": 200, "/huge": 200, "/away": 302}.get(self.path, 404)
+            )
             self.send_header("Location", "/picture")
             self.end_headers()
             if self.path in ("/picture", "/text"):
@@ -359,7 +426,11 @@ def fetching(gateway_with, new_key, sql):
         kid = "SELECT tenant_id FROM api_keys ORDER BY created_at DESC LIMIT 1"
         sql(f"UPDATE tenants SET url_inputs = :may WHERE id = ({kid})", may=may)
         client = gateway_with(outbound_allowed_networks=networks)
-        return client.post("/v1/jobs", json={"prompt": "a dot", "tier": "batch", "init_image": url}, headers=bearer(key))
+        return client.post(
+            "/v1/jobs",
+            json={"prompt": "a dot", "tier": "batch", "init_image": url},
+            headers=bearer(key),
+        )
 
     return fetching
 
@@ -372,7 +443,9 @@ def test_a_picture_is_fetched_for_a_tenant_that_may(fetching, elsewhere_on_the_w
 
 
 @pytest.mark.parametrize("path", ["/text", "/nothing", "/away", "/huge"])
-def test_what_cannot_be_fetched_or_is_no_picture_is_refused(fetching, elsewhere_on_the_web, path):
+def test_a_url_that_cannot_be_fetched_or_holds_no_picture_is_refused(
+    fetching, elsewhere_on_the_web, path
+):
     answer = fetching(elsewhere_on_the_web + path)
 
     assert answer.status_code == 422
@@ -412,7 +485,9 @@ def test_private_addresses_are_reached_for_nobody(fetching, url):
 def test_a_store_that_is_away_is_said_and_leaves_no_file(gateway_with, new_key, elsewhere, sql):
     client, key = gateway_with(**elsewhere("object_store")), new_key()
 
-    answer = client.post("/v1/files", data={"file": (io.BytesIO(png()), "a.png")}, headers=bearer(key))
+    answer = client.post(
+        "/v1/files", data={"file": (io.BytesIO(png()), "a.png")}, headers=bearer(key)
+    )
 
     assert (answer.status_code, answer.json["part"]) == (503, "object_store")
     assert client.get("/v1/files", headers=bearer(key)).json["data"] == []

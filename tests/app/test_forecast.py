@@ -22,13 +22,18 @@ def house(a_house, stack_database):
 
     def hint(*, tenant_id=None, n=1, **fields):
         resolved = parts.resolve(Wish(prompt="a red circle", tier="batch", n=n, **fields))
-        return of_this_moment(lambda: parts.forecaster.release_hint(resolved, tenant_id or uuid.uuid4()))[0]
+        return of_this_moment(
+            lambda: parts.forecaster.release_hint(resolved, tenant_id or uuid.uuid4())
+        )[0]
 
     def announces(count):
         """Nearly as a release does: they are stamped, with no message."""
         with transaction(stack_database) as session:
             tenant = a_tenant(session)
-            made = [a_job(session, tenant=tenant, pool=house.pool, tier="batch", predicted_s=1) for _ in range(count)]
+            made = [
+                a_job(session, tenant=tenant, pool=house.pool, tier="batch", predicted_s=1)
+                for _ in range(count)
+            ]
             for job in made:
                 job.announced_at = job.accepted_at
         return made
@@ -47,12 +52,15 @@ def house(a_house, stack_database):
 def runs(house, jobs):
     with transaction(house.database) as session:
         for job in jobs:
-            taken = leases.take(session, job.id, worker=f"gpu0@{house.pool}", device="cpu", ttl_s=600)
+            taken = leases.take(
+                session, job.id, worker=f"gpu0@{house.pool}", device="cpu", ttl_s=600
+            )
             assert taken is not None
 
 
 def test_a_job_goes_at_once_up_to_the_slots_where_nobody_waits(house):
-    assert house.hint(n=8) is ReleaseHint.IMMEDIATE  # alone, though of 8 slots 3 are kept for better tiers
+    # alone, though of 8 slots 3 are kept for better tiers
+    assert house.hint(n=8) is ReleaseHint.IMMEDIATE
 
     house.announces(3)
 
@@ -85,7 +93,12 @@ def test_a_job_whose_tenant_is_behind_is_looked_at_whoever_waits(house):
     assert house.hint() is ReleaseHint.TRY_RELEASE
     assert house.hint(tenant_id=tenant.id) is ReleaseHint.TRY_RELEASE
     with transaction(house.database) as session:
-        running = session.query(Job.tenant_id).where(Job.pool == house.pool, Job.state == "running").first().tenant_id
+        running = (
+            session.query(Job.tenant_id)
+            .where(Job.pool == house.pool, Job.state == "running")
+            .first()
+            .tenant_id
+        )
     assert house.hint(tenant_id=running) is ReleaseHint.BACKLOGGED
 
 
@@ -103,7 +116,7 @@ def test_a_job_behind_some_that_lack_their_pictures_is_looked_at(house):
     assert house.hint() is ReleaseHint.TRY_RELEASE
 
 
-def test_what_a_batch_asks_of_another_pool_is_before_none_of_its_jobs(house):
+def test_jobs_of_a_batch_for_another_pool_are_before_none_of_the_rest(house):
     """Of a better tier in its own pool it is: not before it in its line, but it takes its time."""
     tenant, booked = house.waits(count=1, predicted_s=1), Booked(jobs=5, cost_s=100.0)
     flows = [(house.pool, "batch"), (house.pool, "fast"), ("another", "batch")]

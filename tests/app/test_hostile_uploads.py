@@ -1,4 +1,7 @@
-"""Some two hundred uploads that no gateway should fall over: none is taken for what it is not, none is a fault, memory is bounded."""
+"""Some two hundred uploads that no gateway should fall over.
+
+None is taken for what it is not, none is a fault, memory is bounded.
+"""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -33,7 +36,9 @@ def send(tenant, content: bytes, kind: str) -> httpx.Response:
     return tenant.post("/v1/files", content=content, headers={"Content-Type": kind})
 
 
-def test_no_hostile_upload_is_accepted_or_is_a_fault_and_memory_stays_bounded(new_tenant, gateway_memory, capsys):
+def test_no_hostile_upload_is_accepted_or_is_a_fault_and_memory_stays_bounded(
+    new_tenant, gateway_memory, capsys
+):
     tenant, uploads = new_tenant(), list(hostile())
     before, _ = gateway_memory()
 
@@ -49,7 +54,11 @@ def test_no_hostile_upload_is_accepted_or_is_a_fault_and_memory_stays_bounded(ne
     assert peak - before < MOST_MEMORY
     with capsys.disabled():
         count = len(answers) + len(wrongly_called)
-        print(f" [{count} hostile uploads: gateway {before >> 20} MiB before, {peak >> 20} at most, {after >> 20} after]", end="")
+        print(
+            f" [{count} hostile uploads: gateway {before >> 20} MiB before, {peak >> 20} at "
+            f"most, {after >> 20} after]",
+            end="",
+        )
 
 
 def test_strange_pictures_are_accepted_and_nothing_else_of_them_is_kept(new_tenant, gateway_memory):

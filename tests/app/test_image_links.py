@@ -1,4 +1,6 @@
-"""The way to the images: a redirect to a URL that is its own permission, and the bytes that the job told of."""
+"""The way to the images: a redirect to a URL that is its own permission, and the bytes that the job
+told of.
+"""
 
 import hashlib
 import io
@@ -26,7 +28,9 @@ def fetch(url: str) -> httpx.Response:
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_the_image_comes_without_a_key_and_is_the_one_that_the_job_told_of(api, finished_job, index):
+def test_the_image_comes_without_a_key_and_is_the_one_that_the_job_told_of(
+    api, finished_job, index
+):
     told = finished_job["images"][index]
 
     redirect = api.get(told["url"])
@@ -50,12 +54,18 @@ def test_neither_key_nor_tenant_s_secret_is_in_the_url(stack, api, finished_job)
 
 def test_an_image_that_the_job_does_not_have_is_not_found(api, finished_job):
     assert_problem(api.get(f"{finished_job['urls']['self']}/images/2"), 404, "image-not-found")
-    assert_problem(api.get(f"{finished_job['urls']['self']}/images/99999999999999999999"), 404, "image-not-found")
+    assert_problem(
+        api.get(f"{finished_job['urls']['self']}/images/99999999999999999999"),
+        404,
+        "image-not-found",
+    )
     assert_problem(api.get(f"{finished_job['urls']['self']}/images/-1"), 404, "not-found")
 
 
 def test_an_image_that_may_still_come_is_worth_waiting_for(api):
-    job = api.post("/v1/jobs", json={"prompt": "a red circle", "tier": "batch", "steps": 60, "n": 8}).json()
+    job = api.post(
+        "/v1/jobs", json={"prompt": "a red circle", "tier": "batch", "steps": 60, "n": 8}
+    ).json()
 
     answer = api.get(f"{job['urls']['self']}/images/7")
 
@@ -72,7 +82,7 @@ def test_an_image_that_will_not_come_is_not(api, canceled_job):
     assert canceled_job["images"][0]["url"] is None
 
 
-# --- through the gateway -------------------------------------------------------------------------------------------------
+# --- through the gateway --------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -109,7 +119,9 @@ def test_a_key_that_is_kept_on_the_way_does_no_harm(stack, api, image):
     url = f"{stack.env['DARKROOM_URL']}{image['url']}?redirect=false"
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-    content = opener.open(urllib.request.Request(url, headers={"Authorization": api.headers["Authorization"]})).read()
+    content = opener.open(
+        urllib.request.Request(url, headers={"Authorization": api.headers["Authorization"]})
+    ).read()
 
     assert hashlib.sha256(content).hexdigest() == image["content_sha256"]
 
@@ -124,13 +136,29 @@ def test_head_tells_what_get_would_bring(api, image):
 
 
 def test_curl_follows_head(stack, api, image):
-    command = ["curl", "-sIL", "--noproxy", "*", "-H", f"Authorization: {api.headers['Authorization']}"]
-    told = subprocess.run([*command, stack.env["DARKROOM_URL"] + image["url"]], capture_output=True, text=True, check=True, timeout=30)
+    command = [
+        "curl",
+        "-sIL",
+        "--noproxy",
+        "*",
+        "-H",
+        f"Authorization: {api.headers['Authorization']}",
+    ]
+    told = subprocess.run(
+        [*command, stack.env["DARKROOM_URL"] + image["url"]],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+    )
 
     assert told.stdout.startswith("HTTP/1.1 200")
 
 
-@pytest.mark.parametrize(("asked", "first", "last"), [("bytes=0-99", 0, 99), ("bytes=100-", 100, None), ("bytes=-50", -50, None)])
+@pytest.mark.parametrize(
+    ("asked", "first", "last"),
+    [("bytes=0-99", 0, 99), ("bytes=100-", 100, None), ("bytes=-50", -50, None)],
+)
 def test_a_part_comes_where_a_part_is_asked_for(api, image, asked, first, last):
     whole = api.get(image["url"], params={"redirect": "false"}).content
 
@@ -139,12 +167,17 @@ def test_a_part_comes_where_a_part_is_asked_for(api, image, asked, first, last):
     assert answer.status_code == 206
     assert answer.content == whole[first : None if last is None else last + 1]
     start = first if first >= 0 else len(whole) + first
-    assert answer.headers["Content-Range"] == f"bytes {start}-{start + len(answer.content) - 1}/{len(whole)}"
+    assert (
+        answer.headers["Content-Range"]
+        == f"bytes {start}-{start + len(answer.content) - 1}/{len(whole)}"
+    )
     assert int(answer.headers["Content-Length"]) == len(answer.content)
 
 
 def test_a_part_that_is_not_there_is_refused_with_the_size(api, image):
-    answer = api.get(image["url"], params={"redirect": "false"}, headers={"Range": "bytes=99999999-"})
+    answer = api.get(
+        image["url"], params={"redirect": "false"}, headers={"Range": "bytes=99999999-"}
+    )
 
     assert assert_problem(answer, 416, "range-not-satisfiable")["size_bytes"] == image["size_bytes"]
     assert answer.headers["Content-Range"] == f"bytes */{image['size_bytes']}"
@@ -156,7 +189,14 @@ def test_a_part_that_a_file_of_the_page_does_not_have_is_refused_too(nobody):
     assert_problem(answer, 416, "http-416")
 
 
-@pytest.mark.parametrize("headers", [{"Range": "bytes=0-1,5-6"}, {"Range": "lines=1-2"}, {"Range": "bytes=0-9", "If-Range": '"older"'}])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Range": "bytes=0-1,5-6"},
+        {"Range": "lines=1-2"},
+        {"Range": "bytes=0-9", "If-Range": '"older"'},
+    ],
+)
 def test_where_no_part_can_be_given_all_of_it_comes(api, image, headers):
     answer = api.get(image["url"], params={"redirect": "false"}, headers=headers)
 
@@ -178,7 +218,11 @@ def test_a_part_of_what_may_be_another_picture_is_all_of_it(api, image, told):
 
 
 def test_a_picture_that_a_client_has_is_not_sent_again(api, image):
-    answer = api.get(image["url"], params={"redirect": "false"}, headers={"If-None-Match": f'"{image["content_sha256"]}"'})
+    answer = api.get(
+        image["url"],
+        params={"redirect": "false"},
+        headers={"If-None-Match": f'"{image["content_sha256"]}"'},
+    )
 
     assert (answer.status_code, answer.content) == (304, b"")
 
@@ -190,20 +234,30 @@ def test_redirect_takes_true_and_false(api, image):
 
 def test_an_installation_may_hand_out_every_picture_itself(proxy, api, image):
     headers = bearer(api.headers["Authorization"].partition(" ")[2])
-    file = api.post("/v1/files", files={"file": proxy.get(image["url"], headers=headers).data}).json()
+    file = api.post(
+        "/v1/files", files={"file": proxy.get(image["url"], headers=headers).data}
+    ).json()
 
-    shown, content = proxy.get(image["url"], headers=headers), proxy.get(file["url"], headers=headers)
+    shown, content = (
+        proxy.get(image["url"], headers=headers),
+        proxy.get(file["url"], headers=headers),
+    )
 
     assert hashlib.sha256(shown.data).hexdigest() == image["content_sha256"]
     assert hashlib.sha256(content.data).hexdigest() == file["content_sha256"]
     assert len(content.data) == content.content_length == file["size_bytes"]
-    assert proxy.get(image["url"], headers=headers, query_string={"redirect": "true"}).status_code == 302
+    assert (
+        proxy.get(image["url"], headers=headers, query_string={"redirect": "true"}).status_code
+        == 302
+    )
 
 
 def test_a_store_that_is_away_is_told_with_when_to_come_again(gateway_with, elsewhere, api, image):
     headers = bearer(api.headers["Authorization"].partition(" ")[2])
 
-    answer = gateway_with(image_delivery="proxy", **elsewhere("object_store")).get(image["url"], headers=headers)
+    answer = gateway_with(image_delivery="proxy", **elsewhere("object_store")).get(
+        image["url"], headers=headers
+    )
 
     assert assert_problem(answer, 503, "part-unavailable")["part"] == "object_store"
     assert answer.headers["Retry-After"] == "2"
@@ -213,10 +267,14 @@ def test_a_picture_that_the_store_has_lost_is_not_found(proxy, api, stack_databa
     wish = {"prompt": "a green square", "steps": 2}
     job = api.post("/v1/jobs", json=wish, headers={"Prefer": "wait=60"}).json()
     with transaction(stack_database) as session:
-        key = session.scalar(select(Artifact.object_key).where(Artifact.job_id == uuid.UUID(job["id"])))
+        key = session.scalar(
+            select(Artifact.object_key).where(Artifact.job_id == uuid.UUID(job["id"]))
+        )
     proxy.application.extensions["darkroom"].store.delete(key)
 
-    assert_problem(api.get(job["images"][0]["url"], params={"redirect": "false"}), 404, "image-not-found")
+    assert_problem(
+        api.get(job["images"][0]["url"], params={"redirect": "false"}), 404, "image-not-found"
+    )
 
 
 @pytest.fixture
@@ -224,7 +282,9 @@ def link(proxy, api) -> str:
     """A link to an image, as an answer of the OpenAI dialect brings it."""
     headers = bearer(api.headers["Authorization"].partition(" ")[2])
     wish = {"prompt": "a red circle", "steps": 2, "response_format": "url"}
-    answer = proxy.post("/v1/images/generations", json=wish, headers={**headers, "Host": "images.example"})
+    answer = proxy.post(
+        "/v1/images/generations", json=wish, headers={**headers, "Host": "images.example"}
+    )
     return answer.json["data"][0]["url"]
 
 
@@ -241,11 +301,24 @@ def test_a_link_of_the_gateway_opens_without_a_key_and_with_one(proxy, link):
 
 
 def test_a_link_that_was_changed_or_is_over_opens_nothing(proxy, link, gateway_with):
-    path, query = urlsplit(link).path, {name: values[0] for name, values in parse_qs(urlsplit(link).query).items()}
+    path, query = (
+        urlsplit(link).path,
+        {name: values[0] for name, values in parse_qs(urlsplit(link).query).items()},
+    )
 
-    for changes in ({"expires": "99999999999"}, {"expires": "1"}, {"expires": "soon"}, {"signature": "ä"}, {"signature": ""}):
+    for changes in (
+        {"expires": "99999999999"},
+        {"expires": "1"},
+        {"expires": "soon"},
+        {"signature": "ä"},
+        {"signature": ""},
+    ):
         assert_problem(proxy.get(path, query_string=query | changes), 403, "link-expired")
-    assert_problem(proxy.get(f"/links/images/{'0' * 8}-0000-7000-8000-{'0' * 12}", query_string=query), 403, "link-expired")
+    assert_problem(
+        proxy.get(f"/links/images/{'0' * 8}-0000-7000-8000-{'0' * 12}", query_string=query),
+        403,
+        "link-expired",
+    )
     other = gateway_with(image_delivery="proxy", api_key_pepper="another pepper of this test")
     assert_problem(other.get(path, query_string=query), 403, "link-expired")
 
@@ -254,7 +327,10 @@ def test_a_link_holds_until_its_time_is_over(proxy, link, stack):
     path, pepper = urlsplit(link).path, stack.env["API_KEY_PEPPER"]
     artifact_id = uuid.UUID(path.rpartition("/")[2])
 
-    answers = {ttl_s: proxy.get(path, query_string=LinkSigner(pepper, ttl_s=ttl_s).signed(artifact_id)) for ttl_s in (60, -1)}
+    answers = {
+        ttl_s: proxy.get(path, query_string=LinkSigner(pepper, ttl_s=ttl_s).signed(artifact_id))
+        for ttl_s in (60, -1)
+    }
 
     assert answers[60].status_code == 200
     assert_problem(answers[-1], 403, "link-expired")

@@ -33,7 +33,9 @@ class Decoders:
 
 
 @pytest.mark.parametrize("why", ["object_store", "storage-quota-exceeded"])
-def test_after_one_picture_that_cannot_be_stored_no_further_one_of_the_request_is_decoded(runtime, caller, elsewhere, stack, why):
+def test_after_one_picture_that_cannot_be_stored_no_further_one_of_the_request_is_decoded(
+    runtime, caller, elsewhere, stack, why
+):
     decoders = Decoders(runtime.decoders)
     full = replace(runtime, decoders=decoders)
     if why == "object_store":
@@ -41,7 +43,10 @@ def test_after_one_picture_that_cannot_be_stored_no_further_one_of_the_request_i
         full = replace(full, store=ObjectStore(broken))
     else:
         caller = replace(caller, limits=Limits(max_stored_bytes=1))
-    asked = [replace(ASKED, pictures={"init_image": data_url(png(a_picture(20, 20 + place)))}) for place in range(3)]
+    asked = [
+        replace(ASKED, pictures={"init_image": data_url(png(a_picture(20, 20 + place)))})
+        for place in range(3)
+    ]
 
     batch = submit_batch(full, caller, iter(asked))
 
@@ -79,7 +84,9 @@ class SlowOutbound:
     ("each_s", "allowed_s"),
     [(10.0, [10.0, 10.0, 10.0]), (8.0, [10.0, 10.0, 10.0, 6.0]), (3.0, [10.0] * 6)],
 )
-def test_all_urls_of_a_request_together_take_at_most_three_times_the_time_of_one(runtime, caller, monkeypatch, each_s, allowed_s):
+def test_all_urls_of_a_request_together_take_at_most_three_times_the_time_of_one(
+    runtime, caller, monkeypatch, each_s, allowed_s
+):
     outbound = SlowOutbound(each_s)
     monkeypatch.setattr(inputs, "time", outbound)
     settings = runtime.settings.model_copy(update={"fetch_within_s": 10.0})
@@ -128,4 +135,6 @@ def test_a_mask_that_the_store_has_lost_leaves_the_others_to_be_judged(runtime, 
 
 
 def a_mask(key: str) -> SimpleNamespace:
-    return SimpleNamespace(id=uuid.uuid4(), object_key=key, content_sha256=uuid.uuid4().hex, mode="RGBA")
+    return SimpleNamespace(
+        id=uuid.uuid4(), object_key=key, content_sha256=uuid.uuid4().hex, mode="RGBA"
+    )

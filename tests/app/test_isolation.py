@@ -1,4 +1,7 @@
-"""Every route of the gateway, walked: nobody gets in without a key, with too few scopes, or to what is another tenant's."""
+"""Every route of the gateway, walked.
+
+Nobody gets in without a key, with too few scopes, or to what is another tenant's.
+"""
 
 import re
 import uuid
@@ -11,8 +14,17 @@ from models import api_keys, tenants
 from models.database import transaction
 from tests.app.conftest import bearer
 
-OPEN = {"/healthz", "/readyz", "/problems/<slug>", "/openapi.json", "/docs", "/docs/<path:name>", "/static/<path:filename>"}
-OPEN |= {"/links/images/<uuid:artifact_id>"}  # its signature is the key: tests/app/test_image_links.py
+OPEN = {
+    "/healthz",
+    "/readyz",
+    "/problems/<slug>",
+    "/openapi.json",
+    "/docs",
+    "/docs/<path:name>",
+    "/static/<path:filename>",
+}
+# its signature is the key: tests/app/test_image_links.py
+OPEN |= {"/links/images/<uuid:artifact_id>"}
 BODIES = {  # a body that would do, where one is needed before the id is looked at
     "/v1/admin/tenants/<uuid:tenant_id>": {"weight": 1.0},
     "/v1/admin/tenants/<uuid:tenant_id>/keys": {},
@@ -22,7 +34,11 @@ BODIES = {  # a body that would do, where one is needed before the id is looked 
 
 
 def every_route(app) -> list[tuple[str, str]]:
-    methods = [(rule.rule, method) for rule in app.url_map.iter_rules() for method in sorted(rule.methods - {"OPTIONS", "HEAD"})]
+    methods = [
+        (rule.rule, method)
+        for rule in app.url_map.iter_rules()
+        for method in sorted(rule.methods - {"OPTIONS", "HEAD"})
+    ]
     return [(rule, method) for rule, method in methods if rule not in OPEN]
 
 
@@ -34,22 +50,39 @@ def app(gateway_with):
 @pytest.fixture(scope="module")
 def owned(api, finished_job) -> dict[str, str]:
     """Ids of things that belong to the tenant of `api`, by the names that routes have for them."""
-    picture = httpx.get(f"{api.base_url}{finished_job['images'][0]['url']}", headers=api.headers, follow_redirects=True, trust_env=False)
-    file = api.post("/v1/files", content=picture.content, headers={"Content-Type": "image/png"}).json()
+    picture = httpx.get(
+        f"{api.base_url}{finished_job['images'][0]['url']}",
+        headers=api.headers,
+        follow_redirects=True,
+        trust_env=False,
+    )
+    file = api.post(
+        "/v1/files", content=picture.content, headers={"Content-Type": "image/png"}
+    ).json()
     endpoint = api.post("/v1/webhooks", json={"url": "https://example.com/"}).json()
     delivery = api.post(f"/v1/webhooks/{endpoint['id']}/test").json()
-    ids = {"job_id": finished_job["id"], "file_id": file["id"], "endpoint_id": endpoint["id"], "delivery_id": delivery["id"]}
+    ids = {
+        "job_id": finished_job["id"],
+        "file_id": file["id"],
+        "endpoint_id": endpoint["id"],
+        "delivery_id": delivery["id"],
+    }
     yield ids
     api.delete(f"/v1/webhooks/{endpoint['id']}")
 
 
 def filled(rule: str, ids: dict[str, str]) -> str:
     given = {"index": "0", "name": "pocket", **ids}
-    return re.sub(r"<(?:\w+:)?(\w+)>", lambda found: given.get(found[1], str(uuid.UUID(int=7))), rule)
+    return re.sub(
+        r"<(?:\w+:)?(\w+)>", lambda found: given.get(found[1], str(uuid.UUID(int=7))), rule
+    )
 
 
 def test_without_a_key_every_route_is_closed(app, nobody, owned):
-    answers = {(method, rule): nobody.request(method, filled(rule, owned)).status_code for rule, method in every_route(app)}
+    answers = {
+        (method, rule): nobody.request(method, filled(rule, owned)).status_code
+        for rule, method in every_route(app)
+    }
 
     assert {route: status for route, status in answers.items() if status != 401} == {}
 
@@ -59,15 +92,25 @@ def test_a_key_of_the_wrong_scope_opens_none(app, nobody, owned, stack, stack_da
     with transaction(stack_database) as session:
         tenant = tenants.create(session, name=f"app-{uuid.uuid4().hex[:8]}", actor="tests")
         for scope in ("read", "generate"):
-            own = {"tenant_id": tenant.id, "name": scope, "pepper": stack.env["API_KEY_PEPPER"], "actor": "tests"}
+            own = {
+                "tenant_id": tenant.id,
+                "name": scope,
+                "pepper": stack.env["API_KEY_PEPPER"],
+                "actor": "tests",
+            }
             keys[scope] = api_keys.issue(session, scopes=[scope], **own)[1]
 
     def status(rule, method):
         wrong = keys["generate" if method == "GET" else "read"]
         return nobody.request(method, filled(rule, owned), headers=bearer(wrong)).status_code
 
-    either = ("/v1/estimate", "POST")  # changes nothing, and whoever generates must know what it says
-    answers = {(method, rule): status(rule, method) for rule, method in every_route(app) if (rule, method) != either}
+    # changes nothing, and whoever generates must know what it says
+    either = ("/v1/estimate", "POST")
+    answers = {
+        (method, rule): status(rule, method)
+        for rule, method in every_route(app)
+        if (rule, method) != either
+    }
     assert {route: status for route, status in answers.items() if status != 403} == {}
 
 
@@ -81,19 +124,29 @@ def test_a_key_that_reads_and_generates_is_no_operator_s(app, new_tenant):
     answers = {}
     for rule, method in routes:
         own = filled(rule, {"tenant_id": key["tenant_id"], "key_id": key["id"]})
-        answers[method, rule] = customer.request(method, own, json=BODIES.get(rule) if method in ("POST", "PATCH") else None).status_code
+        answers[method, rule] = customer.request(
+            method, own, json=BODIES.get(rule) if method in ("POST", "PATCH") else None
+        ).status_code
 
     assert {route: status for route, status in answers.items() if status != 403} == {}
     assert customer.get("/v1/key").json() == key  # and its own key and limits are what they were
 
 
 def test_another_tenant_s_ids_are_not_there_on_any_route(app, stranger, api, owned):
-    with_ids = [(rule, method) for rule, method in every_route(app) if "<uuid:" in rule and not rule.startswith("/v1/admin")]
+    with_ids = [
+        (rule, method)
+        for rule, method in every_route(app)
+        if "<uuid:" in rule and not rule.startswith("/v1/admin")
+    ]
     assert len(with_ids) >= 17
 
     answers = {}
     for rule, method in with_ids:
-        answer = stranger.request(method, filled(rule, owned), json=BODIES.get(rule) if method in ("POST", "PATCH") else None)
+        answer = stranger.request(
+            method,
+            filled(rule, owned),
+            json=BODIES.get(rule) if method in ("POST", "PATCH") else None,
+        )
         answers[method, rule] = answer.status_code
 
     assert {route: status for route, status in answers.items() if status != 404} == {}
@@ -103,7 +156,11 @@ def test_another_tenant_s_ids_are_not_there_on_any_route(app, stranger, api, own
 
 
 def test_another_tenant_s_things_are_in_no_list_and_start_no_job(app, stranger, owned):
-    lists = [rule for rule, method in every_route(app) if method == "GET" and "<" not in rule and not rule.startswith("/v1/admin")]
+    lists = [
+        rule
+        for rule, method in every_route(app)
+        if method == "GET" and "<" not in rule and not rule.startswith("/v1/admin")
+    ]
     assert {"/v1/jobs", "/v1/files", "/v1/webhooks"} <= set(lists)
 
     for rule in lists:
@@ -113,5 +170,9 @@ def test_another_tenant_s_things_are_in_no_list_and_start_no_job(app, stranger, 
     assert stranger.post("/v1/jobs", json=body).status_code == 422
 
 
-def test_every_blueprint_asks_for_a_key_but_those_of_health_of_the_document_and_of_signed_links():
-    assert {blueprint.name for blueprint in BLUEPRINTS if not blueprint.before_request_funcs} == {"health", "openapi", "links"}
+def test_every_blueprint_but_health_the_document_and_signed_links_asks_for_a_key():
+    assert {blueprint.name for blueprint in BLUEPRINTS if not blueprint.before_request_funcs} == {
+        "health",
+        "openapi",
+        "links",
+    }

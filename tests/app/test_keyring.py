@@ -46,7 +46,12 @@ def kids(engine):
     """Twenty live keys of one tenant."""
     with transaction(engine) as session:
         tenant = tenants.create(session, name=f"app-keyring-{time.time_ns()}", actor="tests")
-        return [api_keys.issue(session, tenant_id=tenant.id, name="tests", pepper=PEPPER, actor="tests")[0].kid for _ in range(20)]
+        return [
+            api_keys.issue(
+                session, tenant_id=tenant.id, name="tests", pepper=PEPPER, actor="tests"
+            )[0].kid
+            for _ in range(20)
+        ]
 
 
 def used_for(ring, kids, seconds: float) -> None:

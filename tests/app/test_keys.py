@@ -24,17 +24,28 @@ def issue(stack, stack_database):
     def issue(**options) -> tuple[str, uuid.UUID]:
         with transaction(stack_database) as session:
             tenant = tenants.create(session, name=f"app-{uuid.uuid4().hex[:8]}", actor="tests")
-            own = {"tenant_id": tenant.id, "name": "tests", "pepper": stack.env["API_KEY_PEPPER"], "actor": "tests"}
+            own = {
+                "tenant_id": tenant.id,
+                "name": "tests",
+                "pepper": stack.env["API_KEY_PEPPER"],
+                "actor": "tests",
+            }
             row, key = api_keys.issue(session, **own, **options)
         return key, row.id
 
     return issue
 
 
-def test_a_revoked_key_is_refused_within_a_second_in_every_process(issue, nobody, gateway_with, stack_database):
+def test_a_revoked_key_is_refused_within_a_second_in_every_process(
+    issue, nobody, gateway_with, stack_database
+):
     key, key_id = issue()
     other = gateway_with(max_wait_s=58)
-    assert nobody.get("/v1/jobs", headers=bearer(key)).status_code == other.get("/v1/jobs", headers=bearer(key)).status_code == 200
+    assert (
+        nobody.get("/v1/jobs", headers=bearer(key)).status_code
+        == other.get("/v1/jobs", headers=bearer(key)).status_code
+        == 200
+    )
 
     with transaction(stack_database) as session:
         api_keys.revoke(session, key_id, actor="tests")
@@ -74,9 +85,16 @@ def test_a_remembered_key_ends_at_the_moment_it_expires(issue, gateway_with, mon
 
 @pytest.mark.parametrize(
     ("scopes", "reads", "generates", "administers"),
-    [(["read"], 200, 403, 403), (["generate"], 403, 202, 403), (["admin"], 403, 403, 200), (["generate", "read"], 200, 202, 403)],
+    [
+        (["read"], 200, 403, 403),
+        (["generate"], 403, 202, 403),
+        (["admin"], 403, 403, 200),
+        (["generate", "read"], 200, 202, 403),
+    ],
 )
-def test_a_key_does_what_its_scopes_say_and_nothing_else(issue, nobody, scopes, reads, generates, administers):
+def test_a_key_does_what_its_scopes_say_and_nothing_else(
+    issue, nobody, scopes, reads, generates, administers
+):
     key, _ = issue(scopes=scopes)
 
     job = nobody.post("/v1/jobs", json=BODY, headers=bearer(key))
@@ -102,7 +120,11 @@ def test_a_key_can_ask_who_it_is(issue, nobody):
 
     told = nobody.get("/v1/key", headers=bearer(key)).json()
 
-    assert (told["id"], told["scopes"], told["limits"]["requests_per_minute"]) == (str(key_id), ["read"], None)
+    assert (told["id"], told["scopes"], told["limits"]["requests_per_minute"]) == (
+        str(key_id),
+        ["read"],
+        None,
+    )
     assert told["actor"] == f"key:{key.split('_')[1]}"
 
 
@@ -110,7 +132,9 @@ def test_a_rotated_key_leaves_the_old_one_its_grace(issue, nobody, stack, stack_
     old, key_id = issue(scopes=["read"])
 
     with transaction(stack_database) as session:
-        row, new = api_keys.rotate(session, key_id, pepper=stack.env["API_KEY_PEPPER"], grace_s=1.5, actor="tests")
+        row, new = api_keys.rotate(
+            session, key_id, pepper=stack.env["API_KEY_PEPPER"], grace_s=1.5, actor="tests"
+        )
 
     assert row.scopes == ["read"]
     assert {nobody.get("/v1/jobs", headers=bearer(key)).status_code for key in (old, new)} == {200}
@@ -126,14 +150,22 @@ def test_the_last_use_of_a_key_is_noted(issue, nobody, stack_database):
 
     def used_at() -> datetime | None:
         with transaction(stack_database) as session:
-            return session.scalar(text("SELECT last_used_at FROM api_keys WHERE id = :id"), {"id": key_id})
+            return session.scalar(
+                text("SELECT last_used_at FROM api_keys WHERE id = :id"), {"id": key_id}
+            )
 
-    assert datetime.now(UTC) - until(used_at, what="its use") < timedelta(minutes=1)  # noted behind the answer's back
+    # noted behind the answer's back
+    assert datetime.now(UTC) - until(used_at, what="its use") < timedelta(minutes=1)
 
 
-@pytest.mark.parametrize("header", ["", "Bearer", "Basic a", "Bearer dr_x", "Bearer " + "a" * 500, "Bearer dr_aaaaaaaaaaaa_ü"])
-def test_what_is_no_key_is_refused_like_any_other(nobody, header):
-    answer = httpx.get(f"{nobody.base_url}/v1/jobs", headers={"Authorization": header.encode()}, trust_env=False)
+@pytest.mark.parametrize(
+    "header",
+    ["", "Bearer", "Basic a", "Bearer dr_x", "Bearer " + "a" * 500, "Bearer dr_aaaaaaaaaaaa_ü"],
+)
+def test_a_header_that_is_no_key_is_refused_like_an_unknown_key(nobody, header):
+    answer = httpx.get(
+        f"{nobody.base_url}/v1/jobs", headers={"Authorization": header.encode()}, trust_env=False
+    )
 
     assert_problem(answer, 401, "unauthenticated")
     assert answer.headers["WWW-Authenticate"].startswith("Bearer")

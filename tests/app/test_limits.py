@@ -38,8 +38,16 @@ def limited(stack, stack_database):
         with transaction(stack_database) as session:
             tenant = tenants.create(session, name=f"app-{uuid.uuid4().hex[:8]}", actor="tests")
             tenants.limit(session, tenant, changes=limits, actor="tests")
-            _, key = api_keys.issue(session, tenant_id=tenant.id, name="tests", pepper=stack.env["API_KEY_PEPPER"], actor="tests")
-        client = httpx.Client(base_url=stack.env["DARKROOM_URL"], headers=bearer(key), timeout=90, trust_env=False)
+            _, key = api_keys.issue(
+                session,
+                tenant_id=tenant.id,
+                name="tests",
+                pepper=stack.env["API_KEY_PEPPER"],
+                actor="tests",
+            )
+        client = httpx.Client(
+            base_url=stack.env["DARKROOM_URL"], headers=bearer(key), timeout=90, trust_env=False
+        )
         made.append((tenant.id, client))
         return client
 
@@ -49,13 +57,18 @@ def limited(stack, stack_database):
         with transaction(stack_database) as session:
             query = "SELECT id FROM jobs WHERE tenant_id = :id AND state IN ('queued', 'running')"
             ids = list(session.scalars(text(query), {"id": tenant_id}))
-        with httpx.Client(base_url=stack.env["DARKROOM_URL"], headers=client.headers, timeout=90, trust_env=False) as again:
+        with httpx.Client(
+            base_url=stack.env["DARKROOM_URL"], headers=client.headers, timeout=90, trust_env=False
+        ) as again:
             for job_id in ids:
                 again.post(f"/v1/jobs/{job_id}/cancel")
 
 
 def racing(sends, count=160) -> Counter:
-    """So many requests at once, in turns through the ways to send one; how many answers there were of each status."""
+    """So many requests at once, in turns through the ways to send one.
+
+    How many answers there were of each status.
+    """
     with ThreadPoolExecutor(40) as threads:
         return Counter(threads.map(lambda number: sends[number % len(sends)](), range(count)))
 
@@ -65,7 +78,10 @@ def through(client):
 
 
 def in_process(gateway_with, client):
-    """The same through another gateway, a process's worth of its own: nothing is shared but the stack's Redis and Postgres."""
+    """The same through another gateway, a process's worth of its own.
+
+    Nothing is shared but the stack's Redis and Postgres.
+    """
     app = gateway_with(max_wait_s=59).application
     key = {"Authorization": client.headers["Authorization"]}
     return lambda: app.test_client().post("/v1/jobs", json=BODY, headers=key).status_code
@@ -83,11 +99,15 @@ def test_of_160_racing_requests_exactly_as_many_pass_as_the_minute_allows(limite
 
 
 def test_the_headers_tell_where_one_stands(limited):
-    client = limited(requests_per_minute=100, megapixel_steps_per_minute=600, burst_megapixel_steps=60)
+    client = limited(
+        requests_per_minute=100, megapixel_steps_per_minute=600, burst_megapixel_steps=60
+    )
 
     answer = client.post("/v1/jobs", json=BODY)
 
-    assert answer.headers["RateLimit-Policy"] == '"requests";q=100;w=60, "megapixel-steps";q=600;w=60'
+    assert (
+        answer.headers["RateLimit-Policy"] == '"requests";q=100;w=60, "megapixel-steps";q=600;w=60'
+    )
     requests, budget = answer.headers["RateLimit"].split(", ")
     assert requests.startswith('"requests";r=99;t=')
     assert budget == '"megapixel-steps";r=59;t=0'
@@ -134,8 +154,10 @@ def test_a_job_that_no_budget_ever_holds_is_refused_for_good(limited):
     assert problem["errors"][0]["accepted"] == {"max_megapixel_steps": COST / 2}
 
 
-def test_what_came_to_nothing_costs_no_budget(limited):
-    client = limited(megapixel_steps_per_minute=0.06, burst_megapixel_steps=COST * 1.5, max_concurrent_jobs=1)
+def test_requests_that_come_to_nothing_cost_no_budget(limited):
+    client = limited(
+        megapixel_steps_per_minute=0.06, burst_megapixel_steps=COST * 1.5, max_concurrent_jobs=1
+    )
     key = {"Idempotency-Key": uuid.uuid4().hex}
 
     first = client.post("/v1/jobs", json=BODY, headers=key)
@@ -154,13 +176,18 @@ def test_of_160_racing_jobs_exactly_as_many_are_under_way_as_may_be(limited, gat
 
     answers = racing([through(client), in_process(gateway_with, client)])
 
-    active = sum(job["state"] in ("queued", "running", "storing") for job in client.get("/v1/jobs", params={"limit": 100}).json()["data"])
+    active = sum(
+        job["state"] in ("queued", "running", "storing")
+        for job in client.get("/v1/jobs", params={"limit": 100}).json()["data"]
+    )
     assert answers[202] >= 50
     assert answers[202] + answers[429] == 160
     assert active <= 50
 
 
-def test_the_daily_quota_is_exact_under_160_racing_jobs_and_survives_a_flushed_redis(limited, gateway_with, stack):
+def test_the_daily_quota_is_exact_under_160_racing_jobs_and_survives_a_flushed_redis(
+    limited, gateway_with, stack
+):
     client = limited(daily_megapixel_steps=Decimal("50") * Decimal(str(COST)))
 
     answers = racing([through(client), in_process(gateway_with, client)])
@@ -177,23 +204,33 @@ def test_the_daily_quota_is_exact_under_160_racing_jobs_and_survives_a_flushed_r
     assert used["limits"]["daily_megapixel_steps"] == pytest.approx(50 * COST)
 
 
-def test_what_is_taken_back_is_released_and_what_succeeds_is_settled(limited):
-    client = limited(monthly_megapixel_steps=Decimal(str(1.99 * COST)))  # one job, and what may have been done of another
+def test_a_canceled_job_s_quota_is_released_and_a_successful_one_s_is_settled(limited):
+    # one job, and what may have been done of another
+    client = limited(monthly_megapixel_steps=Decimal(str(1.99 * COST)))
     first = client.post("/v1/jobs", json=BODY).json()
-    assert assert_problem(client.post("/v1/jobs", json=BODY), 429, "quota-exceeded")["period"] == "month"
+    assert (
+        assert_problem(client.post("/v1/jobs", json=BODY), 429, "quota-exceeded")["period"]
+        == "month"
+    )
 
     client.post(first["urls"]["cancel"])
     second = client.post("/v1/jobs", json=BODY, headers={"Prefer": "wait=60"}).json()
 
     assert second["state"] == "succeeded"
     [day] = client.get("/v1/usage").json()["data"]
-    assert (day["jobs_accepted"], day["jobs_succeeded"], day["reserved_megapixel_steps"]) == (2, 1, 0.0)
+    assert (day["jobs_accepted"], day["jobs_succeeded"], day["reserved_megapixel_steps"]) == (
+        2,
+        1,
+        0.0,
+    )
     assert day["settled_megapixel_steps"] == pytest.approx(COST)
     assert Decimal(day["cost"]) == Decimal(second["cost"]["amount"])
     assert_problem(client.post("/v1/jobs", json=BODY), 429, "quota-exceeded")
 
 
-def test_a_job_that_is_canceled_while_it_runs_uses_up_quota_by_the_steps_that_it_had_done(limited, stack_database):
+def test_a_job_that_is_canceled_while_it_runs_uses_up_quota_by_the_steps_that_it_had_done(
+    limited, stack_database
+):
     client = limited(daily_megapixel_steps=Decimal(100))
     job = client.post("/v1/jobs", json={**BODY, "steps": 60, "n": 8}).json()
     until(lambda: progress_of(client, job) > 8, within_s=60, what="its second step")
@@ -206,13 +243,21 @@ def test_a_job_that_is_canceled_while_it_runs_uses_up_quota_by_the_steps_that_it
 
     day = until(day_of_work, within_s=30, what="the worker's last word")
     of_a_step = 128 * 128 / 1e6
-    assert (day["reserved_megapixel_steps"], day["settled_megapixel_steps"], Decimal(day["cost"])) == (0, 0, 0)
+    assert (
+        day["reserved_megapixel_steps"],
+        day["settled_megapixel_steps"],
+        Decimal(day["cost"]),
+    ) == (0, 0, 0)
     assert 8 * of_a_step < day["abandoned_megapixel_steps"] < 8 * 60 * of_a_step
-    assert client.get("/v1/usage").json()["used_megapixel_steps"]["today"] == pytest.approx(day["abandoned_megapixel_steps"])
+    assert client.get("/v1/usage").json()["used_megapixel_steps"]["today"] == pytest.approx(
+        day["abandoned_megapixel_steps"]
+    )
     with transaction(stack_database) as session:
         query = "SELECT sum(steps_done) FROM images WHERE job_id = :id"
         steps = session.scalar(text(query), {"id": job["id"]})
-        shown = session.scalar(text("SELECT steps_abandoned FROM job_history WHERE job_id = :id"), {"id": job["id"]})
+        shown = session.scalar(
+            text("SELECT steps_abandoned FROM job_history WHERE job_id = :id"), {"id": job["id"]}
+        )
     assert day["abandoned_megapixel_steps"] == pytest.approx(float(steps) * of_a_step)
     assert shown == steps
 
@@ -279,10 +324,15 @@ def test_tiers_and_models_that_are_not_allowed_are_forbidden_and_not_shown(limit
     client = limited(allowed_tiers=["batch"])
 
     for way in ("/v1/jobs", "/v1/estimate"):
-        problem = assert_problem(client.post(way, json={**BODY, "tier": "fast", "steps": 4}), 403, "forbidden")
+        problem = assert_problem(
+            client.post(way, json={**BODY, "tier": "fast", "steps": 4}), 403, "forbidden"
+        )
         assert problem["accepted"] == {"tiers": ["batch"]}
     assert [tier["id"] for tier in client.get("/v1/tiers").json()["data"]] == ["batch"]
-    for model in (client.get("/v1/models").json()["data"][0], client.get("/v1/models/pocket").json()):
+    for model in (
+        client.get("/v1/models").json()["data"][0],
+        client.get("/v1/models/pocket").json(),
+    ):
         assert list(model["tiers"]) == ["batch"]
     assert client.post("/v1/jobs", json=BODY).status_code == 202
 
@@ -320,12 +370,18 @@ def test_a_replay_of_what_was_taken_away_is_forbidden(limited, stack_database, t
     assert len(client.get("/v1/jobs").json()["data"]) == 1
 
 
-def test_without_redis_requests_are_counted_by_each_process_and_budgets_by_nobody(limited, gateway_with, elsewhere):
-    client = limited(requests_per_minute=5, megapixel_steps_per_minute=0.06, burst_megapixel_steps=1.5 * COST)
+def test_without_redis_requests_are_counted_by_each_process_and_budgets_by_nobody(
+    limited, gateway_with, elsewhere
+):
+    client = limited(
+        requests_per_minute=5, megapixel_steps_per_minute=0.06, burst_megapixel_steps=1.5 * COST
+    )
     app = gateway_with(**elsewhere("handoff")).application
     key = {"Authorization": client.headers["Authorization"]}
 
-    answers = [app.test_client().post("/v1/jobs", json=BODY, headers=key).status_code for _ in range(7)]
+    answers = [
+        app.test_client().post("/v1/jobs", json=BODY, headers=key).status_code for _ in range(7)
+    ]
 
     assert answers == [202] * 5 + [429] * 2
 
@@ -342,16 +398,28 @@ def test_a_changed_limit_holds_within_a_second(limited, stack_database):
     assert [client.get("/v1/jobs").status_code for _ in range(3)] == [200, 429, 429]
 
 
-def test_a_tenant_that_waits_for_its_own_lock_keeps_no_tier_s_releases_from_others(limited, stack_database):
+def test_a_tenant_that_waits_for_its_own_lock_keeps_no_tier_s_releases_from_others(
+    limited, stack_database
+):
     client = limited(max_concurrent_jobs=5)
     tenant_id = client.get("/v1/key").json()["tenant_id"]
 
     with ThreadPoolExecutor(1) as elsewhere, transaction(stack_database) as session:
         usage.lock(session, tenant_id=uuid.UUID(tenant_id))
         answer = elsewhere.submit(client.post, "/v1/jobs", json=BODY)
-        until(lambda: session.scalar(text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")) > 0)
+        until(
+            lambda: (
+                session.scalar(
+                    text(
+                        "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+                    )
+                )
+                > 0
+            )
+        )
         free = text("SELECT pg_try_advisory_xact_lock(hashtext('release:local:batch'))")
-        until(lambda: session.scalar(free), what="a moment without a release")  # the sweeper has it now and then
+        # the sweeper has it now and then
+        until(lambda: session.scalar(free), what="a moment without a release")
 
     assert answer.result().status_code == 202
 

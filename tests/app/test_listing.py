@@ -21,7 +21,9 @@ def tenant(new_tenant):
     """A tenant with seven jobs, five of them canceled."""
     tenant = new_tenant()
     for _ in range(5):
-        job = tenant.post("/v1/jobs", json={"prompt": "a red circle", "tier": "batch", "steps": 60}).json()
+        job = tenant.post(
+            "/v1/jobs", json={"prompt": "a red circle", "tier": "batch", "steps": 60}
+        ).json()
         tenant.post(job["urls"]["cancel"])
     for _ in range(2):
         tenant.post("/v1/jobs", json={"prompt": "a red circle", "steps": 1})
@@ -48,13 +50,18 @@ def test_the_cursor_walks_every_job_once_newest_first(tenant, limit):
 
 def test_a_walk_is_not_disturbed_by_jobs_that_come_meanwhile(new_tenant):
     tenant = new_tenant()
-    old = [tenant.post("/v1/jobs", json={"prompt": "a red circle", "tier": "batch"}).json() for _ in range(4)]
+    old = [
+        tenant.post("/v1/jobs", json={"prompt": "a red circle", "tier": "batch"}).json()
+        for _ in range(4)
+    ]
     first = tenant.get("/v1/jobs", params={"limit": 2}).json()
 
     old.append(tenant.post("/v1/jobs", json={"prompt": "a red circle", "tier": "batch"}).json())
     rest = tenant.get("/v1/jobs", params={"limit": 10, "cursor": first["next_cursor"]}).json()
 
-    assert [job["id"] for job in first["data"] + rest["data"]] == [job["id"] for job in reversed(old[:4])]
+    assert [job["id"] for job in first["data"] + rest["data"]] == [
+        job["id"] for job in reversed(old[:4])
+    ]
     for job in old:
         tenant.post(job["urls"]["cancel"])
 
@@ -62,7 +69,10 @@ def test_a_walk_is_not_disturbed_by_jobs_that_come_meanwhile(new_tenant):
 def test_the_next_page_is_also_a_link(tenant):
     answer = tenant.get("/v1/jobs", params={"limit": 3, "state": "canceled"})
 
-    assert tenant.get(answer.links["next"]["url"]).json()["data"][0]["id"] < answer.json()["data"][-1]["id"]
+    assert (
+        tenant.get(answer.links["next"]["url"]).json()["data"][0]["id"]
+        < answer.json()["data"][-1]["id"]
+    )
     assert "next" not in tenant.get("/v1/jobs").links
 
 
@@ -74,7 +84,9 @@ def test_the_shape_is_a_list(tenant):
 
 
 def test_a_list_can_be_of_one_state(tenant):
-    states = [job["state"] for job in tenant.get("/v1/jobs", params={"state": "canceled"}).json()["data"]]
+    states = [
+        job["state"] for job in tenant.get("/v1/jobs", params={"state": "canceled"}).json()["data"]
+    ]
 
     assert states == ["canceled"] * 5
     assert len(walk(tenant, state="canceled", limit=2)) == 5
@@ -111,7 +123,10 @@ def test_a_list_can_be_of_one_state(tenant):
     ],
 )
 def test_a_query_that_cannot_be_used_is_named(tenant, query, parameter):
-    assert assert_problem(tenant.get("/v1/jobs", params=query), 422, "invalid-query")["parameter"] == parameter
+    assert (
+        assert_problem(tenant.get("/v1/jobs", params=query), 422, "invalid-query")["parameter"]
+        == parameter
+    )
 
 
 def test_a_newcomer_s_list_is_empty(new_tenant, tenant):
@@ -122,7 +137,9 @@ def test_another_tenant_s_cursor_shows_only_one_s_own_jobs(api, canceled_job, te
     cursor = tenant.get("/v1/jobs", params={"limit": 1}).json()["next_cursor"]
 
     theirs = set(walk(tenant))
-    assert not theirs & {job["id"] for job in api.get("/v1/jobs", params={"cursor": cursor}).json()["data"]}
+    assert not theirs & {
+        job["id"] for job in api.get("/v1/jobs", params={"cursor": cursor}).json()["data"]
+    }
 
 
 def test_a_list_can_be_of_a_time(new_tenant):
@@ -131,15 +148,26 @@ def test_a_list_can_be_of_a_time(new_tenant):
     for _ in range(3):
         instants.append(datetime.now(UTC))
         time.sleep(0.02)
-        ids.append(tenant.post("/v1/jobs", json={"prompt": "a red circle", "tier": "batch"}).json()["id"])
+        ids.append(
+            tenant.post("/v1/jobs", json={"prompt": "a red circle", "tier": "batch"}).json()["id"]
+        )
         time.sleep(0.02)
     zone = timezone(timedelta(hours=5, minutes=30))
 
     assert walk(tenant, created_after=instants[1].isoformat()) == [ids[2], ids[1]]
     assert walk(tenant, created_before=instants[1].astimezone(zone).isoformat()) == [ids[0]]
-    assert walk(tenant, created_after=instants[1].isoformat(), created_before=instants[2].isoformat(), limit=1) == [ids[1]]
+    assert walk(
+        tenant,
+        created_after=instants[1].isoformat(),
+        created_before=instants[2].isoformat(),
+        limit=1,
+    ) == [ids[1]]
     assert walk(tenant, created_after=instants[0].isoformat(), limit=1) == ids[::-1]
-    assert walk(tenant, created_after="2100-01-01T00:00:00Z") == walk(tenant, created_before="1969-01-01t00:00:00.5z") == []
+    assert (
+        walk(tenant, created_after="2100-01-01T00:00:00Z")
+        == walk(tenant, created_before="1969-01-01t00:00:00.5z")
+        == []
+    )
     for job_id in ids:
         tenant.delete(f"/v1/jobs/{job_id}")
 
@@ -149,7 +177,9 @@ def test_a_list_up_to_an_instant_goes_on_behind_each_page(tenant):
     asked = {"created_before": "2100-01-01T00:00:00Z", "created_after": "2001-01-01T00:00:00Z"}
 
     first = tenant.get("/v1/jobs", params={**asked, "limit": 3}).json()
-    second = tenant.get("/v1/jobs", params={**asked, "limit": 3, "cursor": first["next_cursor"]}).json()
+    second = tenant.get(
+        "/v1/jobs", params={**asked, "limit": 3, "cursor": first["next_cursor"]}
+    ).json()
     early = {"created_before": "2001-01-01T00:00:00Z", "cursor": first["next_cursor"]}
 
     assert [job["id"] for job in first["data"] + second["data"]] == ids[:6]
@@ -158,15 +188,27 @@ def test_a_list_up_to_an_instant_goes_on_behind_each_page(tenant):
 
 def test_a_list_can_be_of_metadata(new_tenant, stranger):
     tenant, made = new_tenant(), {}
-    for number, metadata in enumerate([{"project": "a", "user": "1"}, {"project": "a", "user": "2"}, {"project": "b"}, {}]):
-        made[number] = tenant.post("/v1/jobs", json={"prompt": "a red circle", "tier": "batch", "metadata": metadata}).json()
+    for number, metadata in enumerate(
+        [{"project": "a", "user": "1"}, {"project": "a", "user": "2"}, {"project": "b"}, {}]
+    ):
+        made[number] = tenant.post(
+            "/v1/jobs", json={"prompt": "a red circle", "tier": "batch", "metadata": metadata}
+        ).json()
     of = {number: job["id"] for number, job in made.items()}
     tenant.post(made[0]["urls"]["cancel"])
 
-    assert walk(tenant, **{"metadata.project": "a"}) == walk(tenant, **{"metadata.project": "a"}, limit=1) == [of[1], of[0]]
+    assert (
+        walk(tenant, **{"metadata.project": "a"})
+        == walk(tenant, **{"metadata.project": "a"}, limit=1)
+        == [of[1], of[0]]
+    )
     assert walk(tenant, **{"metadata.project": "a", "metadata.user": "1"}) == [of[0]]
     assert walk(tenant, **{"metadata.project": "a", "state": "canceled"}) == [of[0]]
-    assert walk(tenant, **{"metadata.project": "c"}) == walk(stranger, **{"metadata.project": "a"}) == []
+    assert (
+        walk(tenant, **{"metadata.project": "c"})
+        == walk(stranger, **{"metadata.project": "a"})
+        == []
+    )
     for job_id in of.values():
         tenant.delete(f"/v1/jobs/{job_id}")
     assert walk(tenant, **{"metadata.project": "a"}) == []
@@ -186,15 +228,24 @@ def test_every_text_is_a_cursor_or_is_refused(text):
 @given(st.datetimes(timezones=st.timezones()))
 def test_every_instant_of_rfc_3339_is_read_and_is_a_bound(instant):
     offset = instant.utcoffset()
-    instant = instant.replace(tzinfo=timezone(timedelta(minutes=round(offset.total_seconds() / 60))))
+    instant = instant.replace(
+        tzinfo=timezone(timedelta(minutes=round(offset.total_seconds() / 60)))
+    )
 
     read = read_instant("created_after", instant.isoformat())
 
     assert read == instant
-    assert first_id(read) <= first_id(read + timedelta(milliseconds=1)) if read.year < 9999 else first_id(read)
+    assert (
+        first_id(read) <= first_id(read + timedelta(milliseconds=1))
+        if read.year < 9999
+        else first_id(read)
+    )
 
 
-@given(st.text(max_size=40) | st.from_regex(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)", fullmatch=True))
+@given(
+    st.text(max_size=40)
+    | st.from_regex(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)", fullmatch=True)
+)
 def test_every_text_is_an_instant_or_is_refused(text):
     with contextlib.suppress(InvalidQuery):
         assert isinstance(first_id(read_instant("created_after", text)), uuid.UUID)

@@ -1,7 +1,10 @@
-"""No two operations wait for each other in a circle: every pair of them, on one tenant's rows and on two tenants'.
+"""No two operations wait for each other in a circle.
 
-The database is one of our own in which whoever locks a row keeps it for some milliseconds before it goes on. So two operations that
-lock in different orders meet within a few tries, where in production it takes a busy day.
+Every pair of them, on one tenant's rows and on two tenants'.
+
+The database is one of our own in which whoever locks a row keeps it for some milliseconds before it
+goes on. So two operations that lock in different orders meet within a few tries, where in
+production it takes a busy day.
 """
 
 import io
@@ -36,7 +39,17 @@ SLOW = """
 CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN PERFORM pg_sleep(random() * 0.01); RETURN coalesce(NEW, OLD); END $$
 """
-LOCKED = ("tenants", "api_keys", "jobs", "files", "uploads", "flows", "usage_ledger", "webhook_endpoints", "webhook_deliveries")
+LOCKED = (
+    "tenants",
+    "api_keys",
+    "jobs",
+    "files",
+    "uploads",
+    "flows",
+    "usage_ledger",
+    "webhook_endpoints",
+    "webhook_deliveries",
+)
 A_DAY_S = 86_400.0
 JOB = {"prompt": "a red circle", "tier": "batch", "steps": 4, "n": 2}
 _colours = itertools.count()
@@ -55,7 +68,9 @@ class House:
         pepper = self.app.extensions["darkroom"].settings.api_key_pepper.get_secret_value()
         with transaction(self.database.app) as session:
             tenant = tenants.create(session, name=uuid.uuid4().hex, actor="tests")
-            row, key = api_keys.issue(session, tenant_id=tenant.id, name="tests", pepper=pepper, actor="tests")
+            row, key = api_keys.issue(
+                session, tenant_id=tenant.id, name="tests", pepper=pepper, actor="tests"
+            )
         return Tenant(self, tenant.id, row.id, key)
 
     def send(self, key: str, method: str, path: str, **content) -> tuple[int, dict]:
@@ -66,7 +81,10 @@ class House:
 
 @dataclass
 class Tenant:
-    """A tenant with one of everything that two operations may want at once; each is made when it is first asked for."""
+    """A tenant with one of everything that two operations may want at once.
+
+    Each is made when it is first asked for.
+    """
 
     house: House
     id: uuid.UUID
@@ -87,7 +105,9 @@ class Tenant:
 
     @cached_property
     def job(self) -> str:
-        return self.made("/v1/jobs", json={**JOB, "init_image": self.made("/v1/files", **a_file())["id"]})["id"]
+        return self.made(
+            "/v1/jobs", json={**JOB, "init_image": self.made("/v1/files", **a_file())["id"]}
+        )["id"]
 
     @cached_property
     def endpoint(self) -> str:
@@ -99,7 +119,14 @@ class Tenant:
 
 
 def a_file() -> dict:
-    return {"data": {"file": (io.BytesIO(png(a_picture(8 + next(_colours) % 999, 8 + next(_colours) // 999))), "picture.png")}}
+    return {
+        "data": {
+            "file": (
+                io.BytesIO(png(a_picture(8 + next(_colours) % 999, 8 + next(_colours) // 999))),
+                "picture.png",
+            )
+        }
+    }
 
 
 Act = Callable[[], tuple[int, dict]]
@@ -110,7 +137,11 @@ def call(method: str, path: str, **content) -> Operation:
     """An operation that is one request. {file}, {job} and so on in the path are the tenant's."""
 
     def prepare(tenant: Tenant) -> Act:
-        names = [name for name in ("file", "job", "endpoint", "delivery", "key_id", "id") if f"{{{name}}}" in path]
+        names = [
+            name
+            for name in ("file", "job", "endpoint", "delivery", "key_id", "id")
+            if f"{{{name}}}" in path
+        ]
         filled = path.format(**{name: getattr(tenant, name) for name in names})
         key = tenant.house.operator if path.startswith("/v1/admin") else tenant.key
         return lambda: tenant.house.send(key, method, filled, **content)
@@ -135,18 +166,40 @@ def upload(tenant: Tenant) -> Act:
 
 
 def is_rendered(tenant: Tenant) -> Act:
-    """What workers do to a job from its lease to its last image; not the API's, but beside it all day."""
+    """What workers do to a job from its lease to its last image.
+
+    Not the API's, but beside it all day.
+    """
     job_id, database = uuid.UUID(tenant.job), tenant.house.database.app
 
     def act() -> tuple[int, dict]:
-        lease = run_transaction(database, lambda session: leases.take(session, job_id, worker="gpu0@here", device="cpu", ttl_s=60))
+        lease = run_transaction(
+            database,
+            lambda session: leases.take(
+                session, job_id, worker="gpu0@here", device="cpu", ttl_s=60
+            ),
+        )
         try:
             for index in lease.pending if lease is not None else ():
                 told = {"rendered": rendered(), "store_within_s": 10}
-                run_transaction(database, lambda session, index=index, told=told: leases.hand_off(session, lease, index, **told))
-                stored = {"job_id": job_id, "index": index, "attempt": lease.attempt, "artifact": an_artifact(), "store_within_s": 10}
+                run_transaction(
+                    database,
+                    lambda session, index=index, told=told: leases.hand_off(
+                        session, lease, index, **told
+                    ),
+                )
+                stored = {
+                    "job_id": job_id,
+                    "index": index,
+                    "attempt": lease.attempt,
+                    "artifact": an_artifact(),
+                    "store_within_s": 10,
+                }
                 by = {"fleet": a_fleet(), "actor": "results"}
-                run_transaction(database, lambda session, stored=stored, by=by: jobs.store(session, **stored, **by))
+                run_transaction(
+                    database,
+                    lambda session, stored=stored, by=by: jobs.store(session, **stored, **by),
+                )
         except leases.LeaseLost:
             pass
         return 200, {}
@@ -161,7 +214,12 @@ def is_told_to_be_gone(tenant: Tenant) -> Act:
     def act() -> tuple[int, dict]:
         claim = run_transaction(database, lambda session: webhooks.claim(session, delivery_id))
         if claim is not None:
-            run_transaction(database, lambda session: webhooks.record(session, claim, Tried(410, None, 0.1, None), actor="courier"))
+            run_transaction(
+                database,
+                lambda session: webhooks.record(
+                    session, claim, Tried(410, None, 0.1, None), actor="courier"
+                ),
+            )
         return 200, {}
 
     return act
@@ -178,20 +236,32 @@ OPERATIONS: dict[str, Operation] = {
     "upload": upload,
     "erase a file": call("DELETE", "/v1/files/{file}"),
     "create a webhook": call("POST", "/v1/webhooks", json={"url": "http://127.0.0.1:9/hook"}),
-    "change a webhook": call("PATCH", "/v1/webhooks/{endpoint}", json={"description": "orders", "enabled": True}),
+    "change a webhook": call(
+        "PATCH", "/v1/webhooks/{endpoint}", json={"description": "orders", "enabled": True}
+    ),
     "delete a webhook": call("DELETE", "/v1/webhooks/{endpoint}"),
     "rotate a webhook's secret": call("POST", "/v1/webhooks/{endpoint}/rotate"),
     "test a webhook": call("POST", "/v1/webhooks/{endpoint}/test"),
     "redeliver": call("POST", "/v1/webhooks/deliveries/{delivery}/redeliver"),
     "rotate the key": call("POST", "/v1/admin/keys/{key_id}/rotate", json={"grace_s": 2_000_000}),
     "issue a key": call("POST", "/v1/admin/tenants/{id}/keys", json={}),
-    "limit the tenant": call("PATCH", "/v1/admin/tenants/{id}", json={"weight": 2.0, "max_concurrent_jobs": 1000}),
+    "limit the tenant": call(
+        "PATCH", "/v1/admin/tenants/{id}", json={"weight": 2.0, "max_concurrent_jobs": 1000}
+    ),
     "ask for the usage": call("GET", "/v1/usage"),
     "is rendered": is_rendered,
     "is told to be gone": is_told_to_be_gone,
 }
 PAIRS = list(itertools.combinations_with_replacement(OPERATIONS, 2))
-LIKELY = ("submit", "submit with a picture", "erase a file", "create a webhook", "rotate the key", "is told to be gone", "delete a webhook")
+LIKELY = (
+    "submit",
+    "submit with a picture",
+    "erase a file",
+    "create a webhook",
+    "rotate the key",
+    "is told to be gone",
+    "delete a webhook",
+)
 
 
 @pytest.fixture(scope="module")
@@ -201,16 +271,39 @@ def house(stack) -> Iterator[House]:
         with transaction(database.owner) as session:
             session.execute(text(SLOW))
             for table in LOCKED:
-                session.execute(text(f"CREATE TRIGGER z_slow BEFORE INSERT OR UPDATE ON {table} FOR EACH ROW EXECUTE FUNCTION slow()"))
-            session.execute(text("CREATE TRIGGER z_slow BEFORE INSERT ON audit_events FOR EACH ROW EXECUTE FUNCTION slow()"))
+                session.execute(
+                    text(
+                        f"CREATE TRIGGER z_slow BEFORE INSERT OR UPDATE ON {table} "
+                        "FOR EACH ROW EXECUTE FUNCTION slow()"
+                    )
+                )
+            session.execute(
+                text(
+                    "CREATE TRIGGER z_slow BEFORE INSERT ON audit_events "
+                    "FOR EACH ROW EXECUTE FUNCTION slow()"
+                )
+            )
         url = {"database_url": database.app.url.render_as_string(hide_password=False)}
-        settings = settings_for(GatewaySettings, stack.env, broker_url=corner, lease_ttl_s=A_DAY_S, **url)
-        house = House(create_app(settings, parse_fleet((REPO / "fleet.toml").read_text())), database, "")
+        settings = settings_for(
+            GatewaySettings, stack.env, broker_url=corner, lease_ttl_s=A_DAY_S, **url
+        )
+        house = House(
+            create_app(settings, parse_fleet((REPO / "fleet.toml").read_text())), database, ""
+        )
         with transaction(database.app) as session:
-            workers.heartbeat(session, name="gpu0@here", pool="local", device="cpu", slots=16, facts={})
+            workers.heartbeat(
+                session, name="gpu0@here", pool="local", device="cpu", slots=16, facts={}
+            )
             pepper = settings.api_key_pepper.get_secret_value()
             admin = tenants.create(session, name="operators", actor="tests")
-            _, house.operator = api_keys.issue(session, tenant_id=admin.id, name="tests", pepper=pepper, scopes=("admin",), actor="tests")
+            _, house.operator = api_keys.issue(
+                session,
+                tenant_id=admin.id,
+                name="tests",
+                pepper=pepper,
+                scopes=("admin",),
+                actor="tests",
+            )
 
         def note(failed) -> None:
             if (code := getattr(failed.original_exception, "pgcode", None)) in CONFLICTS:
@@ -237,7 +330,11 @@ def race(house: House, first: str, second: str, *, are_strangers: bool, tries: i
     for _ in range(tries):
         one = house.tenant()
         other = house.tenant() if are_strangers else one
-        acts = [OPERATIONS[name](tenant) for name, tenant in ((first, one), (second, other)) for _ in range(2)]
+        acts = [
+            OPERATIONS[name](tenant)
+            for name, tenant in ((first, one), (second, other))
+            for _ in range(2)
+        ]
 
         answers = at_once(*map(soon, acts))
 
@@ -261,11 +358,19 @@ def test_no_two_operations_deadlock_that_once_did(house, are_strangers):
 
 @contextmanager
 def conflicts(house: House, code: str, times: int) -> Iterator[None]:
-    """The first transactions that insert a job end as a conflict would; a sequence counts them, for that is not rolled back."""
+    """The first transactions that insert a job end as a conflict would.
+
+    A sequence counts them, for that is not rolled back.
+    """
     make = (
         "CREATE SEQUENCE tries",
         f"""CREATE FUNCTION conflict() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
-            BEGIN IF nextval('tries') <= {times} THEN RAISE EXCEPTION 'as if' USING ERRCODE = '{code}'; END IF; RETURN NEW; END $$""",
+            BEGIN
+                IF nextval('tries') <= {times}
+                THEN RAISE EXCEPTION 'as if' USING ERRCODE = '{code}';
+                END IF;
+                RETURN NEW;
+            END $$""",
         "CREATE TRIGGER a_conflict BEFORE INSERT ON jobs FOR EACH ROW EXECUTE FUNCTION conflict()",
     )
     with transaction(house.database.owner) as session:
@@ -289,7 +394,9 @@ def test_a_request_that_conflicts_is_tried_again_and_its_client_does_not_hear_of
     assert [listed["id"] for listed in tenant.send("GET", "/v1/jobs")[1]["data"]] == [job["id"]]
 
 
-def test_a_request_that_conflicts_every_time_is_told_to_come_again_and_not_that_the_database_is_away(house):
+def test_a_request_that_conflicts_every_time_is_told_to_come_again(
+    house,
+):
     tenant = house.tenant()
 
     with conflicts(house, "40P01", TRIES):
@@ -306,7 +413,9 @@ def test_two_who_rotate_a_webhook_s_secret_at_once_leave_one_that_lasts(house):
     at_once(*[OPERATIONS["rotate a webhook's secret"](tenant) for _ in range(4)])
 
     with transaction(house.database.app) as session:
-        query = "SELECT count(*) FROM webhook_secrets WHERE endpoint_id = :id AND expires_at IS NULL"
+        query = (
+            "SELECT count(*) FROM webhook_secrets WHERE endpoint_id = :id AND expires_at IS NULL"
+        )
         assert session.scalar(text(query), {"id": tenant.endpoint}) == 1
 
 

@@ -23,7 +23,9 @@ def owner(stack):
 
 @pytest.fixture
 def refused_word(owner):
-    """A word that Postgres does not let into a row: what a bug of ours, or a broken disk, may do to any statement.
+    """A word that Postgres does not let into a row.
+
+    What a bug of ours, or a broken disk, may do to any statement.
 
     but_in: it is let in with this.
     """
@@ -32,7 +34,9 @@ def refused_word(owner):
     def refused_word(*, but_in="false"):
         with transaction(owner) as session:
             condition = f"prompt NOT LIKE '%{word}%' OR {but_in}"
-            session.execute(text(f"ALTER TABLE jobs ADD CONSTRAINT tests_refuse CHECK ({condition}) NOT VALID"))
+            session.execute(
+                text(f"ALTER TABLE jobs ADD CONSTRAINT tests_refuse CHECK ({condition}) NOT VALID")
+            )
         return word
 
     yield refused_word
@@ -43,7 +47,11 @@ def refused_word(owner):
 def assert_in_no_log(stack, word, *, but_the_failure_in):
     """What went wrong is told there, and in Postgres's log, and the word in none."""
     for name in (but_the_failure_in, "postgres"):
-        until(lambda name=name: "tests_refuse" in stack.log_path(name).read_text(errors="replace"), within_s=60, what=f"a line of {name}")
+        until(
+            lambda name=name: "tests_refuse" in stack.log_path(name).read_text(errors="replace"),
+            within_s=60,
+            what=f"a line of {name}",
+        )
     for path in (stack.data_dir / "logs").iterdir():
         assert word not in path.read_text(errors="replace"), path.name
 
@@ -51,7 +59,10 @@ def assert_in_no_log(stack, word, *, but_the_failure_in):
 def test_a_prompt_that_the_gateway_cannot_write_is_in_no_log(stack, api, refused_word):
     word = refused_word()
 
-    answer = api.post("/v1/jobs", json={"prompt": f"a portrait of {word}", "tier": "batch", "metadata": {"who": word}})
+    answer = api.post(
+        "/v1/jobs",
+        json={"prompt": f"a portrait of {word}", "tier": "batch", "metadata": {"who": word}},
+    )
 
     assert word not in str(assert_problem(answer, 500, "unexpected"))
     assert_in_no_log(stack, word, but_the_failure_in="gateway")
@@ -61,7 +72,15 @@ def test_a_prompt_of_a_row_that_a_worker_cannot_write_is_in_no_log(stack, api, r
     word = refused_word(but_in="state <> 'succeeded'")
     negative = f"no {word}"
 
-    job = api.post("/v1/jobs", json={"prompt": f"a portrait of {word}", "negative_prompt": negative, "tier": "fast", "steps": 1}).json()
+    job = api.post(
+        "/v1/jobs",
+        json={
+            "prompt": f"a portrait of {word}",
+            "negative_prompt": negative,
+            "tier": "fast",
+            "steps": 1,
+        },
+    ).json()
 
     assert_in_no_log(stack, word, but_the_failure_in="results")
     api.post(job["urls"]["cancel"])
@@ -82,7 +101,8 @@ def test_log_lines_name_their_own_request_and_no_earlier_one_of_the_thread(gatew
 @pytest.mark.parametrize(
     "statement",
     [
-        "INSERT INTO tenants (id, name, weight) VALUES (gen_random_uuid(), :word, -1)",  # DETAIL: the failing row
+        # DETAIL: the failing row
+        "INSERT INTO tenants (id, name, weight) VALUES (gen_random_uuid(), :word, -1)",
         "SELECT nonsuch(:word)",  # LINE 1: the statement
         "SELECT CAST(:word AS integer)",  # the message itself
         "SELECT CAST('{' || :word AS jsonb)",  # CONTEXT
@@ -104,7 +124,9 @@ def test_a_row_that_is_there_twice_is_told_by_its_constraint_and_not_by_its_valu
     def twice():
         with transaction(owner) as session:
             job_id = a_job(session, prompt="unspeakable").id
-            session.execute(text("INSERT INTO jobs SELECT * FROM jobs WHERE id = :id"), {"id": job_id})
+            session.execute(
+                text("INSERT INTO jobs SELECT * FROM jobs WHERE id = :id"), {"id": job_id}
+            )
 
     with pytest.raises(DBAPIError, match="jobs_pkey") as refusal:
         twice()

@@ -1,4 +1,7 @@
-"""OpenAI's words for images, read against a fleet: what they come to, and that nothing else than a problem comes of nonsense."""
+"""OpenAI's words for images, read against a fleet.
+
+What they come to, and that nothing else than a problem comes of nonsense.
+"""
 
 import json
 import uuid
@@ -21,15 +24,72 @@ from settings import REPO
 from tests.builders import a_fleet
 
 FLEET = a_fleet()
-WORDS = ["prompt", "model", "n", "size", "quality", "output_format", "output_compression", "background", "moderation", "stream"]
-WORDS += ["partial_images", "response_format", "style", "user", "safety_identifier", "input_fidelity", "seed", "steps", "guidance", "tier"]
-WORDS += ["adapters", "sampler", "negative_prompt", "strength", "metadata", "metadata[a]", "svg", "frame_count", "image", "mask"]
+WORDS = [
+    "prompt",
+    "model",
+    "n",
+    "size",
+    "quality",
+    "output_format",
+    "output_compression",
+    "background",
+    "moderation",
+    "stream",
+]
+WORDS += [
+    "partial_images",
+    "response_format",
+    "style",
+    "user",
+    "safety_identifier",
+    "input_fidelity",
+    "seed",
+    "steps",
+    "guidance",
+    "tier",
+]
+WORDS += [
+    "adapters",
+    "sampler",
+    "negative_prompt",
+    "strength",
+    "metadata",
+    "metadata[a]",
+    "svg",
+    "frame_count",
+    "image",
+    "mask",
+]
 SPREAD = ["adapters[][name]", "adapters[][strength]"]
 SLOWLY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-ODD = st.sampled_from(["true", "auto", "transparent", "1", "-1", "1e999", "nan", "9" * 31, "\x00", "\ud800", 10**400, -(10**400), 1e308])
+ODD = st.sampled_from(
+    [
+        "true",
+        "auto",
+        "transparent",
+        "1",
+        "-1",
+        "1e999",
+        "nan",
+        "9" * 31,
+        "\x00",
+        "\ud800",
+        10**400,
+        -(10**400),
+        1e308,
+    ]
+)
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20) | ODD,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["name", "strength", "k"]), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(max_size=20)
+    | ODD,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["name", "strength", "k"]), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 
@@ -44,7 +104,13 @@ def a_job_that(state, *, failure_code=None, ended_ago_s=None, erased=False) -> J
     now = datetime.now(UTC)
     finished_at = None if ended_ago_s is None else now - timedelta(seconds=ended_ago_s)
     erased_at = now if erased else None
-    return Job(id=uuid.uuid4(), state=state, failure_code=failure_code, finished_at=finished_at, erased_at=erased_at)
+    return Job(
+        id=uuid.uuid4(),
+        state=state,
+        failure_code=failure_code,
+        finished_at=finished_at,
+        erased_at=erased_at,
+    )
 
 
 def understood(read_it) -> ImageCall | None:
@@ -69,7 +135,13 @@ def test_any_fields_at_all_are_understood_or_refused_with_a_problem_that_names_o
 
 
 @SLOWLY
-@given(form=st.dictionaries(st.sampled_from([*WORDS, *SPREAD]), st.lists(st.text(max_size=9), min_size=1, max_size=3), max_size=4))
+@given(
+    form=st.dictionaries(
+        st.sampled_from([*WORDS, *SPREAD]),
+        st.lists(st.text(max_size=9), min_size=1, max_size=3),
+        max_size=4,
+    )
+)
 def test_any_form_at_all_is_understood_or_refused_with_a_problem_that_names_a_field(form):
     understood(lambda: read(EDIT, gathered({"prompt": ["x"], **form}), FLEET))
 
@@ -80,21 +152,44 @@ def test_any_form_at_all_is_understood_or_refused_with_a_problem_that_names_a_fi
     steps=st.integers(1, 50),
     guidance=st.floats(0, 10),
     adapters=st.lists(st.tuples(st.sampled_from(["sepia", "comic"]), st.floats(-4, 4)), max_size=3),
-    metadata=st.dictionaries(st.from_regex(r"[a-z]{1,8}", fullmatch=True), st.from_regex(r"[a-z ]{1,8}", fullmatch=True), max_size=3),
+    metadata=st.dictionaries(
+        st.from_regex(r"[a-z]{1,8}", fullmatch=True),
+        st.from_regex(r"[a-z ]{1,8}", fullmatch=True),
+        max_size=3,
+    ),
     background=st.booleans(),
 )
-def test_a_form_asks_for_the_same_as_the_json_of_it(seed, steps, guidance, adapters, metadata, background):
-    fields = {"prompt": "x", "n": 2, "seed": seed, "steps": steps, "guidance": guidance, "metadata": metadata, "background": background}
+def test_a_form_asks_for_the_same_as_the_json_of_it(
+    seed, steps, guidance, adapters, metadata, background
+):
+    fields = {
+        "prompt": "x",
+        "n": 2,
+        "seed": seed,
+        "steps": steps,
+        "guidance": guidance,
+        "metadata": metadata,
+        "background": background,
+    }
     fields["adapters"] = [{"name": name, "strength": strength} for name, strength in adapters]
 
-    assert read(EDIT, gathered(as_form(fields)), FLEET) == read(EDIT, json.loads(json.dumps(fields)), FLEET)
+    assert read(EDIT, gathered(as_form(fields)), FLEET) == read(
+        EDIT, json.loads(json.dumps(fields)), FLEET
+    )
 
 
 def test_adapters_in_a_form_may_leave_out_their_strengths_all_or_none():
     bare = gathered({"prompt": ["x"], "adapters[][name]": ["sepia", "comic"]})
-    mixed = {"prompt": ["x"], "adapters[][name]": ["sepia", "comic"], "adapters[][strength]": ["0.5"]}
+    mixed = {
+        "prompt": ["x"],
+        "adapters[][name]": ["sepia", "comic"],
+        "adapters[][strength]": ["0.5"],
+    }
 
-    assert read(EDIT, bare, FLEET).wish.adapters == (AdapterWish("sepia", 1.0), AdapterWish("comic", 1.0))
+    assert read(EDIT, bare, FLEET).wish.adapters == (
+        AdapterWish("sepia", 1.0),
+        AdapterWish("comic", 1.0),
+    )
     with pytest.raises(InvalidImageRequest, match="adapters"):
         gathered(mixed)
 
@@ -145,7 +240,7 @@ def test_a_user_is_named_by_the_newer_field_if_there_are_two(fields, user):
         ({"stream": True, "response_format": "url"}, "response_format"),
     ],
 )
-def test_what_is_not_done_here_says_so(fields, param):
+def test_a_field_that_is_not_offered_here_says_so(fields, param):
     with pytest.raises(NotOffered) as refusal:
         read(GENERATION, {"prompt": "x", **fields}, FLEET)
 
@@ -160,7 +255,10 @@ def test_an_unknown_model_is_not_found_and_the_message_says_what_there_is():
 
 
 def test_a_background_that_is_a_boolean_is_ours_and_a_word_is_theirs():
-    keeps = {said: read(GENERATION, {"prompt": "x", "background": said}, FLEET).keeps_running for said in (True, "true", "auto", "opaque")}
+    keeps = {
+        said: read(GENERATION, {"prompt": "x", "background": said}, FLEET).keeps_running
+        for said in (True, "true", "auto", "opaque")
+    }
 
     assert keeps == {True: True, "true": True, "auto": False, "opaque": False}
 
@@ -169,14 +267,22 @@ def steps_of_wish(wish, fleet) -> int:
     return wish.steps or fleet.default_steps(fleet.default_model(), wish.tier)
 
 
-@pytest.mark.parametrize("fleet", [FLEET, parse_fleet((REPO / "fleet.toml").read_text())], ids=["of tests", "as shipped"])
+@pytest.mark.parametrize(
+    "fleet", [FLEET, parse_fleet((REPO / "fleet.toml").read_text())], ids=["of tests", "as shipped"]
+)
 def test_more_quality_has_more_steps(fleet):
-    wishes = [read(GENERATION, {"prompt": "x", "quality": quality}, fleet).wish for quality in ("low", "medium", "high")]
+    wishes = [
+        read(GENERATION, {"prompt": "x", "quality": quality}, fleet).wish
+        for quality in ("low", "medium", "high")
+    ]
 
     assert [wish.tier for wish in wishes] == ["fast", "fast", "quality"]
     assert [steps_of_wish(wish, fleet) for wish in wishes] == [4, 9, 20]
     for older, newer in (("standard", "medium"), ("hd", "high")):
-        same = [read(GENERATION, {"prompt": "x", "quality": quality}, fleet).wish for quality in (older, newer)]
+        same = [
+            read(GENERATION, {"prompt": "x", "quality": quality}, fleet).wish
+            for quality in (older, newer)
+        ]
         assert same[0] == same[1]
 
 
@@ -185,24 +291,40 @@ def test_each_quality_has_its_tier():
     tiers |= dict.fromkeys(("high", "xhigh", "max", "hd"), "quality")
 
     for quality, tier in tiers.items():
-        assert read(GENERATION, {"prompt": "x", "quality": quality}, FLEET).wish.tier == tier, quality
+        assert read(GENERATION, {"prompt": "x", "quality": quality}, FLEET).wish.tier == tier, (
+            quality
+        )
 
 
 def test_steps_and_a_tier_that_are_named_win_over_quality():
     for quality in ("low", "medium", "high"):
-        assert read(GENERATION, {"prompt": "x", "quality": quality, "steps": 3}, FLEET).wish.steps == 3
-        assert read(GENERATION, {"prompt": "x", "quality": quality, "tier": "batch"}, FLEET).wish.steps is None
+        assert (
+            read(GENERATION, {"prompt": "x", "quality": quality, "steps": 3}, FLEET).wish.steps == 3
+        )
+        assert (
+            read(GENERATION, {"prompt": "x", "quality": quality, "tier": "batch"}, FLEET).wish.steps
+            is None
+        )
     for tier in FLEET.tiers:
-        assert read(GENERATION, {"prompt": "x", "quality": "low", "tier": tier}, FLEET).wish.tier == tier
+        assert (
+            read(GENERATION, {"prompt": "x", "quality": "low", "tier": tier}, FLEET).wish.tier
+            == tier
+        )
 
 
 @SLOWLY
 @given(
-    sizes=st.lists(st.sampled_from(["128x128", "128x192", "192x128", "512x512", "1024x512"]), min_size=1, unique=True),
+    sizes=st.lists(
+        st.sampled_from(["128x128", "128x192", "192x128", "512x512", "1024x512"]),
+        min_size=1,
+        unique=True,
+    ),
     width=st.integers(1, 8000),
     height=st.integers(1, 8000),
 )
-def test_the_nearest_size_is_one_that_is_offered_and_a_picture_of_an_offered_size_keeps_it(sizes, width, height):
+def test_the_nearest_size_is_one_that_is_offered_and_a_picture_of_an_offered_size_keeps_it(
+    sizes, width, height
+):
     assert nearest_size(tuple(sizes), width, height) in sizes
     for size in sizes:
         assert nearest_size(tuple(sizes), *parse_size(size)) == size
@@ -223,11 +345,20 @@ def test_the_nearest_size_is_one_that_is_offered_and_a_picture_of_an_offered_siz
         ("canceled", {"ended_ago_s": 5}, True, False),
     ],
 )
-def test_a_further_try_joins_a_job_that_a_new_one_could_not_do_better_than(state, end, streams, joins):
+def test_a_further_try_joins_a_job_that_a_new_one_could_not_do_better_than(
+    state, end, streams, joins
+):
     assert may_still_answer(a_job_that(state, **end), streams=streams) is joins
 
 
-OURS = ("attempts_exhausted", "internal", "out_of_memory", "input_gone", "run_deadline", "not_stored")
+OURS = (
+    "attempts_exhausted",
+    "internal",
+    "out_of_memory",
+    "input_gone",
+    "run_deadline",
+    "not_stored",
+)
 THEIRS = ("unsupported", "not_finite")
 
 
@@ -236,7 +367,9 @@ def test_every_failure_is_somebody_s_fault():
 
 
 @pytest.mark.parametrize("code", [*OURS, *THEIRS])
-def test_a_failure_of_ours_is_a_server_error_that_clients_try_again_and_one_of_the_request_s_is_not(code):
+def test_a_failure_of_ours_is_a_server_error_and_one_of_the_request_s_is_not(
+    code,
+):
     problem = problem_of_end(uuid.uuid4(), "failed", code)
 
     assert isinstance(problem, JobFailed if code in OURS else InvalidImageRequest)
@@ -257,7 +390,7 @@ def test_a_failure_of_ours_is_a_server_error_that_clients_try_again_and_one_of_t
         ({}, False),
     ],
 )
-def test_what_was_made_for_dall_e_is_answered_with_urls_unless_it_says_otherwise(fields, is_url):
+def test_a_request_for_dall_e_is_answered_with_urls_unless_it_says_otherwise(fields, is_url):
     fleet = a_fleet({"models.pocket.aliases": ["dall-e-2", "dall-e-3", "gpt-image-1"]})
     wish = {"prompt": "x", **fields}
 
@@ -277,7 +410,9 @@ def test_what_was_made_for_dall_e_is_answered_with_urls_unless_it_says_otherwise
         (EDIT, {"prompt": "x", "strength": 0.25}, None, 0.25),
     ],
 )
-def test_guidance_and_strength_of_a_picture_are_as_asked_or_as_the_call_needs(kind, said, guidance, strength):
+def test_guidance_and_strength_of_a_picture_are_as_asked_or_as_the_call_needs(
+    kind, said, guidance, strength
+):
     wish = read(kind, said, FLEET).wish
 
     assert (wish.guidance, wish.strength) == (guidance, strength)
@@ -290,21 +425,44 @@ def test_a_generation_starts_from_no_picture_and_takes_no_strength():
 
 @pytest.mark.parametrize("as_text", [False, True])
 def test_every_extra_reaches_the_wish(as_text):
-    said = {"seed": 7, "steps": 3, "guidance": 2.5, "tier": "batch", "sampler": "euler", "clip_skip": 1}
+    said = {
+        "seed": 7,
+        "steps": 3,
+        "guidance": 2.5,
+        "tier": "batch",
+        "sampler": "euler",
+        "clip_skip": 1,
+    }
     said |= {"negative_prompt": "blue", "adapters": [{"name": "sepia", "strength": -0.5}]}
-    fields = {name: json.dumps(value) if not isinstance(value, str) else value for name, value in said.items()}
+    fields = {
+        name: json.dumps(value) if not isinstance(value, str) else value
+        for name, value in said.items()
+    }
 
-    asked = read(GENERATION, {"prompt": "x", "metadata": {"a": "b"}, **(fields if as_text else said)}, FLEET)
+    asked = read(
+        GENERATION, {"prompt": "x", "metadata": {"a": "b"}, **(fields if as_text else said)}, FLEET
+    )
 
     adapters = (AdapterWish("sepia", -0.5),)
     assert {name: getattr(asked.wish, name) for name in said} == said | {"adapters": adapters}
     assert asked.metadata == {"a": "b"}
 
 
-def test_what_is_null_is_as_if_it_were_not_said():
-    extras = ("seed", "steps", "guidance", "sampler", "negative_prompt", "strength", "clip_skip", "adapters")
+def test_null_is_as_if_it_were_not_said():
+    extras = (
+        "seed",
+        "steps",
+        "guidance",
+        "sampler",
+        "negative_prompt",
+        "strength",
+        "clip_skip",
+        "adapters",
+    )
 
-    nothing, bare = (read(GENERATION, {"prompt": "x", **said}, FLEET) for said in (dict.fromkeys(extras), {}))
+    nothing, bare = (
+        read(GENERATION, {"prompt": "x", **said}, FLEET) for said in (dict.fromkeys(extras), {})
+    )
 
     assert nothing.wish == bare.wish
     assert (bare.wish.negative_prompt, bare.wish.adapters) == ("", ())

@@ -36,16 +36,24 @@ def client(stack, key) -> openai.OpenAI:
 
 @pytest.fixture(scope="module")
 def rest(stack, key):
-    with httpx.Client(base_url=stack.env["DARKROOM_URL"], headers=bearer(key), timeout=90, trust_env=False) as rest:
+    with httpx.Client(
+        base_url=stack.env["DARKROOM_URL"], headers=bearer(key), timeout=90, trust_env=False
+    ) as rest:
         yield rest
 
 
 def a_client(stack, key, **options) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{stack.env['DARKROOM_URL']}/v1", api_key=key, **{"max_retries": 0, "timeout": 120, **options})
+    return openai.OpenAI(
+        base_url=f"{stack.env['DARKROOM_URL']}/v1",
+        api_key=key,
+        **{"max_retries": 0, "timeout": 120, **options},
+    )
 
 
 def decoded(b64_json) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(b64_json))).convert("RGB"), dtype=float)
+    return np.asarray(
+        Image.open(io.BytesIO(base64.b64decode(b64_json))).convert("RGB"), dtype=float
+    )
 
 
 def distance(one, other) -> float:
@@ -73,20 +81,35 @@ def jobs_of(rest) -> list[dict]:
 
 def test_generate_gives_images_and_our_own_members(client, rest):
     answer = client.images.generate(
-        model="pocket", prompt=PROMPT, n=2, size="128x128", extra_body={"seed": 7, "steps": 4, "tier": "fast", "guidance": 2.0}
+        model="pocket",
+        prompt=PROMPT,
+        n=2,
+        size="128x128",
+        extra_body={"seed": 7, "steps": 4, "tier": "fast", "guidance": 2.0},
     )
 
     first, second = answer.data
     assert decoded(first.b64_json).shape == (128, 128, 3)
     assert (first.seed, second.seed) == (7, 8)
-    assert (answer.seed, answer.steps, answer.tier, answer.guidance, answer.model_version) == (7, 4, "fast", 2.0, "1")
+    assert (answer.seed, answer.steps, answer.tier, answer.guidance, answer.model_version) == (
+        7,
+        4,
+        "fast",
+        2.0,
+        "1",
+    )
     assert (answer.size, answer.output_format, answer.background) == ("128x128", "png", "opaque")
     job = rest.get(f"/v1/jobs/{answer.job_id}").json()
-    assert [image["pixels_sha256"] for image in job["images"]] == [first.pixels_sha256, second.pixels_sha256]
+    assert [image["pixels_sha256"] for image in job["images"]] == [
+        first.pixels_sha256,
+        second.pixels_sha256,
+    ]
 
 
 def test_an_image_can_be_had_as_a_url(client):
-    answer = client.images.generate(prompt=PROMPT, response_format="url", output_format="webp", extra_body={"steps": 2})
+    answer = client.images.generate(
+        prompt=PROMPT, response_format="url", output_format="webp", extra_body={"steps": 2}
+    )
 
     got = httpx.get(answer.data[0].url, trust_env=False)
 
@@ -99,14 +122,20 @@ def test_a_program_gets_images_by_the_model_that_it_has_built_in(client, rest, m
     answer = client.images.generate(model=model, prompt=PROMPT, size="128x128")
 
     job = rest.get(f"/v1/jobs/{answer.job_id}").json()
-    assert (answer.model, answer.model_alias) == (job["model"], job["model_alias"]) == ("pocket", model)
+    assert (
+        (answer.model, answer.model_alias)
+        == (job["model"], job["model_alias"])
+        == ("pocket", model)
+    )
     assert client.models.retrieve(model).id == model
     assert model in [listed.id for listed in client.models.list()]
 
 
 def test_a_program_of_the_days_of_dall_e_reads_a_url_that_opens(client):
     """As LangChain's DallEAPIWrapper asks: no response_format, and nothing but `url` is read."""
-    answer = client.images.generate(model="dall-e-3", prompt=PROMPT, size="128x128", quality="standard", n=1)
+    answer = client.images.generate(
+        model="dall-e-3", prompt=PROMPT, size="128x128", quality="standard", n=1
+    )
 
     shown = httpx.get(answer.data[0].url, trust_env=False)
     assert (shown.status_code, shown.headers["Content-Type"]) == (200, "image/png")
@@ -141,11 +170,23 @@ def test_models_are_listed_and_shown(client):
 def test_an_edit_stays_near_its_picture_the_nearer_the_weaker(client):
     picture = a_picture()
 
-    near = client.images.edit(image=picture, prompt=PROMPT, extra_body={"strength": 0.1, "steps": 20, "seed": 1, "tier": "quality"})
-    far = client.images.edit(image=picture, prompt=PROMPT, extra_body={"strength": 0.95, "steps": 20, "seed": 1, "tier": "quality"})
+    near = client.images.edit(
+        image=picture,
+        prompt=PROMPT,
+        extra_body={"strength": 0.1, "steps": 20, "seed": 1, "tier": "quality"},
+    )
+    far = client.images.edit(
+        image=picture,
+        prompt=PROMPT,
+        extra_body={"strength": 0.95, "steps": 20, "seed": 1, "tier": "quality"},
+    )
 
     start = np.asarray(Image.open(io.BytesIO(picture)), dtype=float)
-    assert distance(decoded(near.data[0].b64_json), start) < 15 < distance(decoded(far.data[0].b64_json), start)
+    assert (
+        distance(decoded(near.data[0].b64_json), start)
+        < 15
+        < distance(decoded(far.data[0].b64_json), start)
+    )
     assert (near.strength, far.strength) == (0.1, 0.95)
 
 
@@ -153,11 +194,21 @@ def test_an_edit_with_a_mask_repaints_where_that_is_transparent(client):
     picture = a_picture()
 
     answer = client.images.edit(
-        image=("photo.png", picture, "image/png"), mask=a_mask(), prompt=PROMPT, size="auto", extra_body={"steps": 8, "seed": 3}
+        image=("photo.png", picture, "image/png"),
+        mask=a_mask(),
+        prompt=PROMPT,
+        size="auto",
+        extra_body={"steps": 8, "seed": 3},
     )
 
-    start, edited = np.asarray(Image.open(io.BytesIO(picture)), dtype=float), decoded(answer.data[0].b64_json)
-    kept, repainted = distance(edited[:, :48], start[:, :48]), distance(edited[:, 80:], start[:, 80:])
+    start, edited = (
+        np.asarray(Image.open(io.BytesIO(picture)), dtype=float),
+        decoded(answer.data[0].b64_json),
+    )
+    kept, repainted = (
+        distance(edited[:, :48], start[:, :48]),
+        distance(edited[:, 80:], start[:, 80:]),
+    )
     assert kept < 20 < 30 < repainted  # what the VAE alone does to a plain colour is 12
     assert answer.strength == 1.0
 
@@ -186,7 +237,10 @@ def test_variations_differ_from_each_other_and_not_too_much_from_their_picture(c
 def test_a_stream_shows_three_partial_images_that_are_made_of_its_latents(client):
     events = list(
         client.images.generate(
-            prompt=PROMPT, stream=True, partial_images=3, extra_body={"steps": 60, "tier": "quality", "seed": 7, "guidance": 3}
+            prompt=PROMPT,
+            stream=True,
+            partial_images=3,
+            extra_body={"steps": 60, "tier": "quality", "seed": 7, "guidance": 3},
         )
     )
 
@@ -198,14 +252,23 @@ def test_a_stream_shows_three_partial_images_that_are_made_of_its_latents(client
     assert distance(shown[0], shown[1]) > 0 < distance(shown[1], shown[2])
     height, width, _ = shown[2].shape
     small = np.asarray(Image.fromarray(final.astype("uint8")).resize((width, height)), dtype=float)
-    assert distance(shown[2], small) < distance(np.full_like(small, 128), small)  # colours by a linear guess from the latents
+    # colours by a linear guess from the latents
+    assert distance(shown[2], small) < distance(np.full_like(small, 128), small)
     assert events[-1].seed == 7
     assert events[-1].usage.total_tokens == 0
     assert {event.output_format for event in events} == {"png"}
 
 
 def test_an_edit_streams_too(client):
-    events = list(client.images.edit(image=a_picture(), prompt=PROMPT, stream=True, partial_images=1, extra_body={"steps": 20}))
+    events = list(
+        client.images.edit(
+            image=a_picture(),
+            prompt=PROMPT,
+            stream=True,
+            partial_images=1,
+            extra_body={"steps": 20},
+        )
+    )
 
     assert events[-1].type == "image_edit.completed"
     assert {event.type for event in events[:-1]} <= {"image_edit.partial_image"}
@@ -228,7 +291,9 @@ def test_an_edit_streams_too(client):
         ({"prompt": "x", "extra_body": {"frame_count": 4}}, "frame_count"),
     ],
 )
-def test_what_is_not_offered_or_wrong_is_a_bad_request_that_names_its_parameter(client, fields, param):
+def test_a_parameter_that_is_wrong_or_not_offered_is_a_bad_request_that_names_it(
+    client, fields, param
+):
     with pytest.raises(openai.BadRequestError) as refusal:
         client.images.generate(**fields)
 
@@ -265,7 +330,12 @@ def test_each_class_of_error_is_the_client_s_own(stack, client):
         client.get(f"/jobs/{uuid.uuid4()}", cast_to=object)
     with pytest.raises(openai.UnprocessableEntityError):
         client.post("/jobs", body={"prompt": "x", "steps": 0}, cast_to=object)
-    job = client.post("/jobs", body={"prompt": "x", "steps": 1}, cast_to=object, options={"headers": {"Prefer": "wait=60"}})
+    job = client.post(
+        "/jobs",
+        body={"prompt": "x", "steps": 1},
+        cast_to=object,
+        options={"headers": {"Prefer": "wait=60"}},
+    )
     with pytest.raises(openai.ConflictError):
         client.post(f"/jobs/{job['id']}/cancel", cast_to=object)
 
@@ -277,7 +347,9 @@ def test_a_call_that_times_out_is_tried_again_and_comes_to_the_same_job(stack, n
     with pytest.raises(openai.APITimeoutError):
         impatient.images.generate(prompt=PROMPT, extra_body={"tier": "batch", "steps": 60, "n": 8})
 
-    with httpx.Client(base_url=stack.env["DARKROOM_URL"], headers=bearer(key), trust_env=False) as rest:
+    with httpx.Client(
+        base_url=stack.env["DARKROOM_URL"], headers=bearer(key), trust_env=False
+    ) as rest:
         assert len(jobs_of(rest)) == 1
         rest.post(jobs_of(rest)[0]["urls"]["cancel"])
 
@@ -285,8 +357,12 @@ def test_a_call_that_times_out_is_tried_again_and_comes_to_the_same_job(stack, n
 def test_two_first_tries_are_two_jobs_and_a_further_try_joins_the_last(rest):
     body = {"prompt": PROMPT, "steps": 3, "seed": 99}
 
-    first, second = (rest.post("/v1/images/generations", json=body).json()["job_id"] for _ in range(2))
-    again = rest.post("/v1/images/generations", json=body, headers={"X-Stainless-Retry-Count": "1"}).json()["job_id"]
+    first, second = (
+        rest.post("/v1/images/generations", json=body).json()["job_id"] for _ in range(2)
+    )
+    again = rest.post(
+        "/v1/images/generations", json=body, headers={"X-Stainless-Retry-Count": "1"}
+    ).json()["job_id"]
 
     assert first != second
     assert again == second
@@ -296,10 +372,17 @@ def test_a_further_try_whose_first_is_long_over_is_a_new_job(rest, stack_databas
     body = {"prompt": PROMPT, "steps": 2, "seed": 98}
     first = rest.post("/v1/images/generations", json=body).json()["job_id"]
     with transaction(stack_database) as session:
-        session.execute(text("UPDATE jobs SET finished_at = finished_at - interval '11 minutes' WHERE id = :id"), {"id": first})
+        session.execute(
+            text(
+                "UPDATE jobs SET finished_at = finished_at - interval '11 minutes' WHERE id = :id"
+            ),
+            {"id": first},
+        )
 
     further = {"headers": {"X-Stainless-Retry-Count": "1"}}
-    second, third = (rest.post("/v1/images/generations", json=body, **further).json()["job_id"] for _ in range(2))
+    second, third = (
+        rest.post("/v1/images/generations", json=body, **further).json()["job_id"] for _ in range(2)
+    )
 
     assert second != first
     assert third == second
@@ -314,7 +397,8 @@ def test_a_further_try_joins_no_job_of_another_key(stack, stack_database, rest):
 
     keys = ({}, bearer(other), {}, bearer(other))
     first, theirs, again, theirs_again = (
-        rest.post("/v1/images/generations", json=body, headers={**further, **key}).json()["job_id"] for key in keys
+        rest.post("/v1/images/generations", json=body, headers={**further, **key}).json()["job_id"]
+        for key in keys
     )
 
     assert first != theirs
@@ -322,8 +406,14 @@ def test_a_further_try_joins_no_job_of_another_key(stack, stack_database, rest):
 
 
 def test_adapters_that_an_edit_asks_for_are_read_out_of_its_form(client):
-    with pytest.raises(openai.BadRequestError, match="adapters are not offered by model pocket") as refusal:
-        client.images.edit(image=a_picture(), prompt=PROMPT, extra_body={"adapters": [{"name": "sepia", "strength": 0.5}]})
+    with pytest.raises(
+        openai.BadRequestError, match="adapters are not offered by model pocket"
+    ) as refusal:
+        client.images.edit(
+            image=a_picture(),
+            prompt=PROMPT,
+            extra_body={"adapters": [{"name": "sepia", "strength": 0.5}]},
+        )
 
     assert refusal.value.param == "adapters"
 
@@ -336,7 +426,7 @@ def test_a_file_that_nothing_reads_is_refused_and_not_passed_over(client):
 
 
 @pytest.mark.parametrize(("field", "value"), [("seed", 10**400), ("user", "a\x00b")])
-def test_what_no_database_holds_is_a_bad_request(client, field, value):
+def test_a_value_that_no_database_holds_is_a_bad_request(client, field, value):
     with pytest.raises(openai.BadRequestError) as refusal:
         client.images.generate(prompt=PROMPT, extra_body={field: value})
 
@@ -346,8 +436,19 @@ def test_what_no_database_holds_is_a_bad_request(client, field, value):
 def test_a_tenant_s_limits_are_the_client_s_own_errors(stack, stack_database):
     with transaction(stack_database) as session:
         tenant = tenants.create(session, name=f"app-{uuid.uuid4().hex[:8]}", actor="tests")
-        tenants.limit(session, tenant, changes={"requests_per_minute": 2, "allowed_tiers": ["fast"]}, actor="tests")
-        _, key = api_keys.issue(session, tenant_id=tenant.id, name="tests", pepper=stack.env["API_KEY_PEPPER"], actor="tests")
+        tenants.limit(
+            session,
+            tenant,
+            changes={"requests_per_minute": 2, "allowed_tiers": ["fast"]},
+            actor="tests",
+        )
+        _, key = api_keys.issue(
+            session,
+            tenant_id=tenant.id,
+            name="tests",
+            pepper=stack.env["API_KEY_PEPPER"],
+            actor="tests",
+        )
     limited = a_client(stack, key)
 
     with pytest.raises(openai.PermissionDeniedError):
@@ -360,12 +461,23 @@ def test_a_tenant_s_limits_are_the_client_s_own_errors(stack, stack_database):
 
 
 def test_a_client_that_leaves_its_stream_cancels_the_job(client, rest):
-    stream = client.images.generate(prompt=PROMPT, stream=True, partial_images=3, extra_body={"tier": "batch", "steps": 60, "seed": 4711})
+    stream = client.images.generate(
+        prompt=PROMPT,
+        stream=True,
+        partial_images=3,
+        extra_body={"tier": "batch", "steps": 60, "seed": 4711},
+    )
     until(lambda: [job for job in jobs_of(rest) if job["seed"] == 4711])
     stream.response.close()
 
     [job] = [job for job in jobs_of(rest) if job["seed"] == 4711]
-    ended = until(lambda: (shown := rest.get(job["urls"]["self"]).json())["state"] in ("canceled", "succeeded") and shown, within_s=20)
+    ended = until(
+        lambda: (
+            (shown := rest.get(job["urls"]["self"]).json())["state"] in ("canceled", "succeeded")
+            and shown
+        ),
+        within_s=20,
+    )
     assert ended["state"] == "canceled"
 
 
@@ -381,17 +493,26 @@ def a_worker_that_stands_still(stack):
 def test_of_two_who_watch_one_job_only_the_last_to_leave_cancels_it(rest):
     body = {"prompt": PROMPT, "stream": True, "tier": "batch", "steps": 60, "seed": 4713}
     with rest.stream("POST", "/v1/images/generations", json=body) as first:
-        with rest.stream("POST", "/v1/images/generations", json=body, headers={"X-Stainless-Retry-Count": "1"}) as second:
+        with rest.stream(
+            "POST", "/v1/images/generations", json=body, headers={"X-Stainless-Retry-Count": "1"}
+        ) as second:
             for stream in (first, second):
                 assert stream.status_code == 200, stream.read()
             job_id = first.headers["X-Darkroom-Job-Id"]
             assert second.headers["X-Darkroom-Job-Id"] == job_id
-            chunks = first.iter_raw(), second.iter_raw()  # kept: with the iterator goes the connection
+            # kept: with the iterator goes the connection
+            chunks = first.iter_raw(), second.iter_raw()
             assert all(next(each) for each in chunks)
         time.sleep(4)  # a client that has gone is noticed at the second heartbeat
         assert rest.get(f"/v1/jobs/{job_id}").json()["state"] != "canceled"
 
-    ended = until(lambda: (shown := rest.get(f"/v1/jobs/{job_id}").json())["state"] in ("canceled", "succeeded") and shown, within_s=20)
+    ended = until(
+        lambda: (
+            (shown := rest.get(f"/v1/jobs/{job_id}").json())["state"] in ("canceled", "succeeded")
+            and shown
+        ),
+        within_s=20,
+    )
     assert ended["state"] == "canceled"
 
 
@@ -402,13 +523,17 @@ def test_a_job_that_was_asked_for_in_the_background_outlives_its_stream(client, 
     stream.response.close()
 
     [job] = [job for job in jobs_of(rest) if job["seed"] == 4712]
-    assert rest.get(job["urls"]["self"], headers={"Prefer": "wait=60"}).json()["state"] == "succeeded"
+    assert (
+        rest.get(job["urls"]["self"], headers={"Prefer": "wait=60"}).json()["state"] == "succeeded"
+    )
 
 
 def test_a_canceled_job_ends_its_call_with_a_conflict_and_its_stream_with_an_error(client, rest):
     body = {"tier": "batch", "steps": 60, "n": 1}
     with ThreadPoolExecutor(1) as threads:
-        call = threads.submit(client.images.generate, prompt=PROMPT, extra_body=body | {"seed": 815})
+        call = threads.submit(
+            client.images.generate, prompt=PROMPT, extra_body=body | {"seed": 815}
+        )
         [job] = until(lambda: [job for job in jobs_of(rest) if job["seed"] == 815])
         rest.post(job["urls"]["cancel"])
         with pytest.raises(openai.ConflictError):

@@ -1,4 +1,6 @@
-"""The served OpenAPI document: complete, valid, and true of what the gateway answers; and the page that shows it."""
+"""The served OpenAPI document: complete, valid, and true of what the gateway answers; and the page
+that shows it.
+"""
 
 import ast
 import json
@@ -77,14 +79,21 @@ def test_every_operation_says_what_it_does_in_a_few_words_of_its_own_and_at_leng
     summaries = [operation["summary"] for operation in operations]
 
     assert len(set(summaries)) == len(summaries)
-    assert [summary for summary in summaries if not re.fullmatch(r"[A-Z][A-Za-z' ()]{5,39}", summary)] == []
-    assert [operation["operationId"] for operation in operations if len(operation["description"]) < 20] == []
+    assert [
+        summary for summary in summaries if not re.fullmatch(r"[A-Z][A-Za-z' ()]{5,39}", summary)
+    ] == []
+    assert [
+        operation["operationId"] for operation in operations if len(operation["description"]) < 20
+    ] == []
 
 
 def test_it_is_served_to_anybody_and_cheaply(nobody):
     first = nobody.get("/openapi.json")
 
-    assert nobody.get("/openapi.json", headers={"If-None-Match": first.headers["ETag"]}).status_code == 304
+    assert (
+        nobody.get("/openapi.json", headers={"If-None-Match": first.headers["ETag"]}).status_code
+        == 304
+    )
 
 
 def test_another_document_has_another_tag_and_says_what_this_gateway_does(gateway_with):
@@ -101,8 +110,12 @@ def test_another_document_has_another_tag_and_says_what_this_gateway_does(gatewa
 
 def test_every_example_runs(spec, everything):
     ids = {"tenant_id": everything.tenant_id}
-    ids["endpoint_id"] = everything.post("/v1/webhooks", json={"url": "https://example.com/"}).json()["id"]
-    ids["key_id"] = everything.post(f"/v1/admin/tenants/{ids['tenant_id']}/keys", json={}).json()["id"]
+    ids["endpoint_id"] = everything.post(
+        "/v1/webhooks", json={"url": "https://example.com/"}
+    ).json()["id"]
+    ids["key_id"] = everything.post(f"/v1/admin/tenants/{ids['tenant_id']}/keys", json={}).json()[
+        "id"
+    ]
     ran = []
     for path, methods in spec["paths"].items():
         for method, operation in methods.items():
@@ -112,7 +125,11 @@ def test_every_example_runs(spec, everything):
                     continue
                 body = {
                     **example,
-                    **({"name": f"app-{uuid.uuid4().hex[:8]}"} if path == "/v1/admin/tenants" else {}),
+                    **(
+                        {"name": f"app-{uuid.uuid4().hex[:8]}"}
+                        if path == "/v1/admin/tenants"
+                        else {}
+                    ),
                 }
                 answer = everything.request(method, path.format(**ids), json=body)
                 good = next(status for status in operation["responses"] if status[0] == "2")
@@ -133,26 +150,50 @@ def test_every_example_runs(spec, everything):
 def members_of(spec) -> dict[str, dict]:
     """Every member of every component, by `Component.member`."""
     schemas = spec["components"]["schemas"]
-    return {f"{name}.{member}": says for name, schema in schemas.items() for member, says in schema.get("properties", {}).items()}
+    return {
+        f"{name}.{member}": says
+        for name, schema in schemas.items()
+        for member, says in schema.get("properties", {}).items()
+    }
 
 
 def parameters_of(spec) -> dict[tuple[str, str, str], dict]:
     """Every parameter, by (method, path, name)."""
-    operations = {(method, path): described for path, methods in spec["paths"].items() for method, described in methods.items()}
-    return {(*route, each["name"]): each for route, described in operations.items() for each in described["parameters"]}
+    operations = {
+        (method, path): described
+        for path, methods in spec["paths"].items()
+        for method, described in methods.items()
+    }
+    return {
+        (*route, each["name"]): each
+        for route, described in operations.items()
+        for each in described["parameters"]
+    }
 
 
 def test_every_member_and_every_parameter_is_described(spec):
     plain = {"id", "object"}
-    members = [name for name, says in members_of(spec).items() if "$ref" not in says and not says.get("description")]
-    parameters = [name for name, says in parameters_of(spec).items() if says["in"] != "path" and not says.get("description")]
+    members = [
+        name
+        for name, says in members_of(spec).items()
+        if "$ref" not in says and not says.get("description")
+    ]
+    parameters = [
+        name
+        for name, says in parameters_of(spec).items()
+        if says["in"] != "path" and not says.get("description")
+    ]
 
     assert [name for name in members if name.partition(".")[2] not in plain] == []
     assert parameters == []
 
 
 def test_components_are_named_as_programs_name_their_classes(spec):
-    assert [name for name in spec["components"]["schemas"] if not re.fullmatch(r"[A-Z][A-Za-z0-9]+", name)] == []
+    assert [
+        name
+        for name in spec["components"]["schemas"]
+        if not re.fullmatch(r"[A-Z][A-Za-z0-9]+", name)
+    ] == []
 
 
 def docstrings() -> set[str]:
@@ -160,7 +201,9 @@ def docstrings() -> set[str]:
     found = set()
     for path in (REPO / "app").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (
+                text := ast.get_docstring(node)
+            ):
                 found.add(" ".join(text.split()))
     return found
 
@@ -177,13 +220,17 @@ def texts(value) -> set[str]:
 def test_no_docstring_is_served(spec, nobody):
     known = docstrings()
     explained = [
-        nobody.get(f"/problems/{kind.slug}").json() for kind in problems.Problem.__subclasses__() if not kind.slug.startswith("http-")
+        nobody.get(f"/problems/{kind.slug}").json()
+        for kind in problems.Problem.__subclasses__()
+        if not kind.slug.startswith("http-")
     ]
 
     assert len(explained) > 40
     assert [about for about in explained if len(about["about"]) < 15] == []
     assert (texts(spec) | texts(explained)) & known == set()
-    assert "title" not in {word for schema in spec["components"]["schemas"].values() for word in schema}
+    assert "title" not in {
+        word for schema in spec["components"]["schemas"].values() for word in schema
+    }
 
 
 def test_every_member_that_a_problem_may_have_is_in_the_document(spec):
@@ -192,7 +239,11 @@ def test_every_member_that_a_problem_may_have_is_in_the_document(spec):
     given = set()
     for path in (REPO / "app").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in kinds:
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id in kinds
+            ):
                 given |= {keyword.arg for keyword in node.keywords if keyword.arg} - {
                     "retry_after_s",
                 }
@@ -267,17 +318,25 @@ def test_a_job_may_say_what_the_document_allows_and_not_more(spec, api, field, b
         for make in (good, bad)
     ]
 
-    assert [answer.status_code for answer in answers] == [200, 422], [answer.text for answer in answers]
+    assert [answer.status_code for answer in answers] == [200, 422], [
+        answer.text for answer in answers
+    ]
 
 
 def test_a_job_may_have_every_value_that_the_document_lists(spec, api):
-    listed = {field: bounds(spec, f"JobBody.{field}")["enum"] for field in ("model", "tier", "size", "sampler", "output_format")}
+    listed = {
+        field: bounds(spec, f"JobBody.{field}")["enum"]
+        for field in ("model", "tier", "size", "sampler", "output_format")
+    }
 
     for field, values in listed.items():
         for value in values:
             answer = api.post("/v1/estimate", json={"prompt": "a red circle", field: value})
             assert answer.status_code == 200, answer.text
-        assert api.post("/v1/estimate", json={"prompt": "a red circle", field: "no-such"}).status_code == 422
+        assert (
+            api.post("/v1/estimate", json={"prompt": "a red circle", field: "no-such"}).status_code
+            == 422
+        )
 
 
 @pytest.mark.parametrize(
@@ -327,7 +386,11 @@ def test_a_picture_s_answers_are_all_in_the_document(spec, path):
 
 
 def test_an_operation_that_answers_304_is_so_described(spec):
-    cheap = {path for path, item in spec["paths"].items() if "304" in item.get("get", {"responses": ()})["responses"]}
+    cheap = {
+        path
+        for path, item in spec["paths"].items()
+        if "304" in item.get("get", {"responses": ()})["responses"]
+    }
 
     assert cheap == {"/v1/jobs/{job_id}", "/v1/jobs/{job_id}/status", *PICTURES}
 
@@ -338,13 +401,24 @@ def test_every_operation_names_the_headers_and_the_query_that_it_reads(spec):
         by_name[name].add(f"{method} {path}")
     job, images = "/v1/jobs/{job_id}", "post /v1/images/"
     pictures = {f"get {path}" for path in PICTURES}
-    lists = {"get /v1/admin/tenants", "get /v1/files", "get /v1/jobs", "get /v1/webhooks/{endpoint_id}/deliveries"}
+    lists = {
+        "get /v1/admin/tenants",
+        "get /v1/files",
+        "get /v1/jobs",
+        "get /v1/webhooks/{endpoint_id}/deliveries",
+    }
     usage = {"get /v1/usage", "get /v1/admin/tenants/{tenant_id}/usage"}
     accepting = {"post /v1/jobs", f"post {job}/replay"}
 
-    read = {name: where for name, where in by_name.items() if not name.endswith(("_id", "index", "slug"))}
+    read = {
+        name: where
+        for name, where in by_name.items()
+        if not name.endswith(("_id", "index", "slug"))
+    }
     assert read == {
-        "Idempotency-Key": accepting | {"post /v1/jobs:batch"} | {images + name for name in ("generations", "edits", "variations")},
+        "Idempotency-Key": accepting
+        | {"post /v1/jobs:batch"}
+        | {images + name for name in ("generations", "edits", "variations")},
         "Prefer": accepting | {f"get {job}"},
         "If-None-Match": pictures | {f"get {job}", f"get {job}/status"},
         "Range": pictures,
@@ -429,7 +503,10 @@ def test_the_document_asks_of_headers_no_more_than_the_gateway(spec, api):
 
 def test_the_last_event_id_may_be_all_that_the_gateway_takes(spec):
     schema = parameters_of(spec)["get", "/v1/jobs/{job_id}/events", "Last-Event-ID"]["schema"]
-    judged = [Draft202012Validator(schema).is_valid(text) for text in ("", "7", "17-3", "x", "17-3-1", "1" * 16)]
+    judged = [
+        Draft202012Validator(schema).is_valid(text)
+        for text in ("", "7", "17-3", "x", "17-3-1", "1" * 16)
+    ]
 
     assert judged == [True, True, True, False, False, False]
 
@@ -439,8 +516,14 @@ def test_jobs_are_found_by_metadata_as_the_document_says(spec, api):
     validator = Draft202012Validator(parameter["schema"])
 
     assert (parameter["style"], parameter["explode"]) == ("form", True)
-    assert [validator.is_valid(each) for each in ({"metadata.order": "7"}, {"order": "7"}, {"metadata.": "7"})] == [True, False, False]
-    assert [api.get("/v1/jobs", params=each).status_code for each in ({"metadata.order": "7"}, {"order": "7"}, {"metadata.": "7"})] == [
+    assert [
+        validator.is_valid(each)
+        for each in ({"metadata.order": "7"}, {"order": "7"}, {"metadata.": "7"})
+    ] == [True, False, False]
+    assert [
+        api.get("/v1/jobs", params=each).status_code
+        for each in ({"metadata.order": "7"}, {"order": "7"}, {"metadata.": "7"})
+    ] == [
         200,
         422,
         422,
@@ -448,7 +531,12 @@ def test_jobs_are_found_by_metadata_as_the_document_says(spec, api):
 
 
 def test_only_what_needs_no_key_is_said_to_need_none(spec, nobody):
-    free = {path for path, methods in spec["paths"].items() for described in methods.values() if described.get("security") == []}
+    free = {
+        path
+        for path, methods in spec["paths"].items()
+        for described in methods.values()
+        if described.get("security") == []
+    }
 
     assert free == {"/healthz", "/readyz", "/problems/{slug}"}
     for path in free:
@@ -478,7 +566,10 @@ def test_the_page_loads_nothing_from_elsewhere(nobody):
 @pytest.mark.browser
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
 def test_the_page_shows_the_operations(stack, tmp_path):
-    """In a real browser; what it draws is in shadow roots, so we look at the picture's size and at the dumped text."""
+    """In a real browser.
+
+    What it draws is in shadow roots, so we look at the picture's size and at the dumped text.
+    """
     picture = tmp_path / "docs.png"
     command = [
         "chromium",
@@ -498,8 +589,11 @@ def test_the_page_shows_the_operations(stack, tmp_path):
     assert picture.stat().st_size > 30_000, json.dumps(picture.stat().st_size)
 
 
-def test_what_an_answer_always_has_is_required_and_what_comes_and_goes_is_not(spec):
-    required = {name: set(schema.get("required", ())) for name, schema in spec["components"]["schemas"].items()}
+def test_members_that_an_answer_always_has_are_required_and_others_are_not(spec):
+    required = {
+        name: set(schema.get("required", ()))
+        for name, schema in spec["components"]["schemas"].items()
+    }
 
     assert required["RefusedItem"] == {"type", "title", "status", "detail"}
     assert required["JobWarning"] == {"code", "field", "detail"}

@@ -1,4 +1,7 @@
-"""Pictures are looked at last: what is refused anyhow costs no decoding, no fetch and no room; what is stored counts against a quota."""
+"""Pictures are looked at last: what is refused anyhow costs no decoding, no fetch and no room.
+
+What is stored counts against a quota.
+"""
 
 import base64
 import uuid
@@ -32,8 +35,18 @@ def limited(stack, stack_database):
             tenant = tenants.create(session, name=f"app-{uuid.uuid4().hex[:8]}", actor="tests")
             if limits:
                 tenants.limit(session, tenant, changes=limits, actor="tests")
-            _, key = api_keys.issue(session, tenant_id=tenant.id, name="tests", pepper=stack.env["API_KEY_PEPPER"], actor="tests")
-        made.append(httpx.Client(base_url=stack.env["DARKROOM_URL"], headers=bearer(key), timeout=90, trust_env=False))
+            _, key = api_keys.issue(
+                session,
+                tenant_id=tenant.id,
+                name="tests",
+                pepper=stack.env["API_KEY_PEPPER"],
+                actor="tests",
+            )
+        made.append(
+            httpx.Client(
+                base_url=stack.env["DARKROOM_URL"], headers=bearer(key), timeout=90, trust_env=False
+            )
+        )
         return made[-1]
 
     yield limited
@@ -57,7 +70,12 @@ REFUSED = [
     pytest.param({}, {"start_deadline_s": 1e9}, 422, id="a deadline that is too long"),
     pytest.param({"allowed_tiers": ["fast"]}, {}, 403, id="a tier that the tenant may not use"),
     pytest.param({"daily_megapixel_steps": Decimal("0")}, {}, 429, id="no quota"),
-    pytest.param({"megapixel_steps_per_minute": 1.0, "burst_megapixel_steps": COST / 2}, {}, 422, id="a budget that never holds it"),
+    pytest.param(
+        {"megapixel_steps_per_minute": 1.0, "burst_megapixel_steps": COST / 2},
+        {},
+        422,
+        id="a budget that never holds it",
+    ),
 ]
 
 
@@ -75,7 +93,10 @@ def test_a_job_that_is_refused_leaves_no_picture(limited, limits, change, status
 def test_a_batch_that_is_refused_leaves_none_either(limited, limits, change, status):
     client = limited(**limits)
 
-    answer = client.post("/v1/jobs:batch", json={"jobs": [{**BODY, "init_image": data_url(seed), **change} for seed in range(3)]})
+    answer = client.post(
+        "/v1/jobs:batch",
+        json={"jobs": [{**BODY, "init_image": data_url(seed), **change} for seed in range(3)]},
+    )
 
     assert answer.status_code in (status, 200)
     if answer.status_code == 200:
@@ -83,21 +104,32 @@ def test_a_batch_that_is_refused_leaves_none_either(limited, limits, change, sta
     assert files_of(client) == []
 
 
-@pytest.mark.parametrize(("limits", "change", "status"), [case for case in REFUSED if case.id not in ("a deadline that is too long",)])
+@pytest.mark.parametrize(
+    ("limits", "change", "status"),
+    [case for case in REFUSED if case.id not in ("a deadline that is too long",)],
+)
 def test_neither_does_an_edit(limited, limits, change, status):
     client = limited(**limits)
 
-    answer = client.post("/v1/images/edits", data={**BODY, **change}, files={"image": ("a.png", png()), "mask": ("m.png", png())})
+    answer = client.post(
+        "/v1/images/edits",
+        data={**BODY, **change},
+        files={"image": ("a.png", png()), "mask": ("m.png", png())},
+    )
 
     assert answer.status_code == (400 if status == 422 else status), answer.json()
     assert files_of(client) == []
 
 
-def test_a_budget_that_is_spent_is_found_before_a_picture_is_decoded_and_nothing_of_it_is_taken(limited):
+def test_a_spent_budget_is_found_before_a_picture_is_decoded_and_nothing_is_taken(
+    limited,
+):
     client = limited(megapixel_steps_per_minute=0.06, burst_megapixel_steps=COST * 1.5)
     assert client.post("/v1/jobs", json={**BODY, "init_image": data_url(1)}).status_code == 202
 
-    answers = [client.post("/v1/jobs", json={**BODY, **more}) for more in ({"init_image": data_url(2)}, {})]
+    answers = [
+        client.post("/v1/jobs", json={**BODY, **more}) for more in ({"init_image": data_url(2)}, {})
+    ]
 
     for answer in answers:
         assert assert_problem(answer, 429, "budget-spent")["policy"] == "megapixel-steps"
@@ -110,7 +142,9 @@ def test_one_job_too_many_is_found_before_its_picture_is_decoded(limited):
     client = limited(max_concurrent_jobs=1)
     client.post("/v1/jobs", json={**BODY, "n": 8, "steps": 60})
 
-    assert_problem(client.post("/v1/jobs", json={**BODY, "init_image": data_url(2)}), 429, "too-many-jobs")
+    assert_problem(
+        client.post("/v1/jobs", json={**BODY, "init_image": data_url(2)}), 429, "too-many-jobs"
+    )
 
     assert files_of(client) == []
 
@@ -129,11 +163,20 @@ def test_a_key_that_only_reads_brings_nothing(stack, stack_database, limited):
     client = limited()
     tenant_id = uuid.UUID(client.get("/v1/key").json()["tenant_id"])
     with transaction(stack_database) as session:
-        own = {"tenant_id": tenant_id, "name": "reads", "pepper": stack.env["API_KEY_PEPPER"], "actor": "tests"}
+        own = {
+            "tenant_id": tenant_id,
+            "name": "reads",
+            "pepper": stack.env["API_KEY_PEPPER"],
+            "actor": "tests",
+        }
         _, key = api_keys.issue(session, scopes=["read"], **own)
 
-    refused = client.post("/v1/files", content=png(), headers={**bearer(key), "Content-Type": "image/png"})
-    estimate = client.post("/v1/estimate", json={**BODY, "init_image": data_url()}, headers=bearer(key))
+    refused = client.post(
+        "/v1/files", content=png(), headers={**bearer(key), "Content-Type": "image/png"}
+    )
+    estimate = client.post(
+        "/v1/estimate", json={**BODY, "init_image": data_url()}, headers=bearer(key)
+    )
 
     assert_problem(refused, 403, "forbidden")
     assert (estimate.status_code, estimate.json()["strength"]) == (200, 0.8)
@@ -146,27 +189,42 @@ def test_a_request_brings_only_so_many_new_pictures(limited):
 
     batch = client.post("/v1/jobs:batch", json={"jobs": [*jobs, jobs[0]]}).json()
 
-    assert [item["status"] for item in batch["data"]] == [202] * MAX_NEW_PICTURES + [422] * 3 + [202]
+    assert [item["status"] for item in batch["data"]] == [202] * MAX_NEW_PICTURES + [422] * 3 + [
+        202
+    ]
     error = batch["data"][-2]["problem"]["errors"][0]
-    assert (error["pointer"], error["accepted"]) == ("/init_image", {"max_new_pictures": MAX_NEW_PICTURES})
+    assert (error["pointer"], error["accepted"]) == (
+        "/init_image",
+        {"max_new_pictures": MAX_NEW_PICTURES},
+    )
     assert len(files_of(client)) == MAX_NEW_PICTURES
 
 
 def test_pictures_that_are_no_pictures_count_as_new_ones_and_are_decoded_once(limited):
     client = limited()
-    nothing = ["data:image/png;base64," + base64.b64encode(f"nothing {n}".encode()).decode() for n in range(MAX_NEW_PICTURES)]
+    nothing = [
+        "data:image/png;base64," + base64.b64encode(f"nothing {n}".encode()).decode()
+        for n in range(MAX_NEW_PICTURES)
+    ]
 
-    batch = client.post("/v1/jobs:batch", json={"jobs": [{**BODY, "init_image": url} for url in [*nothing, nothing[0], data_url()]]}).json()
+    batch = client.post(
+        "/v1/jobs:batch",
+        json={"jobs": [{**BODY, "init_image": url} for url in [*nothing, nothing[0], data_url()]]},
+    ).json()
 
     kinds = [item["problem"]["type"] for item in batch["data"]]
-    assert kinds == ["/problems/invalid-picture"] * (MAX_NEW_PICTURES + 1) + ["/problems/invalid-image-request"]
+    assert kinds == ["/problems/invalid-picture"] * (MAX_NEW_PICTURES + 1) + [
+        "/problems/invalid-image-request"
+    ]
 
 
 def test_files_that_are_there_are_no_new_pictures(limited):
     client = limited()
     file = client.post("/v1/files", content=png(), headers={"Content-Type": "image/png"}).json()
 
-    batch = client.post("/v1/jobs:batch", json={"jobs": [{**BODY, "init_image": file["id"]}] * 30}).json()
+    batch = client.post(
+        "/v1/jobs:batch", json={"jobs": [{**BODY, "init_image": file["id"]}] * 30}
+    ).json()
 
     assert batch["accepted"] == 30
 
@@ -176,7 +234,11 @@ def test_nothing_is_fetched_for_a_job_that_is_refused(limited):
     client, url = limited(url_inputs=True), f"http://127.0.0.1:{a_closed_port()}/a.png"
 
     def pointer(**change):
-        problem = assert_problem(client.post("/v1/jobs", json={**BODY, "init_image": url, **change}), 422, "invalid-image-request")
+        problem = assert_problem(
+            client.post("/v1/jobs", json={**BODY, "init_image": url, **change}),
+            422,
+            "invalid-image-request",
+        )
         return problem["errors"][0]["pointer"]
 
     assert (pointer(steps=-1), pointer()) == ("/steps", "/init_image")
@@ -190,11 +252,14 @@ def upload(client, content: bytes):
     return client.post("/v1/files", content=content, headers={"Content-Type": "image/png"})
 
 
-def test_what_is_stored_is_counted_and_what_is_erased_no_more(limited):
+def test_files_are_counted_while_they_are_stored_and_no_more_once_they_are_erased(limited):
     client = limited()
     files = [upload(client, png(a_picture(20, 20 + seed))).json() for seed in (0, 1, 1)]
 
-    assert stored(client) == {"count": 2, "size_bytes": files[0]["size_bytes"] + files[1]["size_bytes"]}
+    assert stored(client) == {
+        "count": 2,
+        "size_bytes": files[0]["size_bytes"] + files[1]["size_bytes"],
+    }
     for _ in range(2):
         client.delete(files[0]["urls"]["self"])
     assert stored(client) == {"count": 1, "size_bytes": files[1]["size_bytes"]}
@@ -211,7 +276,10 @@ def test_a_quota_of_bytes_is_told_and_refuses_what_does_not_fit(limited):
     again = upload(client, first)
 
     problem = assert_problem(refused, 409, "storage-quota-exceeded")
-    assert (problem["max_stored_bytes"], refused.headers["X-Should-Retry"]) == (len(first) * 2, "false")
+    assert (problem["max_stored_bytes"], refused.headers["X-Should-Retry"]) == (
+        len(first) * 2,
+        "false",
+    )
     assert_problem(job, 409, "storage-quota-exceeded")
     assert again.json()["id"] == file["id"]
     assert stored(client) == {"count": 1, "size_bytes": file["size_bytes"]}
@@ -235,7 +303,11 @@ def test_the_quota_of_bytes_is_exact_under_racing_uploads(limited, gateway_with)
 
     def send(place):
         if place % 2:
-            return app.test_client().post("/v1/files", data=pictures[place], headers=key, content_type="image/png").status_code
+            return (
+                app.test_client()
+                .post("/v1/files", data=pictures[place], headers=key, content_type="image/png")
+                .status_code
+            )
         return upload(racing, pictures[place]).status_code
 
     with ThreadPoolExecutor(12) as threads:
@@ -251,7 +323,9 @@ def test_a_quota_that_was_lowered_refuses_new_pictures_and_keeps_the_old(limited
     file = upload(client, png()).json()
     tenant_id = client.get("/v1/key").json()["tenant_id"]
     with transaction(stack_database) as session:
-        session.execute(text("UPDATE tenants SET max_stored_bytes = 0 WHERE id = :id"), {"id": tenant_id})
+        session.execute(
+            text("UPDATE tenants SET max_stored_bytes = 0 WHERE id = :id"), {"id": tenant_id}
+        )
 
     answers = [upload(client, png(a_picture(20, 20 + seed))) for seed in range(3)]
     while answers[-1].status_code == 201:  # keys know of it within a second

@@ -15,7 +15,10 @@ FURTHER = uuid.UUID(int=3)
 
 @pytest.fixture
 def asked():
-    """The next page of a list that was asked for with some parameters, and its link: by ids and what `next_page` takes."""
+    """The next page of a list that was asked for with some parameters, and its link.
+
+    By ids and what `next_page` takes.
+    """
     app = Flask(__name__)
     app.add_url_rule("/lists/<int:which>", "show_list", lambda which: "")
 

@@ -1,4 +1,6 @@
-"""The gateway under a path of a proxy's, and programs that join a base URL with a path as they like."""
+"""The gateway under a path of a proxy's, and programs that join a base URL with a path as they
+like.
+"""
 
 import re
 
@@ -20,13 +22,20 @@ def headers(new_key) -> dict[str, str]:
 def links(value) -> list[str]:
     """Every path in an answer, wherever it stands."""
     if isinstance(value, dict):
-        return [link for name, part in value.items() if name not in ("type", "instance") for link in links(part)]
+        return [
+            link
+            for name, part in value.items()
+            if name not in ("type", "instance")
+            for link in links(part)
+        ]
     if isinstance(value, list):
         return [link for part in value for link in links(part)]
     return [value] if isinstance(value, str) and value.startswith("/") else []
 
 
-def test_every_link_of_every_answer_begins_with_the_path_of_the_public_address(gateway_with, headers):
+def test_every_link_of_every_answer_begins_with_the_path_of_the_public_address(
+    gateway_with, headers
+):
     gateway = gateway_with(**PUBLIC)
 
     answer = gateway.post("/v1/jobs", json=WISH, headers={**headers, "Prefer": "wait=60"})
@@ -57,7 +66,9 @@ def test_two_prefixes_of_one_gateway_do_not_mix(gateway_with, headers):
     job_id = gateway.post("/v1/jobs", json=WISH, headers=headers).json["id"]
 
     for prefix in ("/a", "/b", "/a"):  # within the second for which a status is kept
-        status = gateway.get(f"/v1/jobs/{job_id}/status", headers={**headers, "X-Forwarded-Prefix": prefix}).json
+        status = gateway.get(
+            f"/v1/jobs/{job_id}/status", headers={**headers, "X-Forwarded-Prefix": prefix}
+        ).json
         assert status["urls"]["self"] == f"{prefix}/v1/jobs/{job_id}"
 
 
@@ -65,11 +76,31 @@ def test_a_proxy_that_is_trusted_says_its_prefix_itself(gateway_with, headers):
     gateway = gateway_with(trust_forwarded_headers=True)
     told = {**headers, "X-Forwarded-Prefix": "/a/b/"}
 
-    assert gateway.post("/v1/jobs", json=WISH, headers=told).headers["Location"].startswith("/a/b/v1/jobs/")
-    assert gateway.post("/v1/jobs", json=WISH, headers=headers).headers["Location"].startswith("/v1/jobs/")
+    assert (
+        gateway.post("/v1/jobs", json=WISH, headers=told)
+        .headers["Location"]
+        .startswith("/a/b/v1/jobs/")
+    )
+    assert (
+        gateway.post("/v1/jobs", json=WISH, headers=headers)
+        .headers["Location"]
+        .startswith("/v1/jobs/")
+    )
 
 
-@pytest.mark.parametrize("told", ["//evil.example", "/a b", "https://evil.example", '/"><script>', "/a/../b", "/..", "/a?c", "a"])
+@pytest.mark.parametrize(
+    "told",
+    [
+        "//evil.example",
+        "/a b",
+        "https://evil.example",
+        '/"><script>',
+        "/a/../b",
+        "/..",
+        "/a?c",
+        "a",
+    ],
+)
 def test_a_prefix_that_is_no_path_is_not_believed(gateway_with, headers, told):
     gateway = gateway_with(trust_forwarded_headers=True)
 
@@ -105,6 +136,9 @@ def test_repeated_slashes_count_as_one(api, path):
 
 
 def test_a_base_url_with_a_slash_reaches_the_images(api):
-    answer = api.post(f"{str(api.base_url).rstrip('/')}/v1//images/generations", content=json.dumps({"prompt": ""}).encode())
+    answer = api.post(
+        f"{str(api.base_url).rstrip('/')}/v1//images/generations",
+        content=json.dumps({"prompt": ""}).encode(),
+    )
 
     assert_problem(answer, 415, "unsupported-media-type")

@@ -1,4 +1,7 @@
-"""Jobs that start from a picture, on the real stack: strength, masks, replays, and honest numbers."""
+"""Jobs that start from a picture, on the real stack.
+
+Strength, masks, replays, and honest numbers.
+"""
 
 import io
 
@@ -11,7 +14,12 @@ from tests.pictures import decoded, png
 
 pytestmark = pytest.mark.slow
 
-WISH = {"prompt": "a large red circle in the center on a blue background", "tier": "quality", "steps": 20, "seed": 11}
+WISH = {
+    "prompt": "a large red circle in the center on a blue background",
+    "tier": "quality",
+    "steps": 20,
+    "seed": 11,
+}
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +28,12 @@ def start(api) -> dict:
     wish = WISH | {"prompt": "a large green square in the center on a yellow background", "seed": 5}
     job = done(api.post("/v1/jobs", json=wish, headers={"Prefer": "wait=60"}))
     content = download(api, job)
-    return {"file": api.post("/v1/files", content=content, headers={"Content-Type": "image/png"}).json(), "pixels": pixels(content)}
+    return {
+        "file": api.post(
+            "/v1/files", content=content, headers={"Content-Type": "image/png"}
+        ).json(),
+        "pixels": pixels(content),
+    }
 
 
 def done(answer: httpx.Response) -> dict:
@@ -30,7 +43,9 @@ def done(answer: httpx.Response) -> dict:
 
 
 def download(api, job, index=0) -> bytes:
-    return httpx.get(api.get(job["images"][index]["url"]).headers["Location"], trust_env=False).content
+    return httpx.get(
+        api.get(job["images"][index]["url"]).headers["Location"], trust_env=False
+    ).content
 
 
 def pixels(content: bytes) -> np.ndarray:
@@ -58,7 +73,10 @@ def a_mask(*, mode: str = "L") -> bytes:
 
 
 def test_the_lower_the_strength_the_nearer_the_image_stays(api, start):
-    at = {strength: render(api, init_image=start["file"]["id"], strength=strength) for strength in (0.1, 0.5, 0.95)}
+    at = {
+        strength: render(api, init_image=start["file"]["id"], strength=strength)
+        for strength in (0.1, 0.5, 0.95)
+    }
 
     distances = [distance(image, start["pixels"]) for _, image in at.values()]
     assert distances == sorted(distances)
@@ -67,7 +85,10 @@ def test_the_lower_the_strength_the_nearer_the_image_stays(api, start):
 
 
 def test_only_what_the_mask_says_is_repainted(api, start):
-    masks = {mode: api.post("/v1/files", files={"file": ("mask", a_mask(mode=mode))}).json() for mode in ("L", "RGBA")}
+    masks = {
+        mode: api.post("/v1/files", files={"file": ("mask", a_mask(mode=mode))}).json()
+        for mode in ("L", "RGBA")
+    }
 
     job, image = render(api, init_image=start["file"]["id"], mask=masks["L"]["id"])
     _, same = render(api, init_image=start["file"]["id"], mask=masks["RGBA"]["id"])
@@ -85,7 +106,9 @@ def test_the_same_job_again_gives_the_same_pixels(api, start):
     first, _ = render(api, **wish)
     second, _ = render(api, **wish)
 
-    assert [image["pixels_sha256"] for image in first["images"]] == [image["pixels_sha256"] for image in second["images"]]
+    assert [image["pixels_sha256"] for image in first["images"]] == [
+        image["pixels_sha256"] for image in second["images"]
+    ]
     assert len({image["pixels_sha256"] for image in first["images"]}) == 2
 
 
@@ -96,7 +119,10 @@ def test_skipped_steps_are_not_counted(api, start):
     assert job["progress"] == {"step": 10, "num_steps": 10, "images_done": 2}
     assert job["megapixel_steps"] == round(128 * 128 * 10 / 1e6, 6)
     assert (
-        api.post("/v1/estimate", json=WISH | {"init_image": start["file"]["id"], "strength": 0.25, "n": 2}).json()["megapixel_steps"]
+        api.post(
+            "/v1/estimate",
+            json=WISH | {"init_image": start["file"]["id"], "strength": 0.25, "n": 2},
+        ).json()["megapixel_steps"]
         == (job["megapixel_steps"])
     )
     assert whole["progress"] == {"step": 4, "num_steps": 4, "images_done": 1}

@@ -1,4 +1,7 @@
-"""What programs for OpenAI's interface send: forms as browsers and libraries make them, JSON, pictures with holes, masks of all kinds."""
+"""What programs for OpenAI's interface send.
+
+Forms as browsers and libraries make them, JSON, pictures with holes, masks of all kinds.
+"""
 
 import base64
 
@@ -59,7 +62,10 @@ def test_a_second_mask_is_refused_and_not_passed_over(api, names):
 
 @pytest.mark.parametrize("name", ["prompt", "n", "seed", "size"])
 def test_a_field_that_is_there_twice_is_refused_and_not_passed_over(api, name):
-    files = [part("image", png()), *((key, (None, value)) for key, value in FIELDS.items() if key != name)]
+    files = [
+        part("image", png()),
+        *((key, (None, value)) for key, value in FIELDS.items() if key != name),
+    ]
 
     answer = api.post(EDIT, files=[*files, (name, (None, "1")), (name, (None, "2"))])
 
@@ -68,12 +74,23 @@ def test_a_field_that_is_there_twice_is_refused_and_not_passed_over(api, name):
 
 @pytest.mark.parametrize("name", ["mask", "image[]"])
 def test_a_file_input_that_nobody_filled_in_is_no_file(api, name):
-    fields = "".join(f'--x\r\nContent-Disposition: form-data; name="{key}"\r\n\r\n{value}\r\n' for key, value in FIELDS.items())
-    picture = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n' + png(a_picture(64, 64)) + b"\r\n"
-    empty = f'--x\r\nContent-Disposition: form-data; name="{name}"; filename=""\r\n\r\n\r\n--x--\r\n'
+    fields = "".join(
+        f'--x\r\nContent-Disposition: form-data; name="{key}"\r\n\r\n{value}\r\n'
+        for key, value in FIELDS.items()
+    )
+    picture = (
+        b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+        + png(a_picture(64, 64))
+        + b"\r\n"
+    )
+    empty = (
+        f'--x\r\nContent-Disposition: form-data; name="{name}"; filename=""\r\n\r\n\r\n--x--\r\n'
+    )
 
     content = fields.encode() + picture + empty.encode()
-    answer = api.post(EDIT, content=content, headers={"Content-Type": "multipart/form-data; boundary=x"})
+    answer = api.post(
+        EDIT, content=content, headers={"Content-Type": "multipart/form-data; boundary=x"}
+    )
 
     assert job_of(api, answer)["mask"] is None
 
@@ -91,13 +108,25 @@ def test_a_picture_as_text_of_a_form_is_told_to_be_a_file(api, name):
 
 
 def test_numbers_of_forms_and_of_json_are_whole_if_they_are(api):
-    job = job_of(api, api.post(EDIT, **form(fields={**FIELDS, "n": "1.0", "seed": "42.0", "steps": "2e0"})))
-    other = job_of(api, api.post("/v1/images/generations", json={"prompt": "a dot", "n": 1.0, "seed": -1, "steps": 2.0, "tier": "fast"}))
+    job = job_of(
+        api, api.post(EDIT, **form(fields={**FIELDS, "n": "1.0", "seed": "42.0", "steps": "2e0"}))
+    )
+    other = job_of(
+        api,
+        api.post(
+            "/v1/images/generations",
+            json={"prompt": "a dot", "n": 1.0, "seed": -1, "steps": 2.0, "tier": "fast"},
+        ),
+    )
 
     assert (job["n"], job["seed"], job["steps"]) == (1, 42, 2)
     assert other["seed"] >= 0
-    assert "a whole number" in refusal(api.post("/v1/images/generations", json={"prompt": "a dot", "n": True}), "n")
-    assert "a whole number" in refusal(api.post("/v1/images/generations", json={"prompt": "a dot", "n": 1.5}), "n")
+    assert "a whole number" in refusal(
+        api.post("/v1/images/generations", json={"prompt": "a dot", "n": True}), "n"
+    )
+    assert "a whole number" in refusal(
+        api.post("/v1/images/generations", json={"prompt": "a dot", "n": 1.5}), "n"
+    )
 
 
 def test_the_user_s_name_is_kept_in_any_script(api):
@@ -108,11 +137,19 @@ def test_the_user_s_name_is_kept_in_any_script(api):
         "user": "\u6771\u4eac\u3000\u592a\u90ce \U0001f468\u200d\U0001f469\u200d\U0001f467",
     }
 
-    assert job_of(api, api.post("/v1/images/generations", json=body))["metadata"] == {"user": body["user"]}
+    assert job_of(api, api.post("/v1/images/generations", json=body))["metadata"] == {
+        "user": body["user"]
+    }
 
 
 def test_the_user_s_name_does_not_replace_metadata_of_the_client_s_own(api):
-    body = {"prompt": "a dot", "steps": 1, "tier": "fast", "user": "a", "metadata": {"user": "b", "order": "7"}}
+    body = {
+        "prompt": "a dot",
+        "steps": 1,
+        "tier": "fast",
+        "user": "a",
+        "metadata": {"user": "b", "order": "7"},
+    }
 
     answer = api.post("/v1/images/generations", json=body)
 
@@ -124,7 +161,10 @@ def test_the_user_s_name_does_not_replace_metadata_of_the_client_s_own(api):
     "pictures",
     [
         {"images": [{"image_url": data_url(png(a_picture(64, 64)))}]},
-        {"images": [{"image_url": data_url(png(a_picture(64, 64)))}], "mask": {"image_url": data_url(a_mask())}},
+        {
+            "images": [{"image_url": data_url(png(a_picture(64, 64)))}],
+            "mask": {"image_url": data_url(a_mask())},
+        },
         {"image": data_url(png(a_picture(64, 64))), "mask": data_url(a_mask())},
         {"image": [data_url(png(a_picture(64, 64)))]},
     ],
@@ -138,8 +178,17 @@ def test_an_edit_may_be_json_with_data_urls(api, pictures):
 
 
 def test_an_edit_may_name_files_that_are_there(api, stranger):
-    file, mask = (api.post("/v1/files", files={"file": ("a", content)}).json()["id"] for content in (png(a_picture(64, 64)), a_mask()))
-    body = {"prompt": "a red circle", "steps": 2, "tier": "fast", "images": [{"file_id": file}], "mask": {"file_id": mask}}
+    file, mask = (
+        api.post("/v1/files", files={"file": ("a", content)}).json()["id"]
+        for content in (png(a_picture(64, 64)), a_mask())
+    )
+    body = {
+        "prompt": "a red circle",
+        "steps": 2,
+        "tier": "fast",
+        "images": [{"file_id": file}],
+        "mask": {"file_id": mask},
+    }
 
     job = job_of(api, api.post(EDIT, json=body))
 
@@ -165,7 +214,10 @@ def test_json_without_one_picture_is_refused_by_name(api, pictures, param, messa
 
 
 def test_a_variation_may_be_json_too(api):
-    answer = api.post("/v1/images/variations", json={"image": data_url(png(a_picture(64, 64))), "steps": 4, "tier": "fast"})
+    answer = api.post(
+        "/v1/images/variations",
+        json={"image": data_url(png(a_picture(64, 64))), "steps": 4, "tier": "fast"},
+    )
 
     assert job_of(api, answer)["strength"] == 0.6
 
@@ -185,14 +237,20 @@ def test_a_hole_in_the_picture_is_the_mask(api):
 
 
 def test_a_mask_of_its_own_wins_over_a_hole_and_a_faint_part_is_none(api):
-    own = job_of(api, api.post(EDIT, files=[part("image", with_hole()), part("mask", a_mask())], data=FIELDS))
+    own = job_of(
+        api, api.post(EDIT, files=[part("image", with_hole()), part("mask", a_mask())], data=FIELDS)
+    )
     faint = job_of(api, api.post(EDIT, files=[part("image", with_hole(alpha=200))], data=FIELDS))
 
     assert own["mask"] not in (None, own["init_image"])
     assert faint["mask"] is None
 
 
-SAYS_NOTHING = [a_mask(white=False), a_mask("RGBA", alpha=254, white=False), png(Image.new("L", (64, 64), 100))]
+SAYS_NOTHING = [
+    a_mask(white=False),
+    a_mask("RGBA", alpha=254, white=False),
+    png(Image.new("L", (64, 64), 100)),
+]
 
 
 @pytest.mark.parametrize("mask", SAYS_NOTHING)
@@ -202,8 +260,13 @@ def test_a_mask_that_selects_nothing_is_refused_before_anything_is_billed(api, m
     start = data_url(png(a_picture(64, 64)))
 
     edit = api.post(EDIT, **form(part("mask", mask)))
-    native = [api.post("/v1/jobs", json={"prompt": "x", "init_image": start, "mask": said}) for said in (file, data_url(mask))]
-    batch = api.post("/v1/jobs:batch", json={"jobs": [{"prompt": "x", "init_image": start, "mask": file}]}).json()
+    native = [
+        api.post("/v1/jobs", json={"prompt": "x", "init_image": start, "mask": said})
+        for said in (file, data_url(mask))
+    ]
+    batch = api.post(
+        "/v1/jobs:batch", json={"jobs": [{"prompt": "x", "init_image": start, "mask": file}]}
+    ).json()
 
     assert "selects nothing" in refusal(edit, "mask")
     for answer in native:
@@ -224,7 +287,9 @@ def test_a_mask_of_black_and_white_means_the_same_with_an_alpha_that_says_nothin
 
 def test_jobs_with_masks_are_accepted_while_the_store_is_away(gateway_with, api, elsewhere):
     contents = png(a_picture(64, 64)), SAYS_NOTHING[0]
-    file, mask = (api.post("/v1/files", files={"file": ("a", content)}).json()["id"] for content in contents)
+    file, mask = (
+        api.post("/v1/files", files={"file": ("a", content)}).json()["id"] for content in contents
+    )
     client = gateway_with(**elsewhere("object_store"))
 
     answer = client.post(
@@ -242,7 +307,9 @@ def test_a_try_that_comes_again_is_not_decoded_again(api):
     first = job_of(api, api.post(EDIT, files=[part("image", picture)], data=FIELDS))
     api.delete(f"/v1/files/{first['init_image']}")
 
-    again = api.post(EDIT, files=[part("image", picture)], data=FIELDS, headers={"X-Stainless-Retry-Count": "1"})
+    again = api.post(
+        EDIT, files=[part("image", picture)], data=FIELDS, headers={"X-Stainless-Retry-Count": "1"}
+    )
 
     assert job_of(api, again)["id"] == first["id"]
     assert api.get(f"/v1/files/{first['init_image']}").status_code == 404

@@ -9,13 +9,22 @@ from tests.app.problem import assert_problem
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("GET", ""), ("POST", "/cancel"), ("GET", "/images/0"), ("GET", "/images/1"), ("GET", "/images/99")],
+    [
+        ("GET", ""),
+        ("POST", "/cancel"),
+        ("GET", "/images/0"),
+        ("GET", "/images/1"),
+        ("GET", "/images/99"),
+    ],
 )
 def test_another_tenant_s_job_is_not_found(api, stranger, finished_job, method, path):
     theirs = stranger.request(method, finished_job["urls"]["self"] + path)
     nobodys = stranger.request(method, f"/v1/jobs/{uuid.uuid4()}{path}")
 
-    problem, unknown = assert_problem(theirs, 404, "job-not-found"), assert_problem(nobodys, 404, "job-not-found")
+    problem, unknown = (
+        assert_problem(theirs, 404, "job-not-found"),
+        assert_problem(nobodys, 404, "job-not-found"),
+    )
     assert set(problem) == set(unknown)
     assert api.get(finished_job["urls"]["self"]).json()["state"] == "succeeded"
 

@@ -27,7 +27,12 @@ def told(client, about=lambda parts: True):
     def tell():
         answer = client.get("/readyz")
         parts = _body(answer)["parts"]
-        return answer if all(part.get("detail") != "not asked yet" for part in parts.values()) and about(parts) else None
+        return (
+            answer
+            if all(part.get("detail") != "not asked yet" for part in parts.values())
+            and about(parts)
+            else None
+        )
 
     return until(tell, within_s=15, what="an answer of every part")
 
@@ -39,36 +44,64 @@ def _body(answer):
 def test_the_stack_is_ready_and_every_part_says_so(nobody):
     answer = told(nobody)
 
-    assert (answer.status_code, answer.json()["status"], answer.json()["degraded"]) == (200, "ready", [])
-    assert {name: part["ready"] for name, part in answer.json()["parts"].items()} == dict.fromkeys(PARTS, True)
+    assert (answer.status_code, answer.json()["status"], answer.json()["degraded"]) == (
+        200,
+        "ready",
+        [],
+    )
+    assert {name: part["ready"] for name, part in answer.json()["parts"].items()} == dict.fromkeys(
+        PARTS, True
+    )
 
 
 @pytest.mark.parametrize("part", ["broker", "handoff", "object_store"])
-def test_a_part_that_is_away_is_named_and_jobs_are_accepted_all_the_same(elsewhere, gateway_with, part):
+def test_a_part_that_is_away_is_named_and_jobs_are_accepted_all_the_same(
+    elsewhere, gateway_with, part
+):
     answer = told(gateway_with(**elsewhere(part)))
 
-    assert (answer.status_code, answer.json["status"], answer.json["degraded"]) == (200, "ready", [part])
+    assert (answer.status_code, answer.json["status"], answer.json["degraded"]) == (
+        200,
+        "ready",
+        [part],
+    )
     assert [name for name, found in answer.json["parts"].items() if not found["ready"]] == [part]
 
 
-def test_without_the_database_no_job_is_accepted_and_nobody_knows_of_workers(elsewhere, gateway_with):
+def test_without_the_database_no_job_is_accepted_and_nobody_knows_of_workers(
+    elsewhere, gateway_with
+):
     answer = told(gateway_with(**elsewhere("database")))
 
-    assert (answer.status_code, answer.json["status"], answer.headers["Retry-After"]) == (503, "not_ready", "2")
+    assert (answer.status_code, answer.json["status"], answer.headers["Retry-After"]) == (
+        503,
+        "not_ready",
+        "2",
+    )
     assert answer.json["degraded"] == ["database", "workers"]
 
 
 def test_a_database_that_takes_no_writes_accepts_no_jobs(stack, gateway_with):
     owner = create_engine(stack.env["MIGRATION_DATABASE_URL"])
-    with owner.begin() as connection:  # a role that finds the database as everybody finds one that was demoted
-        connection.execute(text("CREATE ROLE darkroom_app_demoted LOGIN PASSWORD 'demoted' IN ROLE darkroom_app"))
-        connection.execute(text("ALTER ROLE darkroom_app_demoted SET default_transaction_read_only = on"))
+    # a role that finds the database as everybody finds one that was demoted
+    with owner.begin() as connection:
+        connection.execute(
+            text("CREATE ROLE darkroom_app_demoted LOGIN PASSWORD 'demoted' IN ROLE darkroom_app")
+        )
+        connection.execute(
+            text("ALTER ROLE darkroom_app_demoted SET default_transaction_read_only = on")
+        )
     owner.dispose()
-    demoted = make_url(stack.env["DATABASE_URL"]).set(username="darkroom_app_demoted", password="demoted")
+    demoted = make_url(stack.env["DATABASE_URL"]).set(
+        username="darkroom_app_demoted", password="demoted"
+    )
 
     answer = told(gateway_with(database_url=demoted.render_as_string(hide_password=False)))
 
-    assert (answer.status_code, answer.json["parts"]["database"]) == (503, {"ready": False, "detail": "read-only"})
+    assert (answer.status_code, answer.json["parts"]["database"]) == (
+        503,
+        {"ready": False, "detail": "read-only"},
+    )
 
 
 def test_a_pool_without_its_warm_workers_is_named(gateway_with):
@@ -80,9 +113,13 @@ def test_a_pool_without_its_warm_workers_is_named(gateway_with):
 
 def test_a_part_that_hangs_keeps_nobody_waiting():
     hangs = threading.Event()
-    readiness = Readiness({"database": lambda: {"ready": True}, "broker": lambda: {"ready": hangs.wait()}})
+    readiness = Readiness(
+        {"database": lambda: {"ready": True}, "broker": lambda: {"ready": hangs.wait()}}
+    )
 
-    parts = until(lambda: _says(readiness, "broker", "does not answer"), within_s=5, what="noticing it")
+    parts = until(
+        lambda: _says(readiness, "broker", "does not answer"), within_s=5, what="noticing it"
+    )
     assert parts["database"] == {"ready": True}
 
     hangs.set()
@@ -123,14 +160,20 @@ def test_neither_address_nor_password_is_told(elsewhere, gateway_with):
 
 
 def test_without_the_database_the_client_is_asked_to_come_back(elsewhere, gateway_with, new_key):
-    answer = gateway_with(**elsewhere("database")).post("/v1/jobs", json={"prompt": "a red circle"}, headers=bearer(new_key()))
+    answer = gateway_with(**elsewhere("database")).post(
+        "/v1/jobs", json={"prompt": "a red circle"}, headers=bearer(new_key())
+    )
 
     assert assert_problem(answer, 503, "part-unavailable")["part"] == "database"
     assert answer.headers["Retry-After"] == "2"
 
 
-@pytest.mark.parametrize("error", [PoolTimeout("all in use"), OperationalError("SELECT 1", {}, Exception("gone"))])
-def test_a_database_that_has_no_connection_to_give_asks_clients_to_come_back(gateway_with, monkeypatch, error):
+@pytest.mark.parametrize(
+    "error", [PoolTimeout("all in use"), OperationalError("SELECT 1", {}, Exception("gone"))]
+)
+def test_a_database_that_has_no_connection_to_give_asks_clients_to_come_back(
+    gateway_with, monkeypatch, error
+):
     def fail():
         raise error
 
@@ -142,7 +185,11 @@ def test_a_database_that_has_no_connection_to_give_asks_clients_to_come_back(gat
 
     assert assert_problem(answer, 503, "part-unavailable")["part"] == "database"
     assert answer.headers["Retry-After"] == "2"
-    assert {"event": "database_away", "reason": type(error).__name__, "log_level": "warning"} in logged
+    assert {
+        "event": "database_away",
+        "reason": type(error).__name__,
+        "log_level": "warning",
+    } in logged
 
 
 def test_a_read_only_database_asks_clients_to_come_back_and_is_used_again_by_itself(stack, api):
@@ -160,8 +207,13 @@ def test_a_read_only_database_asks_clients_to_come_back_and_is_used_again_by_its
 
 @contextlib.contextmanager
 def read_only_postgres(stack):
-    """What a failover leaves behind: every session, those that are there too, is refused its writes."""
-    server = create_engine(stack.env["MIGRATION_DATABASE_URL"], isolation_level="AUTOCOMMIT", pool_size=1)
+    """What a failover leaves behind.
+
+    Every session, those that are there too, is refused its writes.
+    """
+    server = create_engine(
+        stack.env["MIGRATION_DATABASE_URL"], isolation_level="AUTOCOMMIT", pool_size=1
+    )
     with server.connect() as connection:
         connection.execute(text("SET default_transaction_read_only = off"))
         connection.execute(text("ALTER SYSTEM SET default_transaction_read_only = on"))
@@ -175,16 +227,25 @@ def read_only_postgres(stack):
 
 
 def refused(api, wish):
-    """The answer, once it is another than 202: the server takes a moment to reload its configuration."""
+    """The answer, once it is another than 202.
+
+    The server takes a moment to reload its configuration.
+    """
     answer = api.post("/v1/jobs", json=wish)
     return answer if answer.status_code != 202 else None
 
 
 def test_an_unexpected_error_says_nothing_of_our_insides(stack, gateway_with, new_key, count_jobs):
     before = count_jobs()
-    without_tables = make_url(stack.env["DATABASE_URL"]).set(database="postgres").render_as_string(hide_password=False)
+    without_tables = (
+        make_url(stack.env["DATABASE_URL"])
+        .set(database="postgres")
+        .render_as_string(hide_password=False)
+    )
 
-    answer = gateway_with(database_url=without_tables).post("/v1/jobs", json={"prompt": "a red circle"}, headers=bearer(new_key()))
+    answer = gateway_with(database_url=without_tables).post(
+        "/v1/jobs", json={"prompt": "a red circle"}, headers=bearer(new_key())
+    )
 
     problem = assert_problem(answer, 500, "unexpected")
     assert set(problem) == {"type", "title", "status", "detail", "instance", "error"}

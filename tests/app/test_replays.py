@@ -1,4 +1,6 @@
-"""POST /v1/jobs/{id}/replay: the same parameters again, and from a reproducible tier the same pixels."""
+"""POST /v1/jobs/{id}/replay: the same parameters again, and from a reproducible tier the same
+pixels.
+"""
 
 import uuid
 from types import SimpleNamespace
@@ -20,7 +22,17 @@ from tests.pictures import png
 
 BODY = {"prompt": "a red circle", "tier": "batch", "steps": 60, "metadata": {"a": "b"}}
 _TIMES = {"created_at", "start_by", "started_at", "run_by", "finished_at", "timing"}
-OWN = _TIMES | {"id", "urls", "state", "attempt", "queue", "progress", "images", "metadata", "replay_of"}
+OWN = _TIMES | {
+    "id",
+    "urls",
+    "state",
+    "attempt",
+    "queue",
+    "progress",
+    "images",
+    "metadata",
+    "replay_of",
+}
 
 
 def replay(client, job, **options):
@@ -28,31 +40,47 @@ def replay(client, job, **options):
 
 
 def test_a_replay_of_a_reproducible_job_has_the_same_pixels(api):
-    wish = {"prompt": "a green star", "tier": "quality", "steps": 6, "n": 2}  # no seed: the one that was drawn is replayed
+    # no seed: the one that was drawn is replayed
+    wish = {"prompt": "a green star", "tier": "quality", "steps": 6, "n": 2}
     job = api.post("/v1/jobs", json=wish, headers={"Prefer": "wait=60"}).json()
     assert (job["state"], job["determinism"]) == ("succeeded", "reproducible")
 
     again = replay(api, job, headers={"Prefer": "wait=60"})
 
-    assert (again.status_code, again.headers["Preference-Applied"], again.json()["state"]) == (202, "wait=60", "succeeded")
+    assert (again.status_code, again.headers["Preference-Applied"], again.json()["state"]) == (
+        202,
+        "wait=60",
+        "succeeded",
+    )
     assert again.json()["replay_of"] == job["id"] != again.json()["id"]
-    assert [image["pixels_sha256"] for image in again.json()["images"]] == [image["pixels_sha256"] for image in job["images"]]
+    assert [image["pixels_sha256"] for image in again.json()["images"]] == [
+        image["pixels_sha256"] for image in job["images"]
+    ]
 
 
 def test_a_job_is_replayed_whatever_became_of_it(api, canceled_job):
     again = replay(api, canceled_job).json()
 
-    assert {name: again[name] for name in again if name not in OWN} == {name: canceled_job[name] for name in again if name not in OWN}
+    assert {name: again[name] for name in again if name not in OWN} == {
+        name: canceled_job[name] for name in again if name not in OWN
+    }
     api.post(again["urls"]["cancel"])
 
 
-def test_a_version_that_draws_no_traffic_is_replayed_all_the_same(gateway_with, new_key, stack_database):
+def test_a_version_that_draws_no_traffic_is_replayed_all_the_same(
+    gateway_with, new_key, stack_database
+):
     own = bearer(new_key())
-    retired = [{"id": "0", "source": "pocket/checkpoint", "traffic_weight": 0}, {"id": "1", "source": "pocket/checkpoint"}]
+    retired = [
+        {"id": "0", "source": "pocket/checkpoint", "traffic_weight": 0},
+        {"id": "1", "source": "pocket/checkpoint"},
+    ]
     client = gateway_with(a_fleet({"models.pocket.versions": retired}))
     job = client.post("/v1/jobs", json=BODY, headers=own).json
     with transaction(stack_database) as session:
-        session.execute(text("UPDATE jobs SET model_version = '0' WHERE id = :id"), {"id": job["id"]})
+        session.execute(
+            text("UPDATE jobs SET model_version = '0' WHERE id = :id"), {"id": job["id"]}
+        )
 
     assert client.post(f"/v1/jobs/{job['id']}/replay", headers=own).json["model_version"] == "0"
 
@@ -62,10 +90,18 @@ def test_a_version_that_draws_no_traffic_is_replayed_all_the_same(gateway_with, 
     [
         ({"models.pocket.versions": [{"id": "2", "source": "pocket/checkpoint"}]}, "model_version"),
         ({"tiers.batch": GONE}, "tier"),
-        ({"pools.local": GONE, "pools.other": {"models": ["pocket"], "slots": 8, "max_batch_rows": 8}}, "pool"),
+        (
+            {
+                "pools.local": GONE,
+                "pools.other": {"models": ["pocket"], "slots": 8, "max_batch_rows": 8},
+            },
+            "pool",
+        ),
     ],
 )
-def test_what_is_not_offered_any_more_cannot_be_replayed(gateway_with, new_key, changes, gone):
+def test_a_job_whose_model_tier_or_pool_is_gone_cannot_be_replayed(
+    gateway_with, new_key, changes, gone
+):
     own = bearer(new_key())
     job = gateway_with().post("/v1/jobs", json=BODY, headers=own).json
 
@@ -83,7 +119,10 @@ def test_a_replay_is_for_the_same_workers_with_the_same_adapters_or_impossible()
 
     _check_fleet(offered, job)
 
-    for gone, other in {"adapter": fleet, "pool": offered.model_copy(update={"pools": moved})}.items():
+    for gone, other in {
+        "adapter": fleet,
+        "pool": offered.model_copy(update={"pools": moved}),
+    }.items():
         with pytest.raises(ReplayImpossible) as refused:
             _check_fleet(other, job)
         assert refused.value.members["gone"] == gone
@@ -91,7 +130,9 @@ def test_a_replay_is_for_the_same_workers_with_the_same_adapters_or_impossible()
 
 def a_job_with_the_adapter(name):
     adapters = [{"name": name, "strength": 1.0}]
-    return SimpleNamespace(model="pocket", model_version="1", tier="batch", pool="local", adapters=adapters)
+    return SimpleNamespace(
+        model="pocket", model_version="1", tier="batch", pool="local", adapters=adapters
+    )
 
 
 @pytest.mark.parametrize("deleted", ["init_image", "mask"])
@@ -115,13 +156,15 @@ def kept(api, picture) -> str:
     return api.post("/v1/files", content=png(picture), headers=headers).json()["id"]
 
 
-def test_what_was_erased_cannot_be_replayed(api, canceled_job):
+def test_an_erased_job_cannot_be_replayed(api, canceled_job):
     api.delete(canceled_job["urls"]["self"])
 
     assert_problem(replay(api, canceled_job), 409, "replay-impossible")
 
 
-def test_an_erasure_that_comes_between_is_seen_by_the_transaction(api, canceled_job, stack_database):
+def test_an_erasure_that_comes_between_is_seen_by_the_transaction(
+    api, canceled_job, stack_database
+):
     """What the gateway looked up before may be gone by then."""
     with transaction(stack_database) as session:
         job = session.get(jobs.Job, uuid.UUID(canceled_job["id"]))
@@ -130,7 +173,14 @@ def test_an_erasure_that_comes_between_is_seen_by_the_transaction(api, canceled_
 
     replay_of_it = jobs.NewJob(params=params, start_within_s=60, replay_of=job.id)
     with pytest.raises(jobs.NothingLeft), transaction(stack_database) as session:
-        jobs.accept(session, replay_of_it, tenant_id=job.tenant_id, api_key_id=None, currency="EUR", actor="tests")
+        jobs.accept(
+            session,
+            replay_of_it,
+            tenant_id=job.tenant_id,
+            api_key_id=None,
+            currency="EUR",
+            actor="tests",
+        )
 
 
 def test_a_replay_under_a_key_is_one_job(api, canceled_job):
@@ -157,7 +207,9 @@ def test_a_key_that_came_with_another_job_s_replay_is_refused(api, canceled_job)
 
 
 def test_a_replay_takes_no_fields(api, canceled_job):
-    problem = assert_problem(replay(api, canceled_job, json={"steps": 4}), 422, "invalid-image-request")
+    problem = assert_problem(
+        replay(api, canceled_job, json={"steps": 4}), 422, "invalid-image-request"
+    )
 
     assert problem["errors"][0]["pointer"] == "/steps"
     again = replay(api, canceled_job, json={})

@@ -45,7 +45,9 @@ from settings import GatewaySettings
 from tests.builders import a_lease, hand_off, settings_for, store, until
 from tests.pictures import png
 
-ASKED = JobRequest(Wish(prompt="a red circle", tier="batch", steps=4), pictures={}, metadata={"page": "7"})
+ASKED = JobRequest(
+    Wish(prompt="a red circle", tier="batch", steps=4), pictures={}, metadata={"page": "7"}
+)
 
 
 def a_key() -> Once:
@@ -91,7 +93,13 @@ def test_a_job_of_another_tenant_is_not_found_by_any_use_case(runtime, caller):
 def test_a_key_is_looked_up_once_for_a_new_request(runtime, caller, statements):
     submit(runtime, caller, ASKED, once=a_key())
 
-    assert sum(statement.startswith("SELECT") and "idempotency_keys" in statement for statement in statements) == 1
+    assert (
+        sum(
+            statement.startswith("SELECT") and "idempotency_keys" in statement
+            for statement in statements
+        )
+        == 1
+    )
 
 
 def test_nothing_is_prepared_for_a_request_that_came_before(runtime, caller):
@@ -107,7 +115,13 @@ def test_a_job_that_may_not_answer_any_more_makes_room_for_another_under_its_key
     once = a_key()
     first = submit(runtime, caller, ASKED, once=once)
 
-    second = accept_once(runtime, caller, lambda: prepare(runtime, caller, ASKED), once=once, may_answer=lambda earlier: False)
+    second = accept_once(
+        runtime,
+        caller,
+        lambda: prepare(runtime, caller, ASKED),
+        once=once,
+        may_answer=lambda earlier: False,
+    )
 
     assert second.is_new
     assert accept_once(runtime, caller, never, once=once).job.id == second.job.id != first.job.id
@@ -177,10 +191,17 @@ class Releases:
         (ReleaseHint.BACKLOGGED, True, "later"),
     ],
 )
-def test_an_accepted_job_goes_at_once_or_in_turn_or_waits_for_others(runtime, caller, monkeypatch, hint, may_pass, goes):
-    """Somebody may have come to wait since the hint was made: then the job must not be forgotten."""
+def test_an_accepted_job_goes_at_once_or_in_turn_or_waits_for_others(
+    runtime, caller, monkeypatch, hint, may_pass, goes
+):
+    """Somebody may have come to wait since the hint was made.
+
+    Then the job must not be forgotten.
+    """
     releases = Releases()
-    _, limits = runtime.forecaster.release_hint(prepare(runtime, caller, ASKED).params, caller.tenant_id)
+    _, limits = runtime.forecaster.release_hint(
+        prepare(runtime, caller, ASKED).params, caller.tenant_id
+    )
     monkeypatch.setattr(runtime.forecaster, "release_hint", lambda *_: (hint, limits))
     monkeypatch.setattr(releasing, "may_pass_at_once", lambda *_, **__: may_pass)
 
@@ -196,11 +217,16 @@ def test_a_batch_is_released_in_every_tier_that_it_asks_for(runtime, caller):
 
     submit_batch(replace(runtime, release=releases), caller, iter([ASKED, other, ASKED]))
 
-    assert (releases.announced, releases.released) == ([], [("local", "batch"), ("local", "quality")])
+    assert (releases.announced, releases.released) == (
+        [],
+        [("local", "batch"), ("local", "quality")],
+    )
 
 
 @pytest.mark.parametrize("what", ["job", "batch", "replay"])
-def test_a_picture_that_is_deleted_before_its_job_is_written_refuses_it(runtime, caller, monkeypatch, what):
+def test_a_picture_that_is_deleted_before_its_job_is_written_refuses_it(
+    runtime, caller, monkeypatch, what
+):
     """A replay says so in its own words: its caller named no picture."""
     file = inputs.keep(runtime, caller, png(), field="file")
     asked = replace(ASKED, pictures={"init_image": str(file.id)})
@@ -243,7 +269,9 @@ def test_a_start_deadline_beyond_the_tier_s_or_none_at_all_is_refused(asked_s):
 
 
 @pytest.mark.parametrize("stored", [[], [0], [1]])
-def test_the_store_is_tidied_after_an_erasure_if_any_image_was_stored(runtime, caller, stack_database, monkeypatch, stored):
+def test_the_store_is_tidied_after_an_erasure_if_any_image_was_stored(
+    runtime, caller, stack_database, monkeypatch, stored
+):
     asked_for = []
     monkeypatch.setattr(canceling, "ask_to_tidy", asked_for.append)
     with transaction(stack_database) as session:
@@ -272,7 +300,9 @@ class ABroker:
 
 
 @pytest.mark.parametrize("is_away", [False, True])
-def test_what_a_tenant_asks_to_be_sent_is_announced_at_once_and_noted_while_the_broker_is_away(runtime, caller, is_away):
+def test_a_delivery_a_tenant_asks_for_is_announced_at_once_or_noted_without_a_broker(
+    runtime, caller, is_away
+):
     broker = ABroker(is_away=is_away)
     told = replace(runtime, broker=broker)
     url, events = "https://receiver.invalid/", list(ENDED_EVENTS)
@@ -285,7 +315,9 @@ def test_what_a_tenant_asks_to_be_sent_is_announced_at_once_and_noted_while_the_
     webhooks.delete(runtime, caller, endpoint.id)
 
 
-def test_keys_queues_and_readiness_are_read_while_every_connection_is_taken_by_writers(runtime, caller, stack):
+def test_keys_queues_and_readiness_are_read_while_every_connection_is_taken_by_writers(
+    runtime, caller, stack
+):
     settings = settings_for(GatewaySettings, stack.env, database_pool_size=1)
     busy = open_runtime(settings, runtime.fleet)
     asked = prepare(runtime, caller, ASKED).params
@@ -303,7 +335,9 @@ def test_keys_queues_and_readiness_are_read_while_every_connection_is_taken_by_w
     busy.endings.close()
 
 
-def test_a_picture_is_noted_as_an_upload_before_it_is_put_into_the_store(runtime, caller, stack_database):
+def test_a_picture_is_noted_as_an_upload_before_it_is_put_into_the_store(
+    runtime, caller, stack_database
+):
     """If the process ends between the two, the object without a row is found and deleted."""
     noted = []
 

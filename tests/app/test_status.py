@@ -1,4 +1,7 @@
-"""GET /v1/jobs/{id}/status and conditional reads: cheap to ask often, and never older than a second."""
+"""GET /v1/jobs/{id}/status and conditional reads.
+
+Cheap to ask often, and never older than a second.
+"""
 
 import threading
 import time
@@ -16,7 +19,9 @@ def test_a_status_is_the_little_that_changes(api, finished_job):
 
     status = answer.json()
     assert (answer.status_code, answer.headers["Cache-Control"]) == (200, "private, max-age=1")
-    assert {name: status[name] for name in ("id", "state", "images_done", "n", "failure", "queue")} == {
+    assert {
+        name: status[name] for name in ("id", "state", "images_done", "n", "failure", "queue")
+    } == {
         "id": finished_job["id"],
         "state": "succeeded",
         "images_done": 2,
@@ -37,13 +42,17 @@ def test_a_waiting_job_s_status_has_its_place_and_eta(a_house):
     assert 0 < queue["eta_p50_s"] <= queue["eta_p90_s"]
 
 
-def test_what_is_known_already_is_not_sent_again(api, finished_job):
+def test_a_status_that_is_known_already_is_not_sent_again(api, finished_job):
     for url in (finished_job["urls"]["status"], finished_job["urls"]["self"]):
         first = api.get(url)
         again = api.get(url, headers={"If-None-Match": first.headers["ETag"]})
         changed = api.get(url, headers={"If-None-Match": '"something-else"'})
 
-        assert (again.status_code, again.content, again.headers["ETag"]) == (304, b"", first.headers["ETag"])
+        assert (again.status_code, again.content, again.headers["ETag"]) == (
+            304,
+            b"",
+            first.headers["ETag"],
+        )
         assert (changed.status_code, changed.json()) == (200, first.json())
 
 
@@ -67,7 +76,9 @@ def test_a_job_that_goes_on_shows_within_a_second(api):
     assert api.get(job["urls"]["status"]).json()["state"] == "succeeded"
 
 
-def test_another_tenant_s_status_does_not_exist_even_when_it_is_remembered(api, stranger, finished_job):
+def test_another_tenant_s_status_does_not_exist_even_when_it_is_remembered(
+    api, stranger, finished_job
+):
     assert api.get(finished_job["urls"]["status"]).status_code == 200
 
     assert_problem(stranger.get(finished_job["urls"]["status"]), 404, "job-not-found")
@@ -82,12 +93,14 @@ def test_a_thousand_looks_at_once_are_one_read():
         return b"{}"
 
     with ThreadPoolExecutor(16) as threads:
-        seen = set(threads.map(lambda _: statuses.get(uuid.UUID(int=1), job_id, read).etag, range(1000)))
+        seen = set(
+            threads.map(lambda _: statuses.get(uuid.UUID(int=1), job_id, read).etag, range(1000))
+        )
 
     assert (len(reads), len(seen)) == (1, 1)
 
 
-def test_what_is_remembered_is_bounded():
+def test_the_number_of_remembered_statuses_is_bounded():
     statuses = Statuses()
     for number in range(MAX_KEPT + 50):
         statuses.get(uuid.UUID(int=1), uuid.UUID(int=number), lambda: b"{}")
@@ -119,13 +132,19 @@ def test_a_change_is_seen_even_by_who_asks_while_the_old_state_is_being_read():
 def test_a_status_is_never_told_under_another_prefix():
     statuses, tenant_id, job_id = Statuses(), uuid.uuid4(), uuid.uuid4()
 
-    seen = [statuses.get(tenant_id, job_id, root.encode, root=root).content for root in ("/a", "/b", "/a")]
+    seen = [
+        statuses.get(tenant_id, job_id, root.encode, root=root).content
+        for root in ("/a", "/b", "/a")
+    ]
 
     assert seen == [b"/a", b"/b", b"/a"]
 
 
 def test_statuses_under_more_prefixes_than_a_proxy_gives_are_not_remembered():
-    """A client may make up as many as it likes; each would have to be looked through at a cancel."""
+    """A client may make up as many as it likes.
+
+    Each would have to be looked through at a cancel.
+    """
     statuses, tenant_id, job_id = Statuses(), uuid.uuid4(), uuid.uuid4()
     reads = []
 

@@ -1,4 +1,7 @@
-"""The object store is tidied soon after something was erased; nobody waits for that, or for the broker."""
+"""The object store is tidied soon after something was erased.
+
+Nobody waits for that, or for the broker.
+"""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,7 @@
-"""What of a job's texts the model does not read is told: in the job, to OpenAI's clients and in the audit log."""
+"""What of a job's texts the model does not read is told.
+
+In the job, to OpenAI's clients and in the audit log.
+"""
 
 import openai
 import pytest
@@ -23,7 +26,9 @@ def render(api, **wish) -> dict:
 @pytest.fixture
 def client(stack, api) -> openai.OpenAI:
     key = api.headers["Authorization"].partition(" ")[2]
-    return openai.OpenAI(base_url=f"{stack.env['DARKROOM_URL']}/v1", api_key=key, max_retries=0, timeout=120)
+    return openai.OpenAI(
+        base_url=f"{stack.env['DARKROOM_URL']}/v1", api_key=key, max_retries=0, timeout=120
+    )
 
 
 def test_a_prompt_that_is_cut_off_is_told_and_its_end_has_no_effect(api):
@@ -31,7 +36,11 @@ def test_a_prompt_that_is_cut_off_is_told_and_its_end_has_no_effect(api):
 
     for job in (one, other):
         [warning] = job["warnings"]
-        assert (warning["code"], warning["field"], warning["tokens_read"]) == ("prompt_truncated", "prompt", ROOM)
+        assert (warning["code"], warning["field"], warning["tokens_read"]) == (
+            "prompt_truncated",
+            "prompt",
+            ROOM,
+        )
         assert warning["tokens_given"] > ROOM
         assert f"first {ROOM} tokens of prompt" in warning["detail"]
         assert api.get(job["urls"]["status"]).json()["warnings"] == job["warnings"]
@@ -62,7 +71,9 @@ def test_the_audit_log_says_how_much_was_read(api, stack_database):
         query = "SELECT facts FROM audit_log WHERE job_id = :id AND event = 'job:text:left-unread'"
         [facts] = session.scalars(text(query), {"id": job["id"]})
     [warning] = job["warnings"]
-    assert facts == {name: warning[name] for name in ("code", "field", "tokens_given", "tokens_read")}
+    assert facts == {
+        name: warning[name] for name in ("code", "field", "tokens_given", "tokens_read")
+    }
 
 
 def test_openai_s_clients_are_told(client):
@@ -76,7 +87,9 @@ def test_openai_s_clients_are_told(client):
 def test_followers_are_told_with_the_end(api):
     job = api.post("/v1/jobs", json={**WISH, "prompt": LONG}).json()
 
-    with api.stream("GET", job["urls"]["events"], headers=bearer(api.headers["Authorization"].partition(" ")[2])) as answer:
+    with api.stream(
+        "GET", job["urls"]["events"], headers=bearer(api.headers["Authorization"].partition(" ")[2])
+    ) as answer:
         said = "".join(answer.iter_text())
 
     assert '"code": "prompt_truncated"' in said.rpartition("event: final")[2]

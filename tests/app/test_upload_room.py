@@ -1,4 +1,7 @@
-"""Uploads that are many, large or slow: how many bodies come in at once, and what happens when the temporary folder is full."""
+"""Uploads that are many, large or slow.
+
+How many bodies come in at once, and what happens when the temporary folder is full.
+"""
 
 import base64
 import io
@@ -32,7 +35,9 @@ def gateway(a_gateway):
 def a_large_picture():
     """A PNG of some 1.5 MB: noise does not shrink."""
     out = io.BytesIO()
-    Image.fromarray(np.random.default_rng(7).integers(0, 256, (720, 720, 3), dtype=np.uint8)).save(out, "PNG")
+    Image.fromarray(np.random.default_rng(7).integers(0, 256, (720, 720, 3), dtype=np.uint8)).save(
+        out, "PNG"
+    )
     return out.getvalue()
 
 
@@ -42,9 +47,17 @@ def test_more_uploads_than_there_is_room_for_are_asked_to_come_back(gateway, new
 
     def bring(_):
         if how == "form":
-            return httpx.post(f"{gateway}/v1/files", files={"file": picture}, headers=bearer(key), timeout=60, trust_env=False)
+            return httpx.post(
+                f"{gateway}/v1/files",
+                files={"file": picture},
+                headers=bearer(key),
+                timeout=60,
+                trust_env=False,
+            )
         headers = {**bearer(key), "Content-Type": "image/png"}
-        return httpx.post(f"{gateway}/v1/files", content=picture, headers=headers, timeout=60, trust_env=False)
+        return httpx.post(
+            f"{gateway}/v1/files", content=picture, headers=headers, timeout=60, trust_env=False
+        )
 
     with ThreadPoolExecutor(12) as threads:
         answers = list(threads.map(bring, range(12)))
@@ -58,9 +71,16 @@ def test_more_uploads_than_there_is_room_for_are_asked_to_come_back(gateway, new
 
 
 def test_a_full_temporary_folder_is_a_503_and_no_fault(monkeypatch, gateway_with, new_key):
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda *args, **options: open("/dev/full", "w+b"))  # noqa: SIM115
+    monkeypatch.setattr(
+        tempfile,
+        "TemporaryFile",
+        lambda *args, **options: open("/dev/full", "w+b"),  # noqa: SIM115
+    )
 
-    for body in ({"data": a_large_picture(), "content_type": "image/png"}, {"data": {"file": (io.BytesIO(a_large_picture()), "x.png")}}):
+    for body in (
+        {"data": a_large_picture(), "content_type": "image/png"},
+        {"data": {"file": (io.BytesIO(a_large_picture()), "x.png")}},
+    ):
         answer = gateway_with().post("/v1/files", headers=bearer(new_key()), **body)
 
         assert_problem(answer, 503, "uploads-exhausted")
@@ -69,7 +89,9 @@ def test_a_full_temporary_folder_is_a_503_and_no_fault(monkeypatch, gateway_with
 
 PICTURE = f"data:image/png;base64,{base64.b64encode(a_large_picture()).decode()}"
 WAITS = [
-    pytest.param("/v1/jobs", {"tier": "batch", "init_image": PICTURE}, {"Prefer": "wait=30"}, id="a job"),
+    pytest.param(
+        "/v1/jobs", {"tier": "batch", "init_image": PICTURE}, {"Prefer": "wait=30"}, id="a job"
+    ),
     pytest.param("/v1/images/edits", {"tier": "batch", "image": PICTURE}, {}, id="an edit"),
 ]
 
@@ -86,11 +108,15 @@ def test_a_body_whose_job_is_waited_for_leaves_its_room_to_others(
     gateway, key = a_gateway(gateway_max_uploads=1, gateway_threads=8), new_key()
     options = {"headers": bearer(key), "timeout": 60, "trust_env": False}
     with httpx.Client(base_url=gateway, **options) as client, ThreadPoolExecutor(1) as threads:
-        waits = threads.submit(client.post, path, json={"prompt": "a red circle", **wish}, headers=headers)
+        waits = threads.submit(
+            client.post, path, json={"prompt": "a red circle", **wish}, headers=headers
+        )
         job = until(lambda: client.get("/v1/jobs").json()["data"], what="the job")[0]
 
         def brings():
-            return client.post("/v1/files", content=a_large_picture(), headers={"Content-Type": "image/png"})
+            return client.post(
+                "/v1/files", content=a_large_picture(), headers={"Content-Type": "image/png"}
+            )
 
         until(lambda: brings().status_code == 201, what="room for another upload")
         assert not waits.done()
@@ -99,7 +125,11 @@ def test_a_body_whose_job_is_waited_for_leaves_its_room_to_others(
 
 
 def test_a_small_upload_needs_no_disk(monkeypatch):
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda *args, **options: open("/dev/full", "w+b"))  # noqa: SIM115
+    monkeypatch.setattr(
+        tempfile,
+        "TemporaryFile",
+        lambda *args, **options: open("/dev/full", "w+b"),  # noqa: SIM115
+    )
 
     with uploads.Spool() as spool:
         spool.write(bytes(uploads.IN_MEMORY_BYTES))
@@ -108,7 +138,11 @@ def test_a_small_upload_needs_no_disk(monkeypatch):
 
 
 def test_a_disk_that_is_full_is_told_whenever_it_shows(monkeypatch):
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda *args, **options: open("/dev/full", "w+b"))  # noqa: SIM115
+    monkeypatch.setattr(
+        tempfile,
+        "TemporaryFile",
+        lambda *args, **options: open("/dev/full", "w+b"),  # noqa: SIM115
+    )
     spool = uploads.Spool()
 
     def fill():

@@ -1,4 +1,7 @@
-"""Clients that wait for a job's end, and streams: how many may, for how long, and whose keys end them."""
+"""Clients that wait for a job's end, and streams.
+
+How many may, for how long, and whose keys end them.
+"""
 
 import threading
 import time
@@ -16,7 +19,13 @@ from tests.app.problem import assert_problem
 from tests.app.test_event_streams import following, held_worker, kinds  # noqa: F401  a fixture of theirs
 from tests.builders import until
 
-FEW = {"gateway_threads": 8, "gateway_max_waits": 4, "gateway_max_streams": 4, "gateway_max_uploads": 2, "event_heartbeat_s": 30}
+FEW = {
+    "gateway_threads": 8,
+    "gateway_max_waits": 4,
+    "gateway_max_streams": 4,
+    "gateway_max_uploads": 2,
+    "event_heartbeat_s": 30,
+}
 WISH = {"prompt": "a red circle", "tier": "batch"}
 
 
@@ -32,7 +41,9 @@ def as_tenant(gateway):
     opened = []
 
     def as_tenant(key):
-        opened.append(httpx.Client(base_url=gateway, headers=bearer(key), timeout=30, trust_env=False))
+        opened.append(
+            httpx.Client(base_url=gateway, headers=bearer(key), timeout=30, trust_env=False)
+        )
         return opened[-1]
 
     yield as_tenant
@@ -47,7 +58,13 @@ def a_key(stack, stack_database):
     def a_key():
         with transaction(stack_database) as session:
             tenant = tenants.create(session, name=f"app-{uuid.uuid4().hex[:8]}", actor="tests")
-            row, key = api_keys.issue(session, tenant_id=tenant.id, name="tests", pepper=stack.env["API_KEY_PEPPER"], actor="tests")
+            row, key = api_keys.issue(
+                session,
+                tenant_id=tenant.id,
+                name="tests",
+                pepper=stack.env["API_KEY_PEPPER"],
+                actor="tests",
+            )
 
         def revoke():
             with transaction(stack_database) as session:
@@ -59,11 +76,16 @@ def a_key(stack, stack_database):
 
 
 class Asking:
-    """Requests that wait, each in a thread of its own; `answers` comes to hold what they are told."""
+    """Requests that wait, each in a thread of its own.
+
+    `answers` comes to hold what they are told.
+    """
 
     def __init__(self, ask, count):
         self.answers, self.took_s = [], []
-        self._threads = [threading.Thread(target=self._ask, args=(ask,), daemon=True) for _ in range(count)]
+        self._threads = [
+            threading.Thread(target=self._ask, args=(ask,), daemon=True) for _ in range(count)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -83,25 +105,38 @@ def waiting_for(client, job, wait_s=20):
     return lambda: client.get(job["urls"]["self"], headers={"Prefer": f"wait={wait_s}"}, timeout=60)
 
 
-def test_who_may_not_wait_is_answered_at_once(as_tenant, new_key):
+def test_a_client_without_room_to_wait_is_answered_at_once(as_tenant, new_key):
     client = as_tenant(new_key())
     job = client.post("/v1/jobs", json=WISH).json()
 
     asking = Asking(waiting_for(client, job), 8)
-    until(lambda: len(asking.answers) == 5, within_s=10, what="answering those for whom there is no room")
+    until(
+        lambda: len(asking.answers) == 5,
+        within_s=10,
+        what="answering those for whom there is no room",
+    )
     client.post(job["urls"]["cancel"])
 
     applied = [answer.headers["Preference-Applied"] for answer in asking.finish()]
     assert {answer.status_code for answer in asking.answers} == {200}
-    assert sorted(applied) == ["wait=0"] * 5 + ["wait=20"] * 3  # three of four are one tenant's share
-    assert [answer.json()["state"] for answer in asking.answers if answer.headers["Preference-Applied"] == "wait=0"] == ["queued"] * 5
+    # three of four are one tenant's share
+    assert sorted(applied) == ["wait=0"] * 5 + ["wait=20"] * 3
+    assert [
+        answer.json()["state"]
+        for answer in asking.answers
+        if answer.headers["Preference-Applied"] == "wait=0"
+    ] == ["queued"] * 5
 
 
-def test_who_may_not_wait_for_a_new_job_has_it_all_the_same(as_tenant, new_key):
+def test_a_new_job_is_accepted_without_room_to_wait_for_it(as_tenant, new_key):
     client = as_tenant(new_key())
     job = client.post("/v1/jobs", json=WISH).json()
     asking = Asking(waiting_for(client, job), 4)
-    until(lambda: len(asking.answers) == 1, within_s=10, what="answering the one for whom there is no room")
+    until(
+        lambda: len(asking.answers) == 1,
+        within_s=10,
+        what="answering the one for whom there is no room",
+    )
 
     answer = client.post("/v1/jobs", json=WISH, headers={"Prefer": "wait=20"})
 
@@ -128,7 +163,11 @@ def test_an_image_call_for_which_there_is_no_room_makes_no_job(as_tenant, new_ke
     client = as_tenant(new_key())
     job = client.post("/v1/jobs", json=WISH).json()
     asking = Asking(waiting_for(client, job), 4)
-    until(lambda: len(asking.answers) == 1, within_s=10, what="answering the one for whom there is no room")
+    until(
+        lambda: len(asking.answers) == 1,
+        within_s=10,
+        what="answering the one for whom there is no room",
+    )
     before = count_jobs()
 
     answer = client.post("/v1/images/generations", json={"prompt": "a red circle"})
@@ -143,11 +182,17 @@ def test_an_image_call_for_which_there_is_no_room_makes_no_job(as_tenant, new_ke
 def test_an_image_stream_for_which_there_is_no_room_makes_no_job(as_tenant, new_key, count_jobs):
     client = as_tenant(new_key())
     job = client.post("/v1/jobs", json=WISH).json()
-    with following(client, job) as one, following(client, job) as two, following(client, job) as three:
+    with (
+        following(client, job) as one,
+        following(client, job) as two,
+        following(client, job) as three,
+    ):
         next(one), next(two), next(three)
         before = count_jobs()
 
-        answer = client.post("/v1/images/generations", json={"prompt": "a red circle", "stream": True})
+        answer = client.post(
+            "/v1/images/generations", json={"prompt": "a red circle", "stream": True}
+        )
 
         assert_problem(answer, 503, "streams-exhausted")
         assert count_jobs() == before
@@ -157,7 +202,11 @@ def test_an_image_stream_for_which_there_is_no_room_makes_no_job(as_tenant, new_
 def test_one_tenant_s_streams_leave_room_to_another(as_tenant, new_key):
     greedy, other = as_tenant(new_key()), as_tenant(new_key())
     job, theirs = (client.post("/v1/jobs", json=WISH).json() for client in (greedy, other))
-    with following(greedy, job) as one, following(greedy, job) as two, following(greedy, job) as three:
+    with (
+        following(greedy, job) as one,
+        following(greedy, job) as two,
+        following(greedy, job) as three,
+    ):
         next(one), next(two), next(three)
 
         assert_problem(greedy.get(job["urls"]["events"]), 503, "streams-exhausted")
@@ -172,13 +221,20 @@ def test_a_client_that_has_left_waits_no_longer(as_tenant, gateway, new_key):
     job = client.post("/v1/jobs", json=WISH).json()
     for _ in range(3):
         with (
-            httpx.Client(base_url=gateway, headers=bearer(key), timeout=0.3, trust_env=False) as impatient,
+            httpx.Client(
+                base_url=gateway, headers=bearer(key), timeout=0.3, trust_env=False
+            ) as impatient,
             pytest.raises(httpx.TimeoutException),
         ):
             impatient.get(job["urls"]["self"], headers={"Prefer": "wait=60"})
 
     def may_wait():
-        return client.get(job["urls"]["self"], headers={"Prefer": "wait=1"}).headers["Preference-Applied"] == "wait=1"
+        return (
+            client.get(job["urls"]["self"], headers={"Prefer": "wait=1"}).headers[
+                "Preference-Applied"
+            ]
+            == "wait=1"
+        )
 
     until(may_wait, within_s=5, what="room for those who are there")
     client.post(job["urls"]["cancel"])

@@ -47,7 +47,10 @@ def render(tenant, **fields) -> dict:
 
 
 def cancel(tenant) -> dict:
-    job = tenant.post("/v1/jobs", json={"prompt": "a red circle", "tier": "batch", "steps": 60, "metadata": {"order": "7"}}).json()
+    job = tenant.post(
+        "/v1/jobs",
+        json={"prompt": "a red circle", "tier": "batch", "steps": 60, "metadata": {"order": "7"}},
+    ).json()
     return tenant.post(job["urls"]["cancel"]).json()
 
 
@@ -58,7 +61,10 @@ def deliveries(tenant, endpoint, **query) -> list[dict]:
 def make_due(database, endpoint) -> None:
     """Let the time of the back-off have passed."""
     with transaction(database) as session:
-        query = "UPDATE webhook_deliveries SET due_at = clock_timestamp() WHERE endpoint_id = :id AND state = 'pending'"
+        query = (
+            "UPDATE webhook_deliveries SET due_at = clock_timestamp() WHERE endpoint_id = :id "
+            "AND state = 'pending'"
+        )
         session.execute(text(query), {"id": endpoint["id"]})
 
 
@@ -67,7 +73,12 @@ def test_an_endpoint_is_made_with_a_secret_that_is_shown_once(tenant, receiver):
 
     assert made["secret"].startswith("whsec_")
     assert len(base64.b64decode(made["secret"].removeprefix("whsec_"))) == 32
-    assert (made["url"], made["events"], made["description"], made["disabled_at"]) == (receiver.url, list(ENDED_EVENTS), "orders", None)
+    assert (made["url"], made["events"], made["description"], made["disabled_at"]) == (
+        receiver.url,
+        list(ENDED_EVENTS),
+        "orders",
+        None,
+    )
     shown = tenant.get(made["urls"]["self"]).json()
     assert shown == {key: value for key, value in made.items() if key != "secret"}
     assert tenant.get("/v1/webhooks").json()["data"] == [shown]
@@ -83,26 +94,46 @@ def test_a_finished_job_arrives_signed_and_without_its_prompt(tenant, receiver):
     message = Webhook(endpoint["secret"]).verify(heard.body, heard.headers)
     assert (message["type"], message["timestamp"]) == ("job.succeeded", job["finished_at"])
     data = message["data"]
-    assert (data["id"], data["state"], data["seed"], data["metadata"]) == (job["id"], "succeeded", 7, {"order": "7"})
+    assert (data["id"], data["state"], data["seed"], data["metadata"]) == (
+        job["id"],
+        "succeeded",
+        7,
+        {"order": "7"},
+    )
     assert data["images"][0]["pixels_sha256"] == job["images"][0]["pixels_sha256"]
     assert data["images"][0]["url"] == job["images"][0]["url"]
     assert b"red circle" not in heard.body
     until(lambda: deliveries(tenant, endpoint)[0]["state"] == "delivered")
     [delivery] = deliveries(tenant, endpoint)
-    assert (delivery["id"], delivery["job_id"], delivery["event"]) == (heard.id, job["id"], "job.succeeded")
-    assert [(attempt["attempt"], attempt["status"]) for attempt in delivery["attempts"]] == [(1, 204)]
+    assert (delivery["id"], delivery["job_id"], delivery["event"]) == (
+        heard.id,
+        job["id"],
+        "job.succeeded",
+    )
+    assert [(attempt["attempt"], attempt["status"]) for attempt in delivery["attempts"]] == [
+        (1, 204)
+    ]
 
 
-def test_links_of_a_message_begin_with_the_public_address_where_there_is_one(stack_database, finished_job, api):
+def test_links_of_a_message_begin_with_the_public_address_where_there_is_one(
+    stack_database, finished_job, api
+):
     key = api.get("/v1/key").json()
     with transaction(stack_database) as session:
-        job = jobs.find(session, uuid.UUID(finished_job["id"]), tenant_id=uuid.UUID(key["tenant_id"]))
+        job = jobs.find(
+            session, uuid.UUID(finished_job["id"]), tenant_id=uuid.UUID(key["tenant_id"])
+        )
     claim = SimpleNamespace(event="job.succeeded")
 
-    data = message(claim, job, datetime.now(UTC), public_url="https://images.example/darkroom")["data"]
+    data = message(claim, job, datetime.now(UTC), public_url="https://images.example/darkroom")[
+        "data"
+    ]
 
     assert data["urls"]["self"] == f"https://images.example/darkroom{finished_job['urls']['self']}"
-    assert data["images"][1]["url"] == f"https://images.example/darkroom{finished_job['images'][1]['url']}"
+    assert (
+        data["images"][1]["url"]
+        == f"https://images.example/darkroom{finished_job['images'][1]['url']}"
+    )
 
 
 def test_the_openai_client_verifies_it_too(tenant, receiver):
@@ -135,7 +166,9 @@ def test_only_events_that_are_wanted_are_sent(tenant, receiver):
     assert [delivery["event"] for delivery in deliveries(tenant, endpoint)] == ["job.canceled"]
 
 
-def test_a_receiver_that_fails_is_tried_again_under_the_same_id_until_it_hears(tenant, receiver, stack_database):
+def test_a_receiver_that_fails_is_tried_again_under_the_same_id_until_it_hears(
+    tenant, receiver, stack_database
+):
     endpoint = subscribe(tenant, receiver)
     receiver.status = 500
 
@@ -206,7 +239,9 @@ def test_a_receiver_that_says_gone_is_told_nothing_more(tenant, receiver):
     until(lambda: len(receiver.heard) == 2)
 
 
-def test_a_receiver_that_hangs_holds_up_neither_jobs_nor_other_receivers(tenant, receiver, new_tenant):
+def test_a_receiver_that_hangs_holds_up_neither_jobs_nor_other_receivers(
+    tenant, receiver, new_tenant
+):
     other = new_tenant()
     subscribe(tenant, receiver)
     receiver.hang_s = 8
@@ -225,8 +260,13 @@ def test_a_receiver_that_hangs_holds_up_neither_jobs_nor_other_receivers(tenant,
     assert len(receiver.heard) == 4  # at most four at a time, whatever waits
 
 
-def test_one_tenant_s_hanging_receivers_hold_up_nobody_else_s_webhooks(tenant, receiver, new_tenant):
-    """Twenty endpoints that never answer, each with ten events: the first attempts hold a few threads, the later ones fewer."""
+def test_one_tenant_s_hanging_receivers_hold_up_nobody_else_s_webhooks(
+    tenant, receiver, new_tenant
+):
+    """Twenty endpoints that never answer, each with ten events.
+
+    The first attempts hold a few threads, the later ones fewer.
+    """
     for _ in range(MAX_ENDPOINTS):
         subscribe(tenant, receiver)
     receiver.hang_s = 60
@@ -268,14 +308,24 @@ def test_a_rotated_secret_signs_beside_the_one_before_it(tenant, receiver):
 
 def verifies(heard, *secrets) -> list[bool]:
     signed = f"{heard.id}.{heard.headers['webhook-timestamp']}.{heard.body.decode()}".encode()
-    digests = [hmac.digest(base64.b64decode(secret.removeprefix("whsec_")), signed, hashlib.sha256) for secret in secrets]
-    return [f"v1,{base64.b64encode(digest).decode()}" in heard.headers["webhook-signature"].split(" ") for digest in digests]
+    digests = [
+        hmac.digest(base64.b64decode(secret.removeprefix("whsec_")), signed, hashlib.sha256)
+        for secret in secrets
+    ]
+    return [
+        f"v1,{base64.b64encode(digest).decode()}" in heard.headers["webhook-signature"].split(" ")
+        for digest in digests
+    ]
 
 
 def test_a_delivery_can_be_sent_again_by_hand_under_its_id(tenant, receiver):
     endpoint = subscribe(tenant, receiver)
     cancel(tenant)
-    until(lambda: deliveries(tenant, endpoint) and deliveries(tenant, endpoint)[0]["state"] == "delivered")
+    until(
+        lambda: (
+            deliveries(tenant, endpoint) and deliveries(tenant, endpoint)[0]["state"] == "delivered"
+        )
+    )
     [delivery] = deliveries(tenant, endpoint)
 
     answer = tenant.post(f"/v1/webhooks/deliveries/{delivery['id']}/redeliver")
@@ -307,9 +357,16 @@ def test_a_deleted_endpoint_is_gone_with_all_that_waited_for_it(tenant, receiver
     assert tenant.delete(endpoint["urls"]["self"]).status_code == 204
 
     assert_problem(tenant.get(endpoint["urls"]["self"]), 404, "webhook-not-found")
-    assert_problem(tenant.post(f"/v1/webhooks/deliveries/{delivery}/redeliver"), 404, "delivery-not-found")
+    assert_problem(
+        tenant.post(f"/v1/webhooks/deliveries/{delivery}/redeliver"), 404, "delivery-not-found"
+    )
     with transaction(stack_database) as session:
-        assert session.scalar(text("SELECT state FROM webhook_deliveries WHERE id = :id"), {"id": delivery}) == "gone"
+        assert (
+            session.scalar(
+                text("SELECT state FROM webhook_deliveries WHERE id = :id"), {"id": delivery}
+            )
+            == "gone"
+        )
 
 
 @pytest.mark.parametrize(
@@ -384,20 +441,35 @@ def age(database, endpoint, seconds) -> None:
 
 def test_a_tenant_has_so_many_endpoints_and_no_more(tenant):
     for number in range(MAX_ENDPOINTS):
-        assert tenant.post("/v1/webhooks", json={"url": f"https://example.com/{number}"}).status_code == 201
+        assert (
+            tenant.post("/v1/webhooks", json={"url": f"https://example.com/{number}"}).status_code
+            == 201
+        )
 
-    assert_problem(tenant.post("/v1/webhooks", json={"url": "https://example.com/"}), 422, "invalid-request")
+    assert_problem(
+        tenant.post("/v1/webhooks", json={"url": "https://example.com/"}), 422, "invalid-request"
+    )
 
 
 def test_another_tenant_s_endpoints_are_not_there(tenant, stranger, receiver):
     endpoint = subscribe(tenant, receiver)
     own = endpoint["urls"]["self"]
 
-    for method, path in (("GET", own), ("PATCH", own), ("DELETE", own), ("POST", f"{own}/rotate"), ("POST", f"{own}/test")):
+    for method, path in (
+        ("GET", own),
+        ("PATCH", own),
+        ("DELETE", own),
+        ("POST", f"{own}/rotate"),
+        ("POST", f"{own}/test"),
+    ):
         answer = stranger.request(method, path, json={} if method == "PATCH" else None)
         assert_problem(answer, 404, "webhook-not-found")
     assert_problem(stranger.get(f"{own}/deliveries"), 404, "webhook-not-found")
-    assert_problem(stranger.post(f"/v1/webhooks/deliveries/{uuid.uuid4()}/redeliver"), 404, "delivery-not-found")
+    assert_problem(
+        stranger.post(f"/v1/webhooks/deliveries/{uuid.uuid4()}/redeliver"),
+        404,
+        "delivery-not-found",
+    )
 
 
 def test_deliveries_come_in_pages(tenant, receiver):
@@ -410,4 +482,8 @@ def test_deliveries_come_in_pages(tenant, receiver):
 
     assert first.json()["has_more"]
     assert [len(answer.json()["data"]) for answer in (first, second)] == [2, 1]
-    assert_problem(tenant.get(f"/v1/webhooks/{endpoint['id']}/deliveries", params={"state": "lost"}), 422, "invalid-query")
+    assert_problem(
+        tenant.get(f"/v1/webhooks/{endpoint['id']}/deliveries", params={"state": "lost"}),
+        422,
+        "invalid-query",
+    )

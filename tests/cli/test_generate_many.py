@@ -34,13 +34,19 @@ def prompts(tmp_path):
 @pytest.fixture
 def jobs_of(client: Client):
     def jobs_of(prompts):
-        return [job for job in itertools.islice(client.jobs(page_size=100), 100) if job.prompt in prompts]
+        return [
+            job
+            for job in itertools.islice(client.jobs(page_size=100), 100)
+            if job.prompt in prompts
+        ]
 
     return jobs_of
 
 
 def run(stack, tmp_path, *options):
-    process = piped(stack.data_dir, "generate", "--from", "prompts.txt", "-o", "images", *options, cwd=tmp_path)
+    process = piped(
+        stack.data_dir, "generate", "--from", "prompts.txt", "-o", "images", *options, cwd=tmp_path
+    )
     out, err = process.communicate(timeout=240)
     return process.returncode, out, err
 
@@ -54,7 +60,9 @@ def noted(tmp_path):
 
 
 def files(tmp_path):
-    return sorted(path.name for path in (tmp_path / "images").iterdir() if not path.name.startswith("."))
+    return sorted(
+        path.name for path in (tmp_path / "images").iterdir() if not path.name.startswith(".")
+    )
 
 
 def assert_all_is_there(tmp_path, jobs, prompts):
@@ -84,7 +92,17 @@ def test_every_line_becomes_files_under_its_number_and_one_that_cannot_is_named(
 
 
 def test_interrupted_and_run_again_nothing_is_asked_for_twice(stack, tmp_path, prompts, jobs_of):
-    arguments = ["generate", "--from", "prompts.txt", "-o", "images", "--tier", "batch", "--parallel", 3]
+    arguments = [
+        "generate",
+        "--from",
+        "prompts.txt",
+        "-o",
+        "images",
+        "--tier",
+        "batch",
+        "--parallel",
+        3,
+    ]
     process = piped(stack.data_dir, *arguments, cwd=tmp_path)
     until(lambda: len(noted(tmp_path)) >= 3, within_s=60)
     process.send_signal(signal.SIGINT)
@@ -101,10 +119,22 @@ def test_interrupted_and_run_again_nothing_is_asked_for_twice(stack, tmp_path, p
     assert_all_is_there(tmp_path, jobs_of(prompts), prompts)
 
 
-def test_killed_at_any_instant_and_run_again_nothing_is_asked_for_twice(stack, tmp_path, prompts, jobs_of):
+def test_killed_at_any_instant_and_run_again_nothing_is_asked_for_twice(
+    stack, tmp_path, prompts, jobs_of
+):
     for _ in range(3):
         process = piped(
-            stack.data_dir, "generate", "--from", "prompts.txt", "-o", "images", "--tier", "fast", "--parallel", 2, cwd=tmp_path
+            stack.data_dir,
+            "generate",
+            "--from",
+            "prompts.txt",
+            "-o",
+            "images",
+            "--tier",
+            "fast",
+            "--parallel",
+            2,
+            cwd=tmp_path,
         )
         before = len(jobs_of(prompts))
         until(lambda: len(jobs_of(prompts)) > before or process.poll() is not None, within_s=60)  # noqa: B023
@@ -130,19 +160,39 @@ def test_run_again_only_what_is_missing_or_broken_is_fetched(stack, tmp_path, pr
     assert_all_is_there(tmp_path, jobs_of(prompts), prompts)
 
 
-def test_a_folder_keeps_to_its_prompts_and_options_until_told_otherwise(stack, tmp_path, prompts, jobs_of):
+def test_a_folder_keeps_to_its_prompts_and_options_until_told_otherwise(
+    stack, tmp_path, prompts, jobs_of
+):
     (tmp_path / "prompts.txt").write_text(prompts[0])
     assert run(stack, tmp_path, "--tier", "fast")[0] == 0
 
     other = run(stack, tmp_path, "--tier", "fast", "--steps", 3)
     fresh = run(stack, tmp_path, "--tier", "fast", "--steps", 3, "--fresh")
 
-    assert (other[0], "holds a run of other prompts or options" in other[2], fresh[0]) == (2, True, 0)
+    assert (other[0], "holds a run of other prompts or options" in other[2], fresh[0]) == (
+        2,
+        True,
+        0,
+    )
     assert sorted(job.steps for job in jobs_of(prompts)) == [3, 4]
 
 
-def test_on_a_terminal_jobs_are_seen_under_way_and_a_second_ctrl_c_cancels_them(stack, tmp_path, prompts, jobs_of):
-    arguments = ["generate", "--from", "prompts.txt", "-o", "images", "--tier", "batch", "--steps", 60, "--parallel", 2]
+def test_on_a_terminal_jobs_are_seen_under_way_and_a_second_ctrl_c_cancels_them(
+    stack, tmp_path, prompts, jobs_of
+):
+    arguments = [
+        "generate",
+        "--from",
+        "prompts.txt",
+        "-o",
+        "images",
+        "--tier",
+        "batch",
+        "--steps",
+        60,
+        "--parallel",
+        2,
+    ]
     terminal = Terminal(stack.data_dir, *arguments, cwd=tmp_path)
     terminal.read_until("0 of 6 done", "2 under way", prompts[0][:30])
     until(lambda: len(jobs_of(prompts)) == 2)
@@ -159,7 +209,17 @@ def test_on_a_terminal_jobs_are_seen_under_way_and_a_second_ctrl_c_cancels_them(
 
 def test_on_a_terminal_one_ctrl_c_leaves_the_jobs_to_go_on(stack, tmp_path, prompts, jobs_of):
     terminal = Terminal(
-        stack.data_dir, "generate", "--from", "prompts.txt", "-o", "images", "--tier", "fast", "--parallel", 2, cwd=tmp_path
+        stack.data_dir,
+        "generate",
+        "--from",
+        "prompts.txt",
+        "-o",
+        "images",
+        "--tier",
+        "fast",
+        "--parallel",
+        2,
+        cwd=tmp_path,
     )
     terminal.read_until("2 under way")
     until(lambda: len(noted(tmp_path)) >= 2)
@@ -173,16 +233,25 @@ def test_on_a_terminal_one_ctrl_c_leaves_the_jobs_to_go_on(stack, tmp_path, prom
     until(lambda: all(job.state == "succeeded" for job in jobs_of(prompts)), within_s=60)
 
 
-def test_lines_that_failed_are_asked_for_again_as_new_jobs_when_that_is_wanted(stack, tmp_path, prompts, jobs_of):
+def test_lines_that_failed_are_asked_for_again_as_new_jobs_when_that_is_wanted(
+    stack, tmp_path, prompts, jobs_of
+):
     (tmp_path / "prompts.txt").write_text("\n".join(prompts[:2]))
     assert run(stack, tmp_path, "--tier", "fast")[0] == 0
     [failed] = jobs_of(prompts[:1])
-    ask(stack.env["MIGRATION_DATABASE_URL"], "UPDATE jobs SET state = 'failed', failure_code = 'internal' WHERE id = %s", [failed.id])
+    ask(
+        stack.env["MIGRATION_DATABASE_URL"],
+        "UPDATE jobs SET state = 'failed', failure_code = 'internal' WHERE id = %s",
+        [failed.id],
+    )
 
     as_before = run(stack, tmp_path, "--tier", "fast")
     again = run(stack, tmp_path, "--tier", "fast", "--retry-failed")
 
-    assert (as_before[0], f"line 1 ({prompts[0][:40]}): failed: internal" in as_before[2]) == (1, True)
+    assert (as_before[0], f"line 1 ({prompts[0][:40]}): failed: internal" in as_before[2]) == (
+        1,
+        True,
+    )
     assert (again[0], "2 of 2 prompts done" in again[1]) == (0, True)
     assert [len(jobs_of([prompt])) for prompt in prompts[:2]] == [2, 1]
 
@@ -206,14 +275,20 @@ def test_a_line_has_one_key_in_all_its_runs_until_it_begins_again(tmp_path):
 def test_a_run_knows_the_pictures_it_starts_from_by_their_content(tmp_path):
     (tmp_path / "cat.png").write_bytes(b"cat")
     (tmp_path / "same.png").write_bytes(b"cat")
-    cat, same = (_fingerprint({"init_image": tmp_path / name, "tier": "fast"}) for name in ("cat.png", "same.png"))
+    cat, same = (
+        _fingerprint({"init_image": tmp_path / name, "tier": "fast"})
+        for name in ("cat.png", "same.png")
+    )
     Run.opened(tmp_path, source=b"a red circle", options=cat, fresh=False)
     (tmp_path / "cat.png").write_bytes(b"dog")
 
     assert same == cat
     with pytest.raises(AnotherRun):
         Run.opened(
-            tmp_path, source=b"a red circle", options=_fingerprint({"init_image": tmp_path / "cat.png", "tier": "fast"}), fresh=False
+            tmp_path,
+            source=b"a red circle",
+            options=_fingerprint({"init_image": tmp_path / "cat.png", "tier": "fast"}),
+            fresh=False,
         )
 
 
@@ -267,7 +342,9 @@ def test_a_run_ends_when_its_gateway_is_away_for_too_long(tmp_path, monkeypatch)
 
     monkeypatch.setattr("cli.many.asyncio.sleep", sleep)
     monkeypatch.setattr("cli.many.time", SimpleNamespace(monotonic=lambda: now))
-    many = Many(None, None, [], {}, tmp_path, SimpleNamespace(wait=lambda why: None), retry_failed=False)
+    many = Many(
+        None, None, [], {}, tmp_path, SimpleNamespace(wait=lambda why: None), retry_failed=False
+    )
 
     with pytest.raises(Unreachable):
         asyncio.run(many._patiently(nobody))
@@ -287,9 +364,20 @@ def test_a_run_ends_when_its_gateway_is_away_for_too_long(tmp_path, monkeypatch)
         (b"\xff", "decode"),
         ("a red circle".encode("utf-16"), "line 1 is not UTF-8"),
     ],
-    ids=["no JSON", "no prompt", "no list", "no list in a line", "a number", "a word of ours", "no text", "UTF-16"],
+    ids=[
+        "no JSON",
+        "no prompt",
+        "no list",
+        "no list in a line",
+        "a number",
+        "a word of ours",
+        "no text",
+        "UTF-16",
+    ],
 )
-def test_a_file_that_is_no_file_of_prompts_is_refused_before_anything_is_asked_for(stack, tmp_path, text, why):
+def test_a_file_that_is_no_file_of_prompts_is_refused_before_anything_is_asked_for(
+    stack, tmp_path, text, why
+):
     (tmp_path / "prompts.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
 
     code, _, err = run(stack, tmp_path)
@@ -310,15 +398,24 @@ def test_a_file_that_is_no_file_of_prompts_is_refused_before_anything_is_asked_f
     ids=["text with marks", "JSON lines with a mark", "a list", "a list on lines", "JSON strings"],
 )
 def test_prompts_are_what_the_file_says_however_it_was_saved(text):
-    assert [line.prompt for line in read(decoded(text.encode()))] == ["a red circle of BOM", "a blue star of BOM"]
+    assert [line.prompt for line in read(decoded(text.encode()))] == [
+        "a red circle of BOM",
+        "a blue star of BOM",
+    ]
 
 
 def test_a_prompt_may_begin_with_a_quotation():
-    assert [line.prompt for line in read('"Hello" on a wall\n"this" and "that"')] == ['"Hello" on a wall', '"this" and "that"']
+    assert [line.prompt for line in read('"Hello" on a wall\n"this" and "that"')] == [
+        '"Hello" on a wall',
+        '"this" and "that"',
+    ]
 
 
 def test_fields_of_a_job_stand_in_a_list_too_and_a_refusal_names_the_field(stack, tmp_path):
-    wishes = [{"prompt": "a blue star", "seed": 40, "steps": 2}, {"prompt": "x", "seed": "six", "stepz": 3}]
+    wishes = [
+        {"prompt": "a blue star", "seed": 40, "steps": 2},
+        {"prompt": "x", "seed": "six", "stepz": 3},
+    ]
     (tmp_path / "prompts.txt").write_text(json.dumps(wishes), encoding="utf-8-sig")
 
     code, _, err = run(stack, tmp_path, "--tier", "fast")
@@ -329,8 +426,10 @@ def test_fields_of_a_job_stand_in_a_list_too_and_a_refusal_names_the_field(stack
     assert "/stepz: There is no such field (accepted: prompt," in err
 
 
-def test_what_a_model_does_not_read_of_a_line_is_told(stack, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a red circle\na blue star" + ", very detailed picture" * 20)
+def test_lines_that_the_model_does_not_read_to_their_end_are_told(stack, tmp_path):
+    (tmp_path / "prompts.txt").write_text(
+        "a red circle\na blue star" + ", very detailed picture" * 20
+    )
 
     code, _, err = run(stack, tmp_path, "--tier", "fast")
 

@@ -30,7 +30,9 @@ def _no_installation_of_the_callers(monkeypatch):
 
 
 def run(stack, *arguments, **options):
-    return CliRunner().invoke(darkroom, ["--data-dir", str(stack.data_dir), *map(str, arguments)], **options)
+    return CliRunner().invoke(
+        darkroom, ["--data-dir", str(stack.data_dir), *map(str, arguments)], **options
+    )
 
 
 def test_a_job_is_watched_from_the_queue_to_its_end(stack, client, tmp_path):
@@ -42,10 +44,13 @@ def test_a_job_is_watched_from_the_queue_to_its_end(stack, client, tmp_path):
     assert process.returncode == 0
     assert f"job {job.id} is succeeded" in out
     assert "denoise s" in out
-    assert err == "" or err.splitlines()[-1] == f"job {job.id} is succeeded"  # nothing to tell of one that ended before we looked
+    # nothing to tell of one that ended before we looked
+    assert err == "" or err.splitlines()[-1] == f"job {job.id} is succeeded"
 
 
-def test_watching_a_job_on_a_terminal_shows_a_bar_and_ctrl_c_leaves_the_job_alone(stack, client, tmp_path):
+def test_watching_a_job_on_a_terminal_shows_a_bar_and_ctrl_c_leaves_the_job_alone(
+    stack, client, tmp_path
+):
     job = client.create_job("a red circle", tier="batch", steps=60, n=2)
 
     terminal = Terminal(stack.data_dir, "watch", job.id, cwd=tmp_path)
@@ -82,7 +87,9 @@ def test_an_estimate_tells_price_and_time_and_makes_no_job(stack, client):
     newest = next(client.jobs()).id
 
     shown = run(stack, "estimate", "a red circle", "--tier", "quality", "-n", 2)
-    told = json.loads(run(stack, "estimate", "a red circle", "--tier", "quality", "-n", 2, "--json").stdout)
+    told = json.loads(
+        run(stack, "estimate", "a red circle", "--tier", "quality", "-n", 2, "--json").stdout
+    )
 
     assert shown.exit_code == 0
     assert re.search(r"quality +pocket 1 +128x128", shown.stdout)
@@ -120,7 +127,10 @@ def test_instants_without_an_offset_are_utc_wherever_the_command_is_typed(monkey
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     time.tzset()
     try:
-        instants = [_instant(text, "--since") for text in ("2026-11-26", "2026-11-26T18:00", "2026-11-26T18:00+09:00")]
+        instants = [
+            _instant(text, "--since")
+            for text in ("2026-11-26", "2026-11-26T18:00", "2026-11-26T18:00+09:00")
+        ]
     finally:
         monkeypatch.undo()
         time.tzset()
@@ -140,10 +150,16 @@ def gateway(monkeypatch, tmp_path):
         def answer(request):
             if request.url.path.endswith("/images/0"):
                 return httpx.Response(200, content=PNG)
-            return httpx.Response(200, json=original if request.url.path == "/v1/jobs/first" else made)
+            return httpx.Response(
+                200, json=original if request.url.path == "/v1/jobs/first" else made
+            )
 
         transport = httpx.MockTransport(answer)
-        monkeypatch.setattr(Installation, "client", lambda _: Client("http://gateway.test", "dr_key", transport=transport))
+        monkeypatch.setattr(
+            Installation,
+            "client",
+            lambda _: Client("http://gateway.test", "dr_key", transport=transport),
+        )
         monkeypatch.chdir(tmp_path)
         return CliRunner().invoke(darkroom, ["--data-dir", str(tmp_path), *arguments])
 
@@ -161,7 +177,9 @@ FAILED = {"state": "failed", "images": [], "failure": {"code": "internal", "deta
         ({"state": "expired", "images": []}, 1, "Job j1 is expired"),
     ],
 )
-def test_generate_ends_with_1_and_says_why_when_its_job_does_not_succeed(gateway, tmp_path, changes, code, told):
+def test_generate_ends_with_1_and_says_why_when_its_job_does_not_succeed(
+    gateway, tmp_path, changes, code, told
+):
     done = gateway("generate", "a red circle", made=a_played_job(**changes))
 
     assert (done.exit_code, told in done.stderr) == (code, True)
@@ -177,9 +195,19 @@ def with_pixels(digest, **changes):
     ("original", "made", "code", "told"),
     [
         (with_pixels("a" * 64), with_pixels("a" * 64), 0, "The same pixels: 1 of 1."),
-        (with_pixels("a" * 64, determinism="reproducible"), with_pixels("b" * 64), 1, "The pixels differ."),
+        (
+            with_pixels("a" * 64, determinism="reproducible"),
+            with_pixels("b" * 64),
+            1,
+            "The pixels differ.",
+        ),
         (with_pixels("a" * 64), with_pixels("b" * 64), 1, "Its tier promises best effort only"),
-        (with_pixels(None, state="failed"), with_pixels("b" * 64), 1, "The original is failed: there is nothing to compare with."),
+        (
+            with_pixels(None, state="failed"),
+            with_pixels("b" * 64),
+            1,
+            "The original is failed: there is nothing to compare with.",
+        ),
         (with_pixels("a" * 64), a_played_job(**FAILED), 1, "Job j1 is failed: internal"),
     ],
     ids=["the same", "different", "best effort", "no original", "failed"],
@@ -235,15 +263,25 @@ def test_a_picture_to_be_followed_is_sent_along(stack, tmp_path):
 )
 def test_adapters_are_said_with_or_without_their_strength(said, fields):
     asked = []
-    click.command()(wish_options(lambda **wish: asked.append(wish))).main(said, standalone_mode=False)
+    click.command()(wish_options(lambda **wish: asked.append(wish))).main(
+        said, standalone_mode=False
+    )
 
-    wanted = fields and [{"name": name} | ({"strength": strength} if strength is not None else {}) for name, strength in fields]
+    wanted = fields and [
+        {"name": name} | ({"strength": strength} if strength is not None else {})
+        for name, strength in fields
+    ]
     assert (asked[0]["adapters"], asked[0]["metadata"]) == (wanted, None)
 
 
 @pytest.mark.parametrize(
     "said",
-    [["--adapter", "sepia=much"], ["--adapter", "sepia=nan"], ["--adapter", "=1"], ["--metadata", "x"]],
+    [
+        ["--adapter", "sepia=much"],
+        ["--adapter", "sepia=nan"],
+        ["--adapter", "=1"],
+        ["--metadata", "x"],
+    ],
 )
 def test_an_entry_that_cannot_be_read_is_refused_before_anything_is_sent(stack, said):
     done = run(stack, "estimate", "a red circle", *said)

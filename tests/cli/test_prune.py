@@ -30,7 +30,9 @@ def prune(own_database, tmp_path, monkeypatch):
     monkeypatch.setenv("MIGRATION_DATABASE_URL", own_database.owner_url)
 
     def prune(*arguments):
-        return CliRunner().invoke(darkroom, ["--data-dir", str(tmp_path / "none"), "prune", *arguments])
+        return CliRunner().invoke(
+            darkroom, ["--data-dir", str(tmp_path / "none"), "prune", *arguments]
+        )
 
     return prune
 
@@ -45,7 +47,9 @@ def an_old_job(own_database, **wish):
     engine = make_engine(own_database.owner_url, pool_size=1)
     with transaction(engine) as session:
         tenant = a_tenant(session)
-        job = jobs.cancel(session, a_job(session, tenant=tenant, **wish).id, tenant_id=tenant.id, actor="tests")
+        job = jobs.cancel(
+            session, a_job(session, tenant=tenant, **wish).id, tenant_id=tenant.id, actor="tests"
+        )
         old_id = age(session, job)
     engine.dispose()
     return old_id
@@ -59,7 +63,11 @@ def is_there(own_database, job_id) -> bool:
 def test_prune_only_says_what_would_go_unless_it_is_told_yes(own_database, prune, old_job):
     done = prune("--older-than", "30d")
 
-    assert (done.exit_code, "would be removed" in done.stdout, "--yes" in done.stderr) == (0, True, True)
+    assert (done.exit_code, "would be removed" in done.stdout, "--yes" in done.stderr) == (
+        0,
+        True,
+        True,
+    )
     assert is_there(own_database, old_job)
 
 
@@ -77,8 +85,18 @@ def an_old_file(own_database):
     shape = {"mode": "RGB", "size_bytes": 10, "width_px": 8, "height_px": 8}
     with transaction(engine) as session:
         tenant = a_tenant(session)
-        file = files.keep(session, tenant_id=tenant.id, object_key="t/old", content_sha256="0" * 64, **shape, actor="tests")
-        session.execute(text("UPDATE files SET created_at = created_at - interval '100 days' WHERE id = :id"), {"id": file.id})
+        file = files.keep(
+            session,
+            tenant_id=tenant.id,
+            object_key="t/old",
+            content_sha256="0" * 64,
+            **shape,
+            actor="tests",
+        )
+        session.execute(
+            text("UPDATE files SET created_at = created_at - interval '100 days' WHERE id = :id"),
+            {"id": file.id},
+        )
         file_id = file.id
     engine.dispose()
     return file_id
@@ -90,7 +108,9 @@ def test_prune_of_one_tier_leaves_the_jobs_of_others_and_every_file(own_database
 
     def is_erased():
         with own_database.owner.connect() as connection:
-            return connection.scalar(text("SELECT erased_at IS NOT NULL FROM files WHERE id = :id"), {"id": file_id})
+            return connection.scalar(
+                text("SELECT erased_at IS NOT NULL FROM files WHERE id = :id"), {"id": file_id}
+            )
 
     would = prune("--older-than", "30d", "--tier", "batch")
     done = prune("--older-than", "30d", "--tier", "batch", "--yes")
@@ -105,7 +125,9 @@ def test_prune_of_one_tier_leaves_the_jobs_of_others_and_every_file(own_database
 def test_prune_exports_months_of_the_audit_log_before_they_go(own_database, prune, tmp_path):
     with own_database.owner.begin() as connection:
         bounds = "FROM ('2001-08-01 00:00+00') TO ('2001-09-01 00:00+00')"
-        connection.execute(text(f"CREATE TABLE audit_events_2001_08 PARTITION OF audit_events FOR VALUES {bounds}"))
+        connection.execute(
+            text(f"CREATE TABLE audit_events_2001_08 PARTITION OF audit_events FOR VALUES {bounds}")
+        )
     append(own_database, 'with "quotes" and \\ backslash', AUGUST, AUGUST)
 
     done = prune("--audit-older-than", "400d", "--export", str(tmp_path), "--yes")
@@ -118,7 +140,9 @@ def test_prune_exports_months_of_the_audit_log_before_they_go(own_database, prun
         ('with "quotes" and \\ backslash', 2),
     ]
     with own_database.owner.connect() as connection:
-        facts = connection.scalar(text("SELECT facts FROM audit_log WHERE event = 'audit:month:pruned'"))
+        facts = connection.scalar(
+            text("SELECT facts FROM audit_log WHERE event = 'audit:month:pruned'")
+        )
     assert facts["exported_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert verify(own_database) == []
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [path.name]
@@ -141,7 +165,9 @@ def test_prune_names_what_it_cannot_use(prune, arguments, told):
     assert told in done.stderr
 
 
-def test_prune_waits_for_who_holds_a_lock_and_then_goes_on(own_database, prune, old_job, monkeypatch):
+def test_prune_waits_for_who_holds_a_lock_and_then_goes_on(
+    own_database, prune, old_job, monkeypatch
+):
     monkeypatch.setattr("cli.prune.PAUSE_S", 0.05)
     assert datetime.now(UTC) - CUTOFF > timedelta(days=29)
 

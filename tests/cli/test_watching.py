@@ -9,7 +9,7 @@ from darkroom_client import Event
 
 
 def a_job(*, progress=None, state="running"):
-    """As the API tells of one of two images, of twenty steps each that a picture spares fifteen of."""
+    """As the API tells of one of two images, of 20 steps each that a picture spares 15 of."""
     return SimpleNamespace(state=state, steps=20, n=2, progress=progress, queue=None)
 
 
@@ -20,7 +20,11 @@ def progress(step):
 def test_a_job_s_bar_is_as_long_as_the_steps_that_its_images_make():
     sight = Sight.of(a_job(progress=progress(4)))
 
-    assert (sight.done, sight.steps_to_do, sight.words.partition(" \u00b7")[0]) == (4, 10, "step 4/10")
+    assert (sight.done, sight.steps_to_do, sight.words.partition(" \u00b7")[0]) == (
+        4,
+        10,
+        "step 4/10",
+    )
 
 
 def test_a_job_s_bar_learns_its_length_from_the_first_step_that_is_heard():

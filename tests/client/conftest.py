@@ -25,11 +25,23 @@ class Request:
         self.method, self.path, self.headers = handler.command, handler.path, handler.headers
         self.body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
 
-    def answer(self, status: int, document=None, *, content: bytes | None = None, promised: int | None = None, **headers: str) -> None:
+    def answer(
+        self,
+        status: int,
+        document=None,
+        *,
+        content: bytes | None = None,
+        promised: int | None = None,
+        **headers: str,
+    ) -> None:
         """promised: a Content-Length that is not kept."""
         content = json.dumps(document).encode() if content is None else content
         self._handler.send_response(status)
-        plain = {"Content_Type": "application/json", "Content_Length": str(promised or len(content)), "Connection": "close"}
+        plain = {
+            "Content_Type": "application/json",
+            "Content_Length": str(promised or len(content)),
+            "Connection": "close",
+        }
         for name, value in (plain | headers).items():
             self._handler.send_header(name.replace("_", "-"), value)
         self._handler.end_headers()
@@ -38,8 +50,10 @@ class Request:
         self._handler.close_connection = True
 
     def reset(self) -> None:
-        """The connection breaks without an answer, as when the process at the other end is killed."""
-        self._handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        """Break the connection without an answer, as when the process at its end is killed."""
+        self._handler.connection.setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+        )
         self._handler.close_connection = True  # the linger of zero makes a reset of it
 
 
@@ -90,12 +104,17 @@ def server() -> Iterator[Server]:
 
 
 class Either:
-    """One of the clients, driven the same way: `ask("job", "j1")` is what the method returns, a list where it is iterated."""
+    """One of the clients, driven the same way.
+
+    `ask("job", "j1")` is what the method returns, a list where it is iterated.
+    """
 
     def __init__(self, kind: str, url: str) -> None:
         self.kind, self.url = kind, url
 
-    def ask(self, method: str, *arguments, retries: Retries = HASTY, timeout_s: float = 10.0, **named):
+    def ask(
+        self, method: str, *arguments, retries: Retries = HASTY, timeout_s: float = 10.0, **named
+    ):
         options = {"retries": retries, "timeout_s": timeout_s}
         if self.kind == "asyncio":
             return asyncio.run(self._awaited(options, method, *arguments, **named))

@@ -17,7 +17,9 @@ def with_client(stack):
 
     def with_client(act):
         async def whole():
-            async with AsyncClient(stack.env["DARKROOM_URL"], stack.env["DARKROOM_API_KEY"]) as client:
+            async with AsyncClient(
+                stack.env["DARKROOM_URL"], stack.env["DARKROOM_API_KEY"]
+            ) as client:
                 return await act(client)
 
         return asyncio.run(whole())
@@ -36,7 +38,9 @@ def test_a_dozen_jobs_at_once_end_as_files_with_the_right_bytes(with_client, tmp
 
     made = with_client(make)
 
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{seed}-0.png" for seed in range(12))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        f"{seed}-0.png" for seed in range(12)
+    )
     for job, [path] in made:
         assert hashlib.sha256(path.read_bytes()).hexdigest() == job.images[0].content_sha256
 
@@ -87,7 +91,11 @@ def test_a_refusal_is_raised_in_the_loop(with_client):
         return caught.value
 
     problem = with_client(ask)
-    assert (problem.slug, problem.status, problem.errors[0].pointer) == ("invalid-image-request", 422, "/steps")
+    assert (problem.slug, problem.status, problem.errors[0].pointer) == (
+        "invalid-image-request",
+        422,
+        "/steps",
+    )
 
 
 def test_events_are_told_to_the_end(with_client):
@@ -105,7 +113,10 @@ def test_events_are_told_to_the_end(with_client):
 
 def test_a_batch_tells_of_each_wish_what_became_of_it(with_client):
     async def ask(client):
-        wishes = [{"prompt": "a red circle", "tier": "fast"}, {"prompt": "x", "tier": "fast", "steps": 900}]
+        wishes = [
+            {"prompt": "a red circle", "tier": "fast"},
+            {"prompt": "x", "tier": "fast", "steps": 900},
+        ]
         submissions = await client.create_jobs(wishes)
         return submissions, await client.wait(submissions[0].job_id)
 
@@ -119,7 +130,9 @@ def test_status_and_estimate_are_read(with_client):
     async def ask(client):
         job = await client.create_job("a red circle", tier="fast", steps=2)
         await client.wait(job.id)
-        return await client.status(job.id), await client.estimate("a red circle", tier="fast", steps=2)
+        return await client.status(job.id), await client.estimate(
+            "a red circle", tier="fast", steps=2
+        )
 
     status, estimate = with_client(ask)
 
@@ -135,7 +148,8 @@ def test_a_client_alone_needs_httpx_and_the_standard_library(tmp_path):
     shutil.copytree(REPO / "darkroom_client", tmp_path / "darkroom_client")
     program = """
 import sys
-ALLOWED = {"darkroom_client", "httpx", "httpcore", "h11", "anyio", "sniffio", "certifi", "idna", "typing_extensions"}
+ALLOWED = {"darkroom_client", "httpx", "httpcore", "h11", "anyio", "sniffio", "certifi", "idna"}
+ALLOWED.add("typing_extensions")
 class OnlyThese:
     def find_spec(self, name, path=None, target=None):
         top = name.partition(".")[0]
@@ -144,12 +158,19 @@ class OnlyThese:
 sys.meta_path.insert(0, OnlyThese())
 import darkroom_client
 assert darkroom_client.__file__.startswith(sys.argv[1]), darkroom_client.__file__
-client = darkroom_client.Client("http://127.0.0.1:1", "k", retries=darkroom_client.Retries(attempts=1))
+once = darkroom_client.Retries(attempts=1)
+client = darkroom_client.Client("http://127.0.0.1:1", "k", retries=once)
 try:
     client.job("x")
 except darkroom_client.Unreachable:
     print("alone")
 """
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, env={})
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={},
+    )
 
     assert (done.stdout.strip(), done.stderr) == ("alone", "")

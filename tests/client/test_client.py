@@ -6,7 +6,16 @@ from datetime import UTC, datetime, timedelta, timezone
 import httpx
 import pytest
 
-from darkroom_client import Client, DigestMismatch, ImageNotStored, ProblemError, Retries, UnexpectedAnswer, Unreachable, WaitTimeout
+from darkroom_client import (
+    Client,
+    DigestMismatch,
+    ImageNotStored,
+    ProblemError,
+    Retries,
+    UnexpectedAnswer,
+    Unreachable,
+    WaitTimeout,
+)
 
 PNG = b"\x89PNG and so on"
 
@@ -60,14 +69,22 @@ def a_job(**changes):
 
 
 def a_client(answer):
-    """A client whose every request is answered by `answer(request)`; the requests are kept in `client.seen`."""
+    """A client whose every request is answered by `answer(request)`.
+
+    The requests are kept in `client.seen`.
+    """
     seen = []
 
     def play(request):
         seen.append(request)
         return answer(request)
 
-    client = Client("http://gateway.test", "dr_key", retries=Retries(attempts=1), transport=httpx.MockTransport(play))
+    client = Client(
+        "http://gateway.test",
+        "dr_key",
+        retries=Retries(attempts=1),
+        transport=httpx.MockTransport(play),
+    )
     client.seen = seen
     return client
 
@@ -81,7 +98,12 @@ def test_a_job_is_asked_for_with_what_was_said_and_nothing_else():
     assert (request.method, request.url.path) == ("POST", "/v1/jobs")
     assert request.headers["Authorization"] == "Bearer dr_key"
     assert request.read() == b'{"prompt":"a red circle","tier":"fast","seed":7}'
-    assert (job.id, job.state, job.is_finished, job.cost.amount) == ("j1", "queued", False, "0.000333")
+    assert (job.id, job.state, job.is_finished, job.cost.amount) == (
+        "j1",
+        "queued",
+        False,
+        "0.000333",
+    )
 
 
 def test_members_of_a_later_version_are_kept_and_do_no_harm():
@@ -97,21 +119,44 @@ def test_a_refusal_tells_each_wrong_field():
         "status": 422,
         "detail": "steps must be from 1 to 20",
         "instance": "/requests/r1",
-        "errors": [{"pointer": "/steps", "detail": "must be from 1 to 20", "accepted": {"min": 1, "max": 20}}],
+        "errors": [
+            {
+                "pointer": "/steps",
+                "detail": "must be from 1 to 20",
+                "accepted": {"min": 1, "max": 20},
+            }
+        ],
     }
-    client = a_client(lambda request: httpx.Response(422, json=problem, headers={"Content-Type": "application/problem+json"}))
+    client = a_client(
+        lambda request: httpx.Response(
+            422, json=problem, headers={"Content-Type": "application/problem+json"}
+        )
+    )
 
     with pytest.raises(ProblemError) as caught:
         client.create_job("a red circle", steps=900)
 
     error = caught.value
-    assert (error.status, error.type, error.request_id) == (422, "/problems/invalid-image-request", "/requests/r1")
-    assert [(field.pointer, field.accepted) for field in error.errors] == [("/steps", {"min": 1, "max": 20})]
+    assert (error.status, error.type, error.request_id) == (
+        422,
+        "/problems/invalid-image-request",
+        "/requests/r1",
+    )
+    assert [(field.pointer, field.accepted) for field in error.errors] == [
+        ("/steps", {"min": 1, "max": 20})
+    ]
 
 
 def test_a_refusal_for_now_says_when_to_come_back():
-    problem = {"type": "/problems/fleet-saturated", "title": "Fleet saturated", "status": 503, "detail": "Later."}
-    client = a_client(lambda request: httpx.Response(503, json=problem, headers={"Retry-After": "12"}))
+    problem = {
+        "type": "/problems/fleet-saturated",
+        "title": "Fleet saturated",
+        "status": 503,
+        "detail": "Later.",
+    }
+    client = a_client(
+        lambda request: httpx.Response(503, json=problem, headers={"Retry-After": "12"})
+    )
 
     with pytest.raises(ProblemError) as caught:
         client.create_job("a red circle")
@@ -121,7 +166,11 @@ def test_a_refusal_for_now_says_when_to_come_back():
 
 @pytest.mark.parametrize(
     "answer",
-    [httpx.Response(200, text="<html>welcome</html>"), httpx.Response(502, text="bad gateway"), httpx.Response(200, json={"id": "j1"})],
+    [
+        httpx.Response(200, text="<html>welcome</html>"),
+        httpx.Response(502, text="bad gateway"),
+        httpx.Response(200, json={"id": "j1"}),
+    ],
     ids=["html", "proxy", "no job"],
 )
 def test_an_answer_that_is_not_ours_is_said_to_be_so(answer):
@@ -132,26 +181,49 @@ def test_an_answer_that_is_not_ours_is_said_to_be_so(answer):
 
 
 def test_a_gateway_that_is_not_there_is_unreachable():
-    with Client("http://127.0.0.1:1", "dr_key") as client, pytest.raises(Unreachable, match=r"127\.0\.0\.1:1"):
+    with (
+        Client("http://127.0.0.1:1", "dr_key") as client,
+        pytest.raises(Unreachable, match=r"127\.0\.0\.1:1"),
+    ):
         client.tiers()
 
 
 def test_lists_are_followed_from_page_to_page():
     pages = {
-        None: {"object": "list", "data": [a_job(id="j3"), a_job(id="j2")], "has_more": True, "next_cursor": "c1"},
+        None: {
+            "object": "list",
+            "data": [a_job(id="j3"), a_job(id="j2")],
+            "has_more": True,
+            "next_cursor": "c1",
+        },
         "c1": {"object": "list", "data": [a_job(id="j1")], "has_more": False, "next_cursor": None},
     }
-    client = a_client(lambda request: httpx.Response(200, json=pages[request.url.params.get("cursor")]))
+    client = a_client(
+        lambda request: httpx.Response(200, json=pages[request.url.params.get("cursor")])
+    )
 
     assert [job.id for job in client.jobs(state="succeeded", page_size=2)] == ["j3", "j2", "j1"]
     assert dict(client.seen[1].url.params) == {"state": "succeeded", "limit": "2", "cursor": "c1"}
 
 
 def test_list_of_jobs_is_asked_for_with_every_filter_and_instants_in_utc():
-    client = a_client(lambda request: httpx.Response(200, json={"object": "list", "data": [], "has_more": False, "next_cursor": None}))
+    client = a_client(
+        lambda request: httpx.Response(
+            200, json={"object": "list", "data": [], "has_more": False, "next_cursor": None}
+        )
+    )
     noon_in_tokyo = datetime(2026, 11, 21, 12, tzinfo=timezone(timedelta(hours=9)))
 
-    assert list(client.jobs(since=noon_in_tokyo, until=datetime(2026, 11, 22, tzinfo=UTC), metadata={"order": "7"})) == []
+    assert (
+        list(
+            client.jobs(
+                since=noon_in_tokyo,
+                until=datetime(2026, 11, 22, tzinfo=UTC),
+                metadata={"order": "7"},
+            )
+        )
+        == []
+    )
 
     assert dict(client.seen[0].url.params) == {
         "created_after": "2026-11-21T03:00:00+00:00",
@@ -165,7 +237,9 @@ def test_an_image_is_fetched_from_the_store_without_the_key():
     def answer(request):
         if request.url.host == "store.test":
             return httpx.Response(200, content=PNG)
-        return httpx.Response(302, headers={"Location": "http://store.test/bucket/key?X-Amz-Signature=s"})
+        return httpx.Response(
+            302, headers={"Location": "http://store.test/bucket/key?X-Amz-Signature=s"}
+        )
 
     client = a_client(answer)
 
@@ -177,7 +251,11 @@ def test_an_image_is_fetched_from_the_store_without_the_key():
 def test_bytes_that_are_not_the_stored_ones_are_refused():
     def answer(request):
         is_store = request.url.host == "store.test"
-        return httpx.Response(200, content=b"other") if is_store else httpx.Response(302, headers={"Location": "http://store.test/key"})
+        return (
+            httpx.Response(200, content=b"other")
+            if is_store
+            else httpx.Response(302, headers={"Location": "http://store.test/key"})
+        )
 
     with pytest.raises(DigestMismatch):
         a_client(answer).image(client_job(), 0)
@@ -228,7 +306,11 @@ def test_silence_is_allowed_for_as_long_as_an_answer_may_take(ask, allowed_s):
         if "images" in request.url.path:
             return httpx.Response(302, headers={"Location": "http://store.test/key"})
         if request.url.path.endswith("/events"):
-            return httpx.Response(200, text="event: final\ndata: {}\n\n", headers={"Content-Type": "text/event-stream"})
+            return httpx.Response(
+                200,
+                text="event: final\ndata: {}\n\n",
+                headers={"Content-Type": "text/event-stream"},
+            )
         return httpx.Response(200, json=a_job() | {"data": []})
 
     client = a_client(answer)
@@ -268,13 +350,20 @@ def test_a_number_that_is_none_does_not_become_part_of_a_name(member, tmp_path):
         client.download("j1", tmp_path)
 
 
-@pytest.mark.parametrize(("content_type", "output_format", "suffix"), [("image/x/../..", "png", "png"), (None, "../../sh", "bin")])
+@pytest.mark.parametrize(
+    ("content_type", "output_format", "suffix"),
+    [("image/x/../..", "png", "png"), (None, "../../sh", "bin")],
+)
 def test_the_end_of_a_name_is_one_of_ours(content_type, output_format, suffix, tmp_path):
     job = a_job(output_format=output_format)
     job["images"][0]["content_type"] = content_type
 
     def answer(request):
-        return httpx.Response(200, content=PNG) if "images" in request.url.path else httpx.Response(200, json=job)
+        return (
+            httpx.Response(200, content=PNG)
+            if "images" in request.url.path
+            else httpx.Response(200, json=job)
+        )
 
     [path] = a_client(answer).download("j1", tmp_path)
 
@@ -293,7 +382,11 @@ def test_where_the_store_is_of_no_use_the_gateway_brings_the_image_and_the_next_
     def answer(request):
         if request.url.host != "store.test":
             is_direct = request.url.params.get("redirect") == "false"
-            return httpx.Response(200, content=PNG) if is_direct else httpx.Response(302, headers={"Location": "http://store.test/key"})
+            return (
+                httpx.Response(200, content=PNG)
+                if is_direct
+                else httpx.Response(302, headers={"Location": "http://store.test/key"})
+            )
         if store == "away":
             raise httpx.ConnectError("refused")
         return httpx.Response(403)
@@ -302,25 +395,41 @@ def test_where_the_store_is_of_no_use_the_gateway_brings_the_image_and_the_next_
 
     assert [client.image(client_job()), client.image(client_job())] == [PNG, PNG]
     first = ["gateway.test", "store.test", "gateway.test"]
-    assert [request.url.host for request in client.seen] == first + (["gateway.test"] if store == "away" else first)
+    assert [request.url.host for request in client.seen] == first + (
+        ["gateway.test"] if store == "away" else first
+    )
 
 
 def test_with_a_gateway_that_always_redirects_the_store_s_refusal_is_the_error():
     def answer(request):
         is_store = request.url.host == "store.test"
-        return httpx.Response(403) if is_store else httpx.Response(302, headers={"Location": "http://store.test/key"})
+        return (
+            httpx.Response(403)
+            if is_store
+            else httpx.Response(302, headers={"Location": "http://store.test/key"})
+        )
 
     with pytest.raises(UnexpectedAnswer, match="the object store answered 403"):
         a_client(answer).image(client_job())
 
 
-def test_what_the_model_did_not_read_is_told_with_the_job():
-    warning = {"code": "prompt_truncated", "field": "prompt", "detail": "The model reads less.", "tokens_given": 30, "tokens_read": 22}
+def test_a_job_has_a_warning_for_text_that_the_model_did_not_read():
+    warning = {
+        "code": "prompt_truncated",
+        "field": "prompt",
+        "detail": "The model reads less.",
+        "tokens_given": 30,
+        "tokens_read": 22,
+    }
     client = a_client(lambda request: httpx.Response(200, json=a_job(warnings=[warning])))
 
     [told] = client.job("j1").warnings
 
-    assert (told.code, told.field, told.detail) == ("prompt_truncated", "prompt", "The model reads less.")
+    assert (told.code, told.field, told.detail) == (
+        "prompt_truncated",
+        "prompt",
+        "The model reads less.",
+    )
     assert client_job().warnings == ()
 
 
@@ -328,10 +437,18 @@ def test_the_client_imports_nothing_of_the_house():
     import subprocess
     import sys
 
-    rooms = "{'app', 'cli', 'dispatch', 'edges', 'engine', 'fleet', 'migrations', 'models', 'policy', 'settings', 'tasks'}"
-    program = f"import sys, darkroom_client; print(sorted({rooms} & {{name.partition('.')[0] for name in sys.modules}}))"
+    rooms = (
+        "{'app', 'cli', 'dispatch', 'edges', 'engine', 'fleet', 'migrations', 'models', 'policy', "
+        "'settings', 'tasks'}"
+    )
+    program = (
+        "import sys, darkroom_client; "
+        f"print(sorted({rooms} & {{name.partition('.')[0] for name in sys.modules}}))"
+    )
 
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
 
     assert done.stdout.strip() == "[]"
 
@@ -362,8 +479,10 @@ def test_a_job_is_read_with_all_that_it_tells():
     assert (job.timing.total_s, job.cost.amount, job.images[0].seed) == (3.0, "0.000333", 7)
 
 
-@pytest.mark.parametrize("name", ["id", "state", "tier", "model", "size", "steps", "seed", "images", "created_at"])
-def test_what_lacks_a_member_that_every_job_has_is_no_job(name):
+@pytest.mark.parametrize(
+    "name", ["id", "state", "tier", "model", "size", "steps", "seed", "images", "created_at"]
+)
+def test_a_job_that_lacks_a_member_is_an_unexpected_answer(name):
     members = a_job()
     del members[name]
 
@@ -371,7 +490,10 @@ def test_what_lacks_a_member_that_every_job_has_is_no_job(name):
         a_client(lambda request: httpx.Response(200, json=members)).job("j1")
 
 
-@pytest.mark.parametrize("name", ["adapters", "metadata", "precision", "bucket_rows", "start_by", "urls", "cost", "timing"])
+@pytest.mark.parametrize(
+    "name",
+    ["adapters", "metadata", "precision", "bucket_rows", "start_by", "urls", "cost", "timing"],
+)
 def test_a_member_that_an_older_gateway_does_not_tell_is_none_or_empty(name):
     members = a_job()
     members.pop(name, None)

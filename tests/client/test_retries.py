@@ -1,4 +1,7 @@
-"""Both clients against a real server that fails: what is tried again, how often, and that nothing is made twice."""
+"""Both clients against a real server that fails.
+
+What is tried again, how often, and that nothing is made twice.
+"""
 
 import hashlib
 import inspect
@@ -13,7 +16,12 @@ from darkroom_client import AsyncClient, Client, DigestMismatch, ProblemError, R
 from tests.client.conftest import HASTY
 from tests.client.test_client import PNG, a_job
 
-SATURATED = {"type": "/problems/fleet-saturated", "title": "Fleet saturated", "status": 503, "detail": "Later."}
+SATURATED = {
+    "type": "/problems/fleet-saturated",
+    "title": "Fleet saturated",
+    "status": 503,
+    "detail": "Later.",
+}
 
 
 def accept(request):
@@ -57,7 +65,9 @@ def test_a_lost_answer_makes_no_second_job(either, server):
     made = {}
 
     def make(request):
-        return made.setdefault(request.headers["Idempotency-Key"], a_job(id=f"j{len(made) + 1}", state="queued"))
+        return made.setdefault(
+            request.headers["Idempotency-Key"], a_job(id=f"j{len(made) + 1}", state="queued")
+        )
 
     def make_and_break(request):
         make(request)
@@ -87,14 +97,20 @@ def test_an_answer_that_breaks_off_is_asked_for_again(either, server):
 
 @pytest.mark.parametrize("method", ["job", "cancel", "status", "delete", "replay"])
 def test_whatever_may_be_repeated_is(either, server, method):
-    server.will(lambda request: request.reset(), lambda request: request.answer(502, content=b"bad gateway"), show)
+    server.will(
+        lambda request: request.reset(),
+        lambda request: request.answer(502, content=b"bad gateway"),
+        show,
+    )
 
     either.ask(method, "j1")
 
     assert len(server.requests) == 3
 
 
-def test_a_proxy_of_the_environment_is_not_used_for_a_gateway_on_this_machine(either, server, monkeypatch):
+def test_a_proxy_of_the_environment_is_not_used_for_a_gateway_on_this_machine(
+    either, server, monkeypatch
+):
     set_proxy(monkeypatch, "http://127.0.0.1:1")
     server.will(show)
 
@@ -127,17 +143,25 @@ def test_retry_after_is_honoured(either, server):
     assert 1.0 <= second.at - first.at < 3
 
 
-def test_a_retry_after_that_is_longer_than_the_client_waits_is_the_callers_to_decide(either, server):
+def test_a_retry_after_that_is_longer_than_the_client_waits_is_the_callers_to_decide(
+    either, server
+):
     server.will(lambda request: saturated(request, Retry_After="600"))
 
     with pytest.raises(ProblemError) as caught:
         either.ask("create_job", "a red circle")
 
-    assert (caught.value.retry_after_s, caught.value.slug, len(server.requests)) == (600, "fleet-saturated", 1)
+    assert (caught.value.retry_after_s, caught.value.slug, len(server.requests)) == (
+        600,
+        "fleet-saturated",
+        1,
+    )
 
 
 def test_retry_after_may_be_a_date(either, server):
-    server.will(lambda request: saturated(request, Retry_After=formatdate(time.time() + 600, usegmt=True)))
+    server.will(
+        lambda request: saturated(request, Retry_After=formatdate(time.time() + 600, usegmt=True))
+    )
 
     with pytest.raises(ProblemError) as caught:
         either.ask("create_job", "a red circle")
@@ -156,7 +180,9 @@ def test_the_tries_end_and_the_last_refusal_is_told(either, server):
     server.will(saturated)
 
     with pytest.raises(ProblemError, match="Fleet saturated"):
-        either.ask("create_job", "a red circle", retries=Retries(attempts=3, initial_backoff_s=0.01))
+        either.ask(
+            "create_job", "a red circle", retries=Retries(attempts=3, initial_backoff_s=0.01)
+        )
 
     assert len(server.requests) == 3
 
@@ -181,7 +207,11 @@ def test_a_refusal_that_time_does_not_cure_is_told_at_once(either, server, statu
 
 
 def test_a_refusal_that_says_not_to_try_again_is_believed(either, server):
-    server.will(lambda request: request.answer(429, {"type": "/problems/p", "title": "No"}, X_Should_Retry="false"))
+    server.will(
+        lambda request: request.answer(
+            429, {"type": "/problems/p", "title": "No"}, X_Should_Retry="false"
+        )
+    )
 
     with pytest.raises(ProblemError):
         either.ask("create_job", "a red circle")
@@ -192,14 +222,21 @@ def test_a_refusal_that_says_not_to_try_again_is_believed(either, server):
 def test_the_object_store_is_asked_again_too_and_without_the_key(either, server):
     broken = PNG[:4]
     server.will(
-        lambda request: request.answer(302, {}, Location=f"{server.url}/bucket/image?X-Amz-Signature=s"),
+        lambda request: request.answer(
+            302, {}, Location=f"{server.url}/bucket/image?X-Amz-Signature=s"
+        ),
         lambda request: request.answer(503, content=b"SlowDown"),
         lambda request: request.answer(200, content=broken, promised=len(PNG)),
         lambda request: request.answer(200, content=PNG),
     )
 
     assert either.ask("image", a_read_job()) == PNG
-    assert [request.headers["Authorization"] for request in server.requests] == ["Bearer dr_key", None, None, None]
+    assert [request.headers["Authorization"] for request in server.requests] == [
+        "Bearer dr_key",
+        None,
+        None,
+        None,
+    ]
 
 
 def test_a_download_is_whole_or_not_there_and_is_not_fetched_twice(either, server, tmp_path):
@@ -230,7 +267,9 @@ def test_a_download_is_whole_or_not_there_and_is_not_fetched_twice(either, serve
     assert [entry.name for entry in path.parent.iterdir()] == ["7-0.png"]
 
 
-def test_pictures_are_uploaded_before_the_wish_that_names_them_and_each_once(either, server, tmp_path):
+def test_pictures_are_uploaded_before_the_wish_that_names_them_and_each_once(
+    either, server, tmp_path
+):
     (tmp_path / "cat.png").write_bytes(PNG)
 
     def answer(request):
@@ -242,15 +281,28 @@ def test_pictures_are_uploaded_before_the_wish_that_names_them_and_each_once(eit
 
     server.will(lambda request: request.reset(), answer)
 
-    either.ask("create_job", "a red circle", init_image=tmp_path / "cat.png", mask=b"mask bytes", control_image="data:image/png;base64,xx")
+    either.ask(
+        "create_job",
+        "a red circle",
+        init_image=tmp_path / "cat.png",
+        mask=b"mask bytes",
+        control_image="data:image/png;base64,xx",
+    )
 
     said = json.loads(server.requests[-1].body)
-    assert [request.path for request in server.requests] == ["/v1/files", "/v1/files", "/v1/files", "/v1/jobs"]
+    assert [request.path for request in server.requests] == [
+        "/v1/files",
+        "/v1/files",
+        "/v1/files",
+        "/v1/jobs",
+    ]
     assert len({said["init_image"], said["mask"]}) == 2
     assert said["control_image"] == "data:image/png;base64,xx"
 
 
-def test_pictures_of_a_batch_are_uploaded_once_however_many_wishes_name_them(either, server, tmp_path):
+def test_pictures_of_a_batch_are_uploaded_once_however_many_wishes_name_them(
+    either, server, tmp_path
+):
     (tmp_path / "cat.png").write_bytes(PNG)
     uploads = iter(["file-1", "file-2", "file-3"])
 
@@ -264,14 +316,31 @@ def test_pictures_of_a_batch_are_uploaded_once_however_many_wishes_name_them(eit
 
     wishes = [
         {"prompt": "a red circle", "init_image": tmp_path / "cat.png", "mask": b"mask bytes"},
-        {"prompt": "a blue star", "init_image": tmp_path / "cat.png", "control_image": b"mask bytes"},
+        {
+            "prompt": "a blue star",
+            "init_image": tmp_path / "cat.png",
+            "control_image": b"mask bytes",
+        },
     ]
     made, refused = either.ask("create_jobs", wishes)
 
-    assert [request.path for request in server.requests] == ["/v1/files", "/v1/files", "/v1/jobs:batch"]
+    assert [request.path for request in server.requests] == [
+        "/v1/files",
+        "/v1/files",
+        "/v1/jobs:batch",
+    ]
     first, second = json.loads(server.requests[-1].body)["jobs"]
-    assert (first["init_image"], first["mask"]) == (second["init_image"], second["control_image"]) == ("file-1", "file-2")
-    assert (made.job_id, made.problem, refused.job_id, refused.problem.slug) == ("j1", None, None, "fleet-saturated")
+    assert (
+        (first["init_image"], first["mask"])
+        == (second["init_image"], second["control_image"])
+        == ("file-1", "file-2")
+    )
+    assert (made.job_id, made.problem, refused.job_id, refused.problem.slug) == (
+        "j1",
+        None,
+        None,
+        "fleet-saturated",
+    )
 
 
 def test_a_picture_that_is_not_there_is_told_before_anything_is_sent(either, server, tmp_path):
@@ -283,17 +352,26 @@ def test_a_picture_that_is_not_there_is_told_before_anything_is_sent(either, ser
 
 def stream(*blocks, promised=None):
     content = "".join(f"{block}\n\n" for block in blocks).encode()
-    return lambda request: request.answer(200, content=content, promised=promised, Content_Type="text/event-stream; charset=utf-8")
+    return lambda request: request.answer(
+        200, content=content, promised=promised, Content_Type="text/event-stream; charset=utf-8"
+    )
 
 
 def test_events_go_on_where_the_connection_broke(either, server):
     server.will(
         stream(
-            ": heartbeat", 'id: 1\nevent: queued\ndata: {"jobs_ahead": 2}', 'id: 2\nevent: step\ndata: {"step":\ndata: 1}', promised=900
+            ": heartbeat",
+            'id: 1\nevent: queued\ndata: {"jobs_ahead": 2}',
+            'id: 2\nevent: step\ndata: {"step":\ndata: 1}',
+            promised=900,
         ),
         lambda request: request.reset(),
         saturated,
-        stream(": heartbeat", 'id: 3\nevent: final\ndata: {"state": "succeeded"}', "id: 4\nevent: step\ndata: {}"),
+        stream(
+            ": heartbeat",
+            'id: 3\nevent: final\ndata: {"state": "succeeded"}',
+            "id: 4\nevent: step\ndata: {}",
+        ),
     )
 
     events = either.ask("events", "j1")
@@ -303,7 +381,12 @@ def test_events_go_on_where_the_connection_broke(either, server):
         ("2", "step", {"step": 1}),
         ("3", "final", {"state": "succeeded"}),
     ]
-    assert [request.headers["Last-Event-ID"] for request in server.requests] == [None, "2", "2", "2"]
+    assert [request.headers["Last-Event-ID"] for request in server.requests] == [
+        None,
+        "2",
+        "2",
+        "2",
+    ]
 
 
 def test_events_begin_after_the_one_that_the_caller_names(either, server):
@@ -312,20 +395,29 @@ def test_events_begin_after_the_one_that_the_caller_names(either, server):
     [event] = either.ask("events", "j1", after="7", previews=True)
 
     [request] = server.requests
-    assert (event.id, request.headers["Last-Event-ID"], request.path) == ("8", "7", "/v1/jobs/j1/events?previews=true")
+    assert (event.id, request.headers["Last-Event-ID"], request.path) == (
+        "8",
+        "7",
+        "/v1/jobs/j1/events?previews=true",
+    )
 
 
 def test_events_are_the_same_however_the_bytes_are_cut(monkeypatch):
     from darkroom_client.events import Following
 
-    text = ': hi\r\n\r\nid: 1\r\nevent: step\r\ndata: {"text": "\u2028 é"}\r\n\r\n\ndata: no json\n\nid: 2\nevent: final\ndata: {}\n\n'
+    text = (
+        ': hi\r\n\r\nid: 1\r\nevent: step\r\ndata: {"text": "\u2028 é"}\r\n\r\n\n'
+        "data: no json\n\nid: 2\nevent: final\ndata: {}\n\n"
+    )
     whole = text.encode()
     dice = random.Random(7)
 
     for _ in range(200):
         following = Following("j1", previews=False, after=None, retries=HASTY)
         cuts = sorted(dice.sample(range(len(whole)), 5))
-        pieces = [whole[start:end] for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
+        pieces = [
+            whole[start:end] for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True)
+        ]
         events = [event for piece in pieces for event in following.read(piece)]
         assert [(event.id, event.kind) for event in events] == [("1", "step"), ("2", "final")]
         assert events[0].data == {"text": "\u2028 é"}
@@ -340,7 +432,11 @@ def test_events_that_never_come_end_in_an_error(either, server):
 
 
 def test_events_of_a_job_that_is_not_there_are_refused_as_anything_else_is(either, server):
-    server.will(lambda request: request.answer(404, {"type": "/problems/job-not-found", "title": "Job not found"}))
+    server.will(
+        lambda request: request.answer(
+            404, {"type": "/problems/job-not-found", "title": "Job not found"}
+        )
+    )
 
     with pytest.raises(ProblemError) as caught:
         either.ask("events", "j1")
@@ -360,7 +456,11 @@ def test_pauses_grow_and_are_never_the_same_for_everybody():
 
 def test_the_clients_have_the_same_methods_that_take_the_same():
     def methods(kind):
-        return {name: inspect.signature(method).parameters for name, method in vars(kind).items() if not name.startswith("_")}
+        return {
+            name: inspect.signature(method).parameters
+            for name, method in vars(kind).items()
+            if not name.startswith("_")
+        }
 
     assert {name: list(taken.values()) for name, taken in methods(Client).items()} == {
         name: list(taken.values()) for name, taken in methods(AsyncClient).items()

@@ -46,4 +46,6 @@ def services(compose_text: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def gpu_services() -> dict[str, Any]:
-    return dict(with_defaults(yaml.safe_load((REPO / "docker-compose.gpu.yml").read_text()))["services"])
+    return dict(
+        with_defaults(yaml.safe_load((REPO / "docker-compose.gpu.yml").read_text()))["services"]
+    )

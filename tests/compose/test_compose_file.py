@@ -41,7 +41,13 @@ SETTINGS_OF = {
 }
 ONE_SHOTS = {"check", "migrate", "cli"}
 SECRET = re.compile(r"PASSWORD|SECRET(?!S)|PEPPER|(?<!API_)KEY|TOKEN")
-PROCESSES = {"api": "gateway", "worker": "worker", "results": "results", "sweeper": "sweeper", "webhooks": "webhooks"}
+PROCESSES = {
+    "api": "gateway",
+    "worker": "worker",
+    "results": "results",
+    "sweeper": "sweeper",
+    "webhooks": "webhooks",
+}
 
 
 def test_it_is_the_whole_system(services: dict[str, Any]):
@@ -53,20 +59,38 @@ def test_it_is_the_whole_system(services: dict[str, Any]):
 def test_every_service_says_how_to_tell_whether_it_is_well(services: dict[str, Any]):
     assert {name for name, service in services.items() if "healthcheck" not in service} == ONE_SHOTS
     assert all(services[name]["restart"] == "no" for name in ONE_SHOTS)
-    assert all(service["restart"] == "unless-stopped" for name, service in services.items() if name not in ONE_SHOTS)
+    assert all(
+        service["restart"] == "unless-stopped"
+        for name, service in services.items()
+        if name not in ONE_SHOTS
+    )
 
 
-def test_roles_that_take_messages_are_asked_whether_their_loops_move_and_not_only_whether_a_port_answers(services: dict[str, Any]):
+def test_health_checks_of_message_roles_ask_whether_their_loops_move(
+    services: dict[str, Any],
+):
     for name in ("results", "sweeper", "webhooks"):
         port = services[name]["environment"]["METRICS_PORT"]
-        assert services[name]["healthcheck"]["test"][-2:] == ["deploy.health", f"http://127.0.0.1:{port}/metrics"]
+        assert services[name]["healthcheck"]["test"][-2:] == [
+            "deploy.health",
+            f"http://127.0.0.1:{port}/metrics",
+        ]
     assert services["worker"]["healthcheck"]["test"][-1] == "worker"
     assert services["worker"]["environment"]["METRICS_PORT"] != "0"
 
 
-def test_every_service_that_runs_on_has_time_to_stop_and_a_limit_on_its_logs(services: dict[str, Any]):
-    assert all("stop_grace_period" in service for name, service in services.items() if name not in ONE_SHOTS)
-    assert all({"max-size", "max-file"} <= set(service["logging"]["options"]) for service in services.values())
+def test_every_service_that_runs_on_has_time_to_stop_and_a_limit_on_its_logs(
+    services: dict[str, Any],
+):
+    assert all(
+        "stop_grace_period" in service
+        for name, service in services.items()
+        if name not in ONE_SHOTS
+    )
+    assert all(
+        {"max-size", "max-file"} <= set(service["logging"]["options"])
+        for service in services.values()
+    )
 
 
 def test_every_service_has_limits_and_only_the_capabilities_that_it_needs(services: dict[str, Any]):
@@ -74,10 +98,17 @@ def test_every_service_has_limits_and_only_the_capabilities_that_it_needs(servic
         assert service["mem_limit"], name
         assert service["pids_limit"] >= 512, name
         assert service["cap_drop"] == ["ALL"], name
-        assert set(service.get("cap_add", [])) <= {"CHOWN", "DAC_OVERRIDE", "FOWNER", "SETGID", "SETUID"}, name
+        assert set(service.get("cap_add", [])) <= {
+            "CHOWN",
+            "DAC_OVERRIDE",
+            "FOWNER",
+            "SETGID",
+            "SETUID",
+        }, name
         assert service["security_opt"] == ["no-new-privileges:true"], name
     assert not any("cap_add" in services[name] for name in SETTINGS_OF)
-    assert not any(service.get("init") for service in services.values() if "cap_add" in service)  # it may not signal another user's process
+    # it may not signal another user's process
+    assert not any(service.get("init") for service in services.values() if "cap_add" in service)
 
 
 def test_only_who_has_to_reaches_other_machines(services: dict[str, Any], compose_text: str):
@@ -99,24 +130,44 @@ def test_the_worker_is_told_to_leave_before_it_is_killed(services: dict[str, Any
 
 def test_settings_are_checked_before_anything_starts(services: dict[str, Any]):
     for name in ("postgres", "redis-broker", "redis-handoff", "objectstore"):
-        assert services[name]["depends_on"]["check"] == {"condition": "service_completed_successfully"}
+        assert services[name]["depends_on"]["check"] == {
+            "condition": "service_completed_successfully"
+        }
     assert services["check"]["command"] == ["darkroom", "check", "--offline", "deployment"]
 
 
 def test_each_process_has_a_name_and_a_password_of_its_own(services: dict[str, Any]):
     for service, process in PROCESSES.items():
         environment = services[service]["environment"]
-        users = {variable: urlsplit(environment[variable]).username for variable in ("DATABASE_URL", "BROKER_URL", "HANDOFF_URL")}
+        users = {
+            variable: urlsplit(environment[variable]).username
+            for variable in ("DATABASE_URL", "BROKER_URL", "HANDOFF_URL")
+        }
         passwords = {urlsplit(environment[variable]).password for variable in users}
-        assert users == {"DATABASE_URL": f"darkroom_{process}", "BROKER_URL": process, "HANDOFF_URL": process}
+        assert users == {
+            "DATABASE_URL": f"darkroom_{process}",
+            "BROKER_URL": process,
+            "HANDOFF_URL": process,
+        }
         assert passwords == {services["migrate"]["environment"][f"{process.upper()}_PASSWORD"]}
 
 
-@pytest.mark.parametrize(("service", "users"), [("redis-broker", redis_users.BROKER), ("redis-handoff", redis_users.HANDOFF)])
-def test_the_users_of_redis_are_those_of_the_one_machine_stack(services: dict[str, Any], service: str, users: dict[str, str]):
-    variables = {name: f"$${name.upper()}_PASSWORD" for name in users} | {"flower": "$$FLOWER_BROKER_PASSWORD"}
+@pytest.mark.parametrize(
+    ("service", "users"),
+    [("redis-broker", redis_users.BROKER), ("redis-handoff", redis_users.HANDOFF)],
+)
+def test_the_users_of_redis_are_those_of_the_one_machine_stack(
+    services: dict[str, Any], service: str, users: dict[str, str]
+):
+    variables = {name: f"$${name.upper()}_PASSWORD" for name in users} | {
+        "flower": "$$FLOWER_BROKER_PASSWORD"
+    }
 
-    said = [line.strip() for line in services[service]["command"][-1].splitlines() if line.strip().startswith("user ")]
+    said = [
+        line.strip()
+        for line in services[service]["command"][-1].splitlines()
+        if line.strip().startswith("user ")
+    ]
 
     assert said == redis_users.lines(users, variables)
     told = services[service]["environment"]
@@ -132,7 +183,11 @@ def test_make_env_gives_every_secret_a_value_of_its_own():
 
     values = dict(re.findall(r"^(\w+)=(.+)$", made(example), re.MULTILINE))
 
-    assert values.keys() == {name for name, value in re.findall(r"^#(\w+)=(.*)$", example, re.MULTILINE) if "development-only" in value}
+    assert values.keys() == {
+        name
+        for name, value in re.findall(r"^#(\w+)=(.*)$", example, re.MULTILINE)
+        if "development-only" in value
+    }
     assert len(set(values.values())) == len(values)
     assert all(re.fullmatch("[0-9a-f]{64}", value) for value in values.values())
 
@@ -146,8 +201,17 @@ def test_default_secrets_are_refused_once_a_port_is_published(compose_text: str,
         read(DeploymentSettings, environment)
 
     named = {problem.partition(":")[0] for problem in refused.value.problems}
-    assert {"API_KEY_PEPPER", "S3_SECRET_ACCESS_KEY", "WORKER_PASSWORD", "FLOWER_PASSWORD", "BROKER_PASSWORD"} <= named
-    assert isinstance(read(DeploymentSettings, environment | {"ALLOW_DEVELOPMENT_SECRETS": "true"}), DeploymentSettings)
+    assert {
+        "API_KEY_PEPPER",
+        "S3_SECRET_ACCESS_KEY",
+        "WORKER_PASSWORD",
+        "FLOWER_PASSWORD",
+        "BROKER_PASSWORD",
+    } <= named
+    assert isinstance(
+        read(DeploymentSettings, environment | {"ALLOW_DEVELOPMENT_SECRETS": "true"}),
+        DeploymentSettings,
+    )
 
 
 def test_ports_are_bound_to_the_loopback_unless_told_otherwise(services: dict[str, Any]):
@@ -155,7 +219,10 @@ def test_ports_are_bound_to_the_loopback_unless_told_otherwise(services: dict[st
 
     assert set(published) == {"api", "objectstore", "flower"}
     for ports in published.values():
-        assert all(isinstance(port, str) and ipaddress.ip_address(port.split(":")[0]).is_loopback for port in ports)
+        assert all(
+            isinstance(port, str) and ipaddress.ip_address(port.split(":")[0]).is_loopback
+            for port in ports
+        )
 
 
 def test_our_own_containers_are_not_root_and_have_nothing_to_write_to(services: dict[str, Any]):
@@ -168,30 +235,53 @@ def test_our_own_containers_are_not_root_and_have_nothing_to_write_to(services: 
         assert service["init"] is True
         assert not service.get("privileged")
     for dockerfile in {service["build"]["dockerfile"] for service in ours.values()}:
-        assert re.findall(r"^USER (.+)$", (REPO / dockerfile).read_text(), re.MULTILINE)[-1] == "10001:10001"
+        assert (
+            re.findall(r"^USER (.+)$", (REPO / dockerfile).read_text(), re.MULTILINE)[-1]
+            == "10001:10001"
+        )
 
 
 def test_only_the_worker_image_has_torch(services: dict[str, Any]):
     def requirements(dockerfile: str) -> set[str]:
         return set(re.findall(r"-r (requirements/\w+\.txt)", (REPO / dockerfile).read_text()))
 
-    images = {name: service["build"]["dockerfile"] for name, service in services.items() if "build" in service}
-    with_torch = {name for name, dockerfile in images.items() if "requirements/engine.txt" in requirements(dockerfile)}
+    images = {
+        name: service["build"]["dockerfile"]
+        for name, service in services.items()
+        if "build" in service
+    }
+    with_torch = {
+        name
+        for name, dockerfile in images.items()
+        if "requirements/engine.txt" in requirements(dockerfile)
+    }
 
     assert set(images) == set(SETTINGS_OF)
     assert with_torch == {"worker"}
     assert requirements("deploy/api.Dockerfile") == {"requirements/base.txt"}
-    assert not re.search(r"^(torch|diffusers|-r)\b", (REPO / "requirements/base.txt").read_text(), re.MULTILINE)
+    assert not re.search(
+        r"^(torch|diffusers|-r)\b", (REPO / "requirements/base.txt").read_text(), re.MULTILINE
+    )
 
 
 def test_everything_an_image_copies_is_let_through_by_dockerignore(services: dict[str, Any]):
-    let_through = {line[1:] for line in (REPO / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    dockerfiles = {service["build"]["dockerfile"] for service in services.values() if "build" in service}
+    let_through = {
+        line[1:]
+        for line in (REPO / ".dockerignore").read_text().splitlines()
+        if line.startswith("!")
+    }
+    dockerfiles = {
+        service["build"]["dockerfile"] for service in services.values() if "build" in service
+    }
 
     for dockerfile in dockerfiles:
-        for sources in re.findall(r"^COPY (.+) \S+$", (REPO / dockerfile).read_text(), re.MULTILINE):
+        for sources in re.findall(
+            r"^COPY (.+) \S+$", (REPO / dockerfile).read_text(), re.MULTILINE
+        ):
             for source in sources.split():
-                assert any(source == path or source.startswith(f"{path}/") for path in let_through), (dockerfile, source)
+                assert any(
+                    source == path or source.startswith(f"{path}/") for path in let_through
+                ), (dockerfile, source)
                 assert (REPO / source).exists() or source == "pocket/checkpoint"
 
 
@@ -218,7 +308,11 @@ def test_a_variable_has_the_same_default_everywhere(compose_text: str):
 
 
 def test_every_variable_is_in_the_example_with_its_default(compose_text: str):
-    example = dict(re.findall(r"^#(\w+)=(.*)$", (REPO / "deploy/compose.env.example").read_text(), re.MULTILINE))
+    example = dict(
+        re.findall(
+            r"^#(\w+)=(.*)$", (REPO / "deploy/compose.env.example").read_text(), re.MULTILINE
+        )
+    )
 
     assert example == {variable.name: variable.default for variable in variables_of(compose_text)}
 
@@ -231,7 +325,9 @@ def test_a_service_is_told_only_what_its_settings_know(services: dict[str, Any],
 
 
 @pytest.mark.parametrize("name", SETTINGS_OF)
-def test_a_service_is_told_everything_that_its_settings_ask_for(services: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_service_is_told_everything_that_its_settings_ask_for(
+    services: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+):
     for kind in SETTINGS_OF[name]:
         for field in kind.model_fields:
             monkeypatch.delenv(field.upper(), raising=False)
@@ -244,12 +340,25 @@ def test_a_service_is_told_everything_that_its_settings_ask_for(services: dict[s
             loaded.load_fleet()
 
 
-def test_a_worker_holds_no_key_of_the_object_store_and_only_the_gateway_has_the_pepper(services: dict[str, Any]):
+def test_a_worker_holds_no_key_of_the_object_store_and_only_the_gateway_has_the_pepper(
+    services: dict[str, Any],
+):
     told = {name: set(service["environment"]) for name, service in services.items()}
 
-    assert {name for name, variables in told.items() if "S3_SECRET_ACCESS_KEY" in variables} == {"api", "results", "check"}
-    assert {name for name, variables in told.items() if "API_KEY_PEPPER" in variables} == {"api", "check", "cli"}
-    assert {name for name, variables in told.items() if "MIGRATION_DATABASE_URL" in variables} == {"migrate", "check"}
+    assert {name for name, variables in told.items() if "S3_SECRET_ACCESS_KEY" in variables} == {
+        "api",
+        "results",
+        "check",
+    }
+    assert {name for name, variables in told.items() if "API_KEY_PEPPER" in variables} == {
+        "api",
+        "check",
+        "cli",
+    }
+    assert {name for name, variables in told.items() if "MIGRATION_DATABASE_URL" in variables} == {
+        "migrate",
+        "check",
+    }
     assert {name for name, variables in told.items() if "DATABASE_URL" in variables} == {
         "check",
         "cli",
@@ -266,24 +375,45 @@ def test_a_worker_holds_no_key_of_the_object_store_and_only_the_gateway_has_the_
 def test_addresses_lead_to_services_of_the_file(services: dict[str, Any]):
     for name in SETTINGS_OF.keys() - {"check"}:  # that one connects to nothing
         for variable, value in services[name]["environment"].items():
-            if variable.endswith("_URL") and variable not in ("S3_PUBLIC_ENDPOINT_URL", "PUBLIC_URL"):
+            if variable.endswith("_URL") and variable not in (
+                "S3_PUBLIC_ENDPOINT_URL",
+                "PUBLIC_URL",
+            ):
                 host = urlsplit(value).hostname
-                assert set(services[host]["networks"]) & set(services[name]["networks"]), (name, variable)
+                assert set(services[host]["networks"]) & set(services[name]["networks"]), (
+                    name,
+                    variable,
+                )
 
 
 def test_passwords_are_the_same_on_both_sides(services: dict[str, Any]):
     def password(url: str) -> str | None:
         return urlsplit(services["check"]["environment"][url]).password
 
-    assert password("MIGRATION_DATABASE_URL") == services["postgres"]["environment"]["POSTGRES_PASSWORD"]
+    assert (
+        password("MIGRATION_DATABASE_URL")
+        == services["postgres"]["environment"]["POSTGRES_PASSWORD"]
+    )
     assert password("BROKER_URL") == services["redis-broker"]["environment"]["REDISCLI_AUTH"]
     assert password("HANDOFF_URL") == services["redis-handoff"]["environment"]["REDISCLI_AUTH"]
-    for ours, theirs in {"S3_ACCESS_KEY_ID": "AWS_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY": "AWS_SECRET_ACCESS_KEY"}.items():
-        assert services["api"]["environment"][ours] == services["objectstore"]["environment"][theirs] != ""
-    assert services["api"]["environment"]["S3_BUCKET"] == services["objectstore"]["environment"]["S3_BUCKET"]
+    for ours, theirs in {
+        "S3_ACCESS_KEY_ID": "AWS_ACCESS_KEY_ID",
+        "S3_SECRET_ACCESS_KEY": "AWS_SECRET_ACCESS_KEY",
+    }.items():
+        assert (
+            services["api"]["environment"][ours]
+            == services["objectstore"]["environment"][theirs]
+            != ""
+        )
+    assert (
+        services["api"]["environment"]["S3_BUCKET"]
+        == services["objectstore"]["environment"]["S3_BUCKET"]
+    )
 
 
-def test_the_gateway_s_temporary_folder_holds_several_uploads_and_is_part_of_its_memory(services: dict[str, Any]):
+def test_the_gateway_s_temporary_folder_holds_several_uploads_and_is_part_of_its_memory(
+    services: dict[str, Any],
+):
     api = services["api"]
     [found] = [re.fullmatch(r"/tmp:size=(\d+)m,mode=1777", mount) for mount in api["tmpfs"]]
     memory = re.fullmatch(r"(\d+)m", str(api["mem_limit"]))
@@ -298,12 +428,16 @@ def test_a_full_redis_refuses_rather_than_forgets(services: dict[str, Any]):
     def options(name: str) -> list[str]:
         return [line.strip() for line in services[name]["command"][-1].splitlines()]
 
-    assert {"maxmemory 256mb", "maxmemory-policy noeviction", "appendonly yes"} <= set(options("redis-broker"))
-    assert {"maxmemory 1gb", "maxmemory-policy noeviction", f"save {SAVED_AT_STOP}"} <= set(options("redis-handoff"))
+    assert {"maxmemory 256mb", "maxmemory-policy noeviction", "appendonly yes"} <= set(
+        options("redis-broker")
+    )
+    assert {"maxmemory 1gb", "maxmemory-policy noeviction", f"save {SAVED_AT_STOP}"} <= set(
+        options("redis-handoff")
+    )
     assert any(volume.endswith(":/data") for volume in services["redis-handoff"]["volumes"])
 
 
-def test_who_takes_in_work_stops_before_who_finishes_it(services: dict[str, Any]):
+def test_roles_that_take_in_work_stop_before_those_that_finish_it(services: dict[str, Any]):
     for name in ("api", "worker"):
         assert {"results", "webhooks", "sweeper"} <= set(services[name]["depends_on"])
     for name in ("results", "webhooks", "sweeper"):
@@ -311,13 +445,20 @@ def test_who_takes_in_work_stops_before_who_finishes_it(services: dict[str, Any]
 
 
 def test_nobody_starts_before_the_tables_are_there(services: dict[str, Any]):
-    after = {name for name, service in services.items() if "migrate" in service.get("depends_on", {})}
+    after = {
+        name for name, service in services.items() if "migrate" in service.get("depends_on", {})
+    }
 
     assert after == {"api", "worker", "results", "webhooks", "sweeper"}
-    assert all(services[name]["depends_on"]["migrate"] == {"condition": "service_completed_successfully"} for name in after)
+    assert all(
+        services[name]["depends_on"]["migrate"] == {"condition": "service_completed_successfully"}
+        for name in after
+    )
 
 
-def test_the_gpu_file_changes_the_worker_alone_and_builds_torch_with_cuda(services: dict[str, Any], gpu_services: dict[str, Any]):
+def test_the_gpu_file_changes_the_worker_alone_and_builds_torch_with_cuda(
+    services: dict[str, Any], gpu_services: dict[str, Any]
+):
     worker = gpu_services["worker"]
     (device,) = worker["deploy"]["resources"]["reservations"]["devices"]
 

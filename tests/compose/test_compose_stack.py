@@ -1,6 +1,8 @@
-"""The compose stack for real: builds both images, starts everything, makes an image, restarts, and leaves nothing behind.
+"""The compose stack for real: builds both images, starts everything, makes an image, restarts, and
+leaves nothing behind.
 
-Takes minutes and a Docker engine, so it runs only when asked for: `pytest -m compose`. Uses a project, ports and image tags of its own.
+Takes minutes and a Docker engine, so it runs only when asked for: `pytest -m compose`. Uses a
+project, ports and image tags of its own.
 """
 
 import contextlib
@@ -29,7 +31,13 @@ class Compose:
     """A project of its own, on free ports, from images of its own tag."""
 
     def __init__(self, command: list[str]) -> None:
-        self._command = [*command, "-p", f"darkroomtest{os.getpid()}", "-f", str(REPO / "docker-compose.yml")]
+        self._command = [
+            *command,
+            "-p",
+            f"darkroomtest{os.getpid()}",
+            "-f",
+            str(REPO / "docker-compose.yml"),
+        ]
         gateway, objects, flower = (_free_port() for _ in range(3))
         self.gateway = f"http://127.0.0.1:{gateway}"
         self.flower = f"http://127.0.0.1:{flower}"
@@ -42,31 +50,48 @@ class Compose:
         }
 
     def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run([*self._command, *arguments], env=self._environment, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            [*self._command, *arguments],
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
     def __call__(self, *arguments: str) -> str:
         """Standard output; a command that fails is a failed test that shows its errors."""
         done = self.run(*arguments)
-        assert done.returncode == 0, f"{' '.join(arguments)}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+        assert done.returncode == 0, (
+            f"{' '.join(arguments)}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+        )
         return done.stdout
 
     def told(self, *arguments: str) -> str:
         """Both outputs of a command that ends well."""
         done = self.run(*arguments)
-        assert done.returncode == 0, f"{' '.join(arguments)}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+        assert done.returncode == 0, (
+            f"{' '.join(arguments)}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+        )
         return done.stdout + done.stderr
 
     def states(self) -> dict[str, dict[str, Any]]:
         """What Docker says of every container, by service."""
         inspected = self._inspect(*self("ps", "-a", "-q").split())
-        return {found["Config"]["Labels"]["com.docker.compose.service"]: found["State"] for found in inspected}
+        return {
+            found["Config"]["Labels"]["com.docker.compose.service"]: found["State"]
+            for found in inspected
+        }
 
     def wait_until_well(self, within_s: float = 300) -> None:
         """Until every container is healthy, or has ended well where it has no health."""
         deadline = time.monotonic() + within_s
         unwell: dict[str, str] = {}
         while time.monotonic() < deadline:
-            unwell = {name: _health(state) for name, state in self.states().items() if _health(state) not in ("healthy", "ended well")}
+            unwell = {
+                name: _health(state)
+                for name, state in self.states().items()
+                if _health(state) not in ("healthy", "ended well")
+            }
             if not unwell:
                 return
             time.sleep(2)
@@ -79,12 +104,25 @@ class Compose:
 
     @staticmethod
     def _inspect(*names: str) -> list[dict[str, Any]]:
-        shown = subprocess.run(["docker", "inspect", *names], capture_output=True, text=True, check=True).stdout
+        shown = subprocess.run(
+            ["docker", "inspect", *names], capture_output=True, text=True, check=True
+        ).stdout
         inspected: list[dict[str, Any]] = json.loads(shown)
         return inspected
 
     def psql(self, statement: str) -> list[str]:
-        return self("exec", "-T", "postgres", "psql", "-U", "darkroom_owner", "-d", "darkroom", "-Atc", statement).splitlines()
+        return self(
+            "exec",
+            "-T",
+            "postgres",
+            "psql",
+            "-U",
+            "darkroom_owner",
+            "-d",
+            "darkroom",
+            "-Atc",
+            statement,
+        ).splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +149,12 @@ def client(compose: Compose) -> Iterator[httpx.Client]:
     """The gateway, with a key that was issued as an operator would."""
     compose("run", "--rm", "-T", "cli", "tenants", "create", "acme")
     key = compose("run", "--rm", "-T", "cli", "keys", "issue", "--tenant", "acme").strip()
-    with httpx.Client(base_url=compose.gateway, headers={"Authorization": f"Bearer {key}"}, timeout=90, trust_env=False) as client:
+    with httpx.Client(
+        base_url=compose.gateway,
+        headers={"Authorization": f"Bearer {key}"},
+        timeout=90,
+        trust_env=False,
+    ) as client:
         yield client
 
 
@@ -122,7 +165,14 @@ def test_every_container_is_well_and_the_gateway_ready(compose: Compose, client:
 
 @pytest.mark.parametrize("service", ["api", "worker", "results", "webhooks", "sweeper", "flower"])
 def test_our_processes_are_nobody_in_particular_and_write_nowhere(compose: Compose, service: str):
-    shown = compose("exec", "-T", service, "sh", "-c", "id -u; touch /app/x 2>/dev/null && echo writable; grep CapEff /proc/self/status")
+    shown = compose(
+        "exec",
+        "-T",
+        service,
+        "sh",
+        "-c",
+        "id -u; touch /app/x 2>/dev/null && echo writable; grep CapEff /proc/self/status",
+    )
 
     assert shown.split() == ["10001", "CapEff:", "0000000000000000"]
 
@@ -130,18 +180,25 @@ def test_our_processes_are_nobody_in_particular_and_write_nowhere(compose: Compo
 def test_the_command_line_works_in_its_container(compose: Compose, client: httpx.Client):
     _finished(client, WISH)
 
-    assert "nothing is wrong" in compose.told("run", "--rm", "-T", "api", "darkroom", "check", "gateway")
-    assert "acme" in compose("run", "--rm", "-T", "cli", "sql", "SELECT DISTINCT tenant FROM job_history")
+    assert "nothing is wrong" in compose.told(
+        "run", "--rm", "-T", "api", "darkroom", "check", "gateway"
+    )
+    assert "acme" in compose(
+        "run", "--rm", "-T", "cli", "sql", "SELECT DISTINCT tenant FROM job_history"
+    )
     assert compose("run", "--rm", "-T", "cli", "audit", "verify").startswith("intact: ")
     assert "tenants" in compose("run", "--rm", "-T", "cli", "--help")
 
 
 @pytest.mark.parametrize("service", ["worker", "results", "sweeper", "postgres", "redis-handoff"])
-def test_who_need_not_reach_other_machines_cannot(compose: Compose, service: str):
-    networks = compose.networks(service)  # an engine forwards nothing from or to an internal one, whatever routes a container sees
+def test_services_that_need_no_other_machine_can_reach_none(compose: Compose, service: str):
+    # an engine forwards nothing from or to an internal one, whatever routes a container sees
+    networks = compose.networks(service)
 
     assert networks
-    assert all(network["Internal"] for network in networks), [network["Name"] for network in networks]
+    assert all(network["Internal"] for network in networks), [
+        network["Name"] for network in networks
+    ]
 
 
 def test_an_edited_fleet_file_with_an_error_ends_the_start(compose: Compose, tmp_path: Path):
@@ -162,7 +219,9 @@ def test_only_the_worker_can_load_torch(compose: Compose):
         assert compose("exec", "-T", service, "python", "-c", found).split() == ["None", "None"]
 
 
-def test_a_prompt_becomes_an_image_at_a_presigned_url_and_a_row_in_the_audit_log(compose: Compose, client: httpx.Client):
+def test_a_prompt_becomes_an_image_at_a_presigned_url_and_a_row_in_the_audit_log(
+    compose: Compose, client: httpx.Client
+):
     job = _finished(client, WISH)
 
     shown = client.get(f"/v1/jobs/{job['id']}/images/0")
@@ -179,20 +238,27 @@ def test_an_image_is_shown_to_nobody_without_a_signature(compose: Compose, clien
     job = _finished(client, WISH)
     signed = client.get(f"/v1/jobs/{job['id']}/images/0").headers["Location"]
 
-    assert httpx.get(signed.partition("?")[0], trust_env=False).status_code in (400, 403)  # stores differ in what they call it
+    # stores differ in what they call it
+    assert httpx.get(signed.partition("?")[0], trust_env=False).status_code in (400, 403)
 
 
 def test_flower_asks_for_a_password_and_lists_the_workers(compose: Compose):
     assert httpx.get(f"{compose.flower}/api/workers", trust_env=False).status_code == 401
 
     workers = httpx.get(
-        f"{compose.flower}/api/workers", params={"refresh": 1}, auth=("operator", "development-only-change-me"), trust_env=False, timeout=30
+        f"{compose.flower}/api/workers",
+        params={"refresh": 1},
+        auth=("operator", "development-only-change-me"),
+        trust_env=False,
+        timeout=30,
     ).json()
 
     assert any(name.startswith(("cpu0@", "gpu")) for name in workers)
 
 
-def test_a_restart_keeps_everything_and_every_process_ends_in_good_order(compose: Compose, client: httpx.Client):
+def test_a_restart_keeps_everything_and_every_process_ends_in_good_order(
+    compose: Compose, client: httpx.Client
+):
     before = _finished(client, WISH)
 
     compose("stop")
@@ -200,13 +266,19 @@ def test_a_restart_keeps_everything_and_every_process_ends_in_good_order(compose
     compose("up", "-d")
     compose.wait_until_well()
 
-    assert {name: code for name, code in ended.items() if code not in (0, 143)} == {}  # 143: ended by SIGTERM; 137 would be a kill
+    # 143: ended by SIGTERM; 137 would be a kill
+    assert {name: code for name, code in ended.items() if code not in (0, 143)} == {}
     assert ended["check"] == 0
     assert {ended[name] for name in ("api", "worker", "results", "webhooks", "sweeper")} == {0}
     assert client.get(f"/v1/jobs/{before['id']}").json()["state"] == "succeeded"
-    image = httpx.get(client.get(f"/v1/jobs/{before['id']}/images/0").headers["Location"], trust_env=False)
+    image = httpx.get(
+        client.get(f"/v1/jobs/{before['id']}/images/0").headers["Location"], trust_env=False
+    )
     assert hashlib.sha256(image.content).hexdigest() == before["images"][0]["content_sha256"]
-    assert _finished(client, WISH)["images"][0]["pixels_sha256"] == before["images"][0]["pixels_sha256"]
+    assert (
+        _finished(client, WISH)["images"][0]["pixels_sha256"]
+        == before["images"][0]["pixels_sha256"]
+    )
 
 
 def _finished(client: httpx.Client, wish: dict[str, Any]) -> dict[str, Any]:
@@ -219,13 +291,19 @@ def _finished(client: httpx.Client, wish: dict[str, Any]) -> dict[str, Any]:
 def _health(state: dict[str, Any]) -> str:
     if "Health" in state and state["Status"] == "running":
         return str(state["Health"]["Status"])
-    return "ended well" if state["Status"] == "exited" and state["ExitCode"] == 0 and "Health" not in state else str(state["Status"])
+    return (
+        "ended well"
+        if state["Status"] == "exited" and state["ExitCode"] == 0 and "Health" not in state
+        else str(state["Status"])
+    )
 
 
 def _compose_command() -> list[str] | None:
     """`docker compose`, or docker-compose, with an engine behind it."""
     for command in (["docker", "compose"], ["docker-compose"]):
-        if shutil.which(command[0]) and all(_works(*arguments) for arguments in (["docker", "info"], [*command, "version"])):
+        if shutil.which(command[0]) and all(
+            _works(*arguments) for arguments in (["docker", "info"], [*command, "version"])
+        ):
             return command
     return None
 

@@ -64,7 +64,9 @@ def told(handoff_redis):
 
 
 def leave_traces(ended, lease) -> None:
-    """Leave in Redis what there is of a job that starts from a picture and of which one image is handed on."""
+    """Leave in Redis what there is of a job that starts from a picture and of which one image is
+    handed on.
+    """
     ended.handoff.put(lease.job_id, 0, lease.attempt, some_pixels())
     ended.snapshots.put(lease.job_id, 1, lease.attempt, 3, b"latents")
     ended.inputs.bring(lease.job_id, {"init_image": some_pixels()})
@@ -88,7 +90,9 @@ def test_job_that_is_canceled_under_way_is_taken_from_its_worker_and_told_of(dat
     assert told(lease.job_id) == [CANCELS, ENDINGS]
 
 
-def test_job_whose_lease_was_lost_is_taken_from_the_worker_that_may_still_render_it(database, ended, told):
+def test_job_whose_lease_was_lost_is_taken_from_the_worker_that_may_still_render_it(
+    database, ended, told
+):
     with transaction(database.app) as session:
         lease = a_lease(session, ttl_s=-1)
         leases.lose(session, lease.job_id, max_attempts=5)
@@ -120,16 +124,21 @@ def test_job_that_ended_leaves_neither_snapshots_nor_pictures(database, ended, h
 
     ended.notify_ended(canceled(database, lease))
 
-    assert kinds_of_traces(handoff_redis, lease.job_id) == {"handoff"}, "the sweeper's, for a worker may be putting more"
+    assert kinds_of_traces(handoff_redis, lease.job_id) == {"handoff"}, (
+        "the sweeper's, for a worker may be putting more"
+    )
     assert kinds_of_traces(handoff_redis, other.job_id) == {"handoff", "snapshot", "input"}
 
 
-def test_job_that_was_erased_leaves_nothing_in_the_hand_off(settings, database, ended, handoff_redis, told):
+def test_job_that_was_erased_leaves_nothing_in_the_hand_off(
+    settings, database, ended, handoff_redis, told
+):
     with transaction(database.app) as session:
         lease = a_lease(session, num_images=2)
         hand_off(session, lease, 0)
     leave_traces(ended, lease)
-    ended.handoff.put(lease.job_id, 1, lease.attempt, some_pixels())  # and nobody was told of it yet
+    # and nobody was told of it yet
+    ended.handoff.put(lease.job_id, 1, lease.attempt, some_pixels())
     writer = ProgressWriter(settings.handoff_url)
     writer.note(lease.job_id, Step(1, 3, 20))
     until(lambda: ended.news.steps(lease.job_id), what="the progress")
@@ -153,7 +162,9 @@ def test_job_ends_also_while_the_hand_off_is_away(database):
 
 
 @pytest.mark.parametrize(("max_attempts", "channels"), [(1, [CANCELS, ENDINGS]), (5, [])])
-def test_change_that_ends_its_job_is_told_and_no_other(database, ended, told, max_attempts, channels):
+def test_change_that_ends_its_job_is_told_and_no_other(
+    database, ended, told, max_attempts, channels
+):
     with transaction(database.app) as session:
         lease = a_lease(session)
 
@@ -184,7 +195,15 @@ def release(database, settings, broker_redis, pool) -> Release:
     shape = {"models": ["pocket"], "slots": 8, "max_batch_rows": 8}
     fleet = a_fleet({f"pools.{pool}": shape, "pools.local": GONE})
     with transaction(database.app) as session:
-        workers.heartbeat(session, name=f"cpu0@{pool}", pool=pool, device="cpu", slots=8, facts={}, silent_after_s=15)
+        workers.heartbeat(
+            session,
+            name=f"cpu0@{pool}",
+            pool=pool,
+            device="cpu",
+            slots=8,
+            facts={},
+            silent_after_s=15,
+        )
     return Release(database.app, Broker(settings, fleet), fleet, worker_silence_s=15)
 
 
@@ -197,18 +216,24 @@ def a_rendered_job(database, pool, *, lost: int):
     return lease.job
 
 
-def test_job_whose_pixels_are_gone_is_announced_again(database, ended, release, broker_redis, told, pool):
+def test_job_whose_pixels_are_gone_is_announced_again(
+    database, ended, release, broker_redis, told, pool
+):
     job = a_rendered_job(database, pool, lost=0)
 
     after = lose_hand_off(database.app, ended, job.id, [0], attempt_of={0: 1}, release=release)
 
     assert after.state == "queued"
-    messages = broker_redis.lrange(f"{pool}.fast", 0, -1) + broker_redis.lrange(f"{pool}.fast.front", 0, -1)
+    messages = broker_redis.lrange(f"{pool}.fast", 0, -1) + broker_redis.lrange(
+        f"{pool}.fast.front", 0, -1
+    )
     assert [job_of_message(message) for message in messages] == [job.id]
     assert told(job.id) == []
 
 
-def test_job_whose_pixels_are_gone_for_the_fifth_time_fails_and_is_told_of(database, ended, release, told, pool):
+def test_job_whose_pixels_are_gone_for_the_fifth_time_fails_and_is_told_of(
+    database, ended, release, told, pool
+):
     job = a_rendered_job(database, pool, lost=4)
 
     after = lose_hand_off(database.app, ended, job.id, [0], attempt_of={0: 1}, release=release)
@@ -217,8 +242,12 @@ def test_job_whose_pixels_are_gone_for_the_fifth_time_fails_and_is_told_of(datab
     assert told(job.id) == [CANCELS, ENDINGS]
 
 
-def test_pixels_of_another_attempt_are_not_taken_for_the_lost_ones(database, ended, release, told, pool):
+def test_pixels_of_another_attempt_are_not_taken_for_the_lost_ones(
+    database, ended, release, told, pool
+):
     job = a_rendered_job(database, pool, lost=4)
 
-    assert lose_hand_off(database.app, ended, job.id, [0], attempt_of={0: 2}, release=release) is None
+    assert (
+        lose_hand_off(database.app, ended, job.id, [0], attempt_of={0: 2}, release=release) is None
+    )
     assert told(job.id) == []

@@ -1,4 +1,7 @@
-"""From waiting rows to messages: stamped, committed, published; nothing is lost when the broker is."""
+"""From waiting rows to messages: stamped, committed, published.
+
+Nothing is lost when the broker is.
+"""
 
 import json
 import uuid
@@ -26,7 +29,13 @@ def fleet(pool):
     """A pool of 8 slots and batches of 4."""
     shape = {"models": ["pocket"], "slots": 8, "max_batch_rows": 4}
     rows = {"128x128": 4, "128x192": 4}
-    return a_fleet({f"pools.{pool}": shape, "pools.local": GONE, "models.pocket.tiers.quality.bucket_rows": rows})
+    return a_fleet(
+        {
+            f"pools.{pool}": shape,
+            "pools.local": GONE,
+            "models.pocket.tiers.quality.bucket_rows": rows,
+        }
+    )
 
 
 @pytest.fixture
@@ -36,7 +45,9 @@ def release(database, settings, broker_redis, fleet) -> Release:
 
 @pytest.fixture
 def release_without_broker(database, settings, fleet) -> Release:
-    away = StoreSettings(**{**settings.model_dump(), "broker_url": f"redis://127.0.0.1:{a_closed_port()}/0"})
+    away = StoreSettings(
+        **{**settings.model_dump(), "broker_url": f"redis://127.0.0.1:{a_closed_port()}/0"}
+    )
     return Release(database.app, Broker(away, fleet), fleet, worker_silence_s=15)
 
 
@@ -46,7 +57,9 @@ def accept(database, pool):
 
     def accept(count):
         with transaction(database.app) as session:
-            return [a_job(session, pool=pool, release_tag=float(number)).id for number in range(count)]
+            return [
+                a_job(session, pool=pool, release_tag=float(number)).id for number in range(count)
+            ]
 
     return accept
 
@@ -59,15 +72,22 @@ def messages(broker_redis, pool, tier="fast", *, is_front=False) -> list[uuid.UU
 
 def sizes(broker_redis, pool, tier="fast") -> list[int]:
     """What the messages in the queue say of how many images they are."""
-    return [json.loads(raw)["headers"][queues.NUM_IMAGES] for raw in reversed(broker_redis.lrange(f"{pool}.{tier}", 0, -1))]
+    return [
+        json.loads(raw)["headers"][queues.NUM_IMAGES]
+        for raw in reversed(broker_redis.lrange(f"{pool}.{tier}", 0, -1))
+    ]
 
 
 def stamped(database, pool) -> int:
     with transaction(database.app) as session:
-        return session.scalar(text("SELECT count(announced_at) FROM jobs WHERE pool = :pool"), {"pool": pool})
+        return session.scalar(
+            text("SELECT count(announced_at) FROM jobs WHERE pool = :pool"), {"pool": pool}
+        )
 
 
-def test_waiting_jobs_become_messages_in_fair_order_up_to_slots_and_one_batch(release, accept, pool, broker_redis, database):
+def test_waiting_jobs_become_messages_in_fair_order_up_to_slots_and_one_batch(
+    release, accept, pool, broker_redis, database
+):
     waiting = accept(15)
 
     assert release.release(pool, "fast") == 12
@@ -81,12 +101,16 @@ def test_more_live_workers_make_more_room(release, accept, pool, database):
     accept(25)
     with transaction(database.app) as session:
         for number in range(2):
-            workers.heartbeat(session, name=f"gpu{number}@{pool}", pool=pool, device="cpu", slots=8, facts={})
+            workers.heartbeat(
+                session, name=f"gpu{number}@{pool}", pool=pool, device="cpu", slots=8, facts={}
+            )
 
     assert release.release(pool, "fast") == 20
 
 
-def test_while_the_broker_is_away_jobs_wait_on_in_postgres(release_without_broker, release, accept, pool, broker_redis, database):
+def test_while_the_broker_is_away_jobs_wait_on_in_postgres(
+    release_without_broker, release, accept, pool, broker_redis, database
+):
     waiting = accept(3)
 
     assert release_without_broker.release(pool, "fast") == 0
@@ -96,7 +120,9 @@ def test_while_the_broker_is_away_jobs_wait_on_in_postgres(release_without_broke
     assert messages(broker_redis, pool) == waiting
 
 
-def test_a_lost_message_is_sent_again_unless_a_worker_has_the_job(release, accept, pool, broker_redis, database):
+def test_a_lost_message_is_sent_again_unless_a_worker_has_the_job(
+    release, accept, pool, broker_redis, database
+):
     lost, taken = accept(2)
     release.release(pool, "fast")
     broker_redis.flushdb()
@@ -122,7 +148,9 @@ def taken(database, job_ids) -> None:
             a_lease(session, session.get(Job, job_id))
 
 
-def test_behind_one_tenant_s_dump_another_s_job_is_sent_to_the_front_queue(release, pool, broker_redis, database):
+def test_behind_one_tenant_s_dump_another_s_job_is_sent_to_the_front_queue(
+    release, pool, broker_redis, database
+):
     dumped = dump(database, pool)
     release.release(pool, "fast")
     taken(database, dumped[:8])
@@ -135,7 +163,9 @@ def test_behind_one_tenant_s_dump_another_s_job_is_sent_to_the_front_queue(relea
     assert messages(broker_redis, pool) == dumped[:12]
 
 
-def test_after_an_accept_only_that_tenant_s_jobs_are_looked_at_where_the_limit_is_reached(release, pool, database):
+def test_after_an_accept_only_that_tenant_s_jobs_are_looked_at_where_the_limit_is_reached(
+    release, pool, database
+):
     dumped = dump(database, pool)
     release.release(pool, "fast")
     taken(database, dumped[:8])
@@ -146,7 +176,9 @@ def test_after_an_accept_only_that_tenant_s_jobs_are_looked_at_where_the_limit_i
     assert release.release(pool, "fast") == 1
 
 
-def test_a_lost_message_of_the_front_queue_is_sent_there_again(release, pool, broker_redis, database):
+def test_a_lost_message_of_the_front_queue_is_sent_there_again(
+    release, pool, broker_redis, database
+):
     dumped = dump(database, pool)
     release.release(pool, "fast")
     taken(database, dumped[:8])
@@ -157,10 +189,15 @@ def test_a_lost_message_of_the_front_queue_is_sent_there_again(release, pool, br
 
     assert release.reannounce(pool, "fast", [job.id]) == 1
 
-    assert (messages(broker_redis, pool, is_front=True), messages(broker_redis, pool)) == ([job.id], [])
+    assert (messages(broker_redis, pool, is_front=True), messages(broker_redis, pool)) == (
+        [job.id],
+        [],
+    )
 
 
-def test_while_the_broker_is_away_what_was_due_at_the_front_stays_due(release, release_without_broker, pool, broker_redis, database):
+def test_while_the_broker_is_away_what_was_due_at_the_front_stays_due(
+    release, release_without_broker, pool, broker_redis, database
+):
     dumped = dump(database, pool)
     release.release(pool, "fast")
     taken(database, dumped[:8])
@@ -175,7 +212,12 @@ def test_while_the_broker_is_away_what_was_due_at_the_front_stays_due(release, r
 
 def test_the_cap_of_a_tier_is_its_tenants(database, settings, broker_redis, fleet, pool):
     capped = fleet.model_copy(
-        update={"tiers": {**fleet.tiers, "fast": fleet.tiers["fast"].model_copy(update={"max_in_hand_per_tenant": 3})}}
+        update={
+            "tiers": {
+                **fleet.tiers,
+                "fast": fleet.tiers["fast"].model_copy(update={"max_in_hand_per_tenant": 3}),
+            }
+        }
     )
     release = Release(database.app, Broker(settings, capped), capped, worker_silence_s=15)
     dumped, others = dump(database, pool), dump(database, pool, 2)
@@ -185,7 +227,9 @@ def test_the_cap_of_a_tier_is_its_tenants(database, settings, broker_redis, flee
     assert set(messages(broker_redis, pool)) == {*dumped[:3], *others}
 
 
-def test_a_worker_that_leaves_passes_a_job_on_that_it_was_still_handed(release, accept, pool, broker_redis):
+def test_a_worker_that_leaves_passes_a_job_on_that_it_was_still_handed(
+    release, accept, pool, broker_redis
+):
     [job_id] = accept(1)
     release.release(pool, "fast")
     broker_redis.flushdb()
@@ -195,7 +239,9 @@ def test_a_worker_that_leaves_passes_a_job_on_that_it_was_still_handed(release, 
     assert messages(broker_redis, pool) == [job_id]
 
 
-def test_a_job_of_the_front_queue_is_passed_on_to_the_front_queue(release, pool, broker_redis, database):
+def test_a_job_of_the_front_queue_is_passed_on_to_the_front_queue(
+    release, pool, broker_redis, database
+):
     dumped = dump(database, pool)
     release.release(pool, "fast")
     taken(database, dumped[:8])
@@ -226,9 +272,14 @@ def test_a_job_that_waits_no_more_is_not_passed_on(release, pool, broker_redis, 
     assert broker_redis.keys(f"{pool}*") == []
 
 
-def test_every_message_says_how_many_images_it_is_however_it_came_to_be_sent(release, pool, broker_redis, database):
+def test_every_message_says_how_many_images_it_is_however_it_came_to_be_sent(
+    release, pool, broker_redis, database
+):
     with transaction(database.app) as session:
-        small, large = (a_job(session, pool=pool, num_images=images, release_tag=float(images)) for images in (1, 3))
+        small, large = (
+            a_job(session, pool=pool, num_images=images, release_tag=float(images))
+            for images in (1, 3)
+        )
 
     release.release(pool, "fast")
     release.reannounce(pool, "fast", [large.id])

@@ -1,4 +1,6 @@
-"""The stack's real Redis, S3 and Postgres, each with a corner that no process of the house looks into."""
+"""The stack's real Redis, S3 and Postgres, each with a corner that no process of the house looks
+into.
+"""
 
 from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
@@ -17,7 +19,10 @@ CORNER = 9  # of Redis's sixteen numbered databases
 @pytest.fixture(scope="session")
 def settings(stack) -> StoreSettings:
     """What a results worker is handed, but for the corner."""
-    urls = {name: urlsplit(stack.env[name.upper()])._replace(path=f"/{CORNER}").geturl() for name in ("broker_url", "handoff_url")}
+    urls = {
+        name: urlsplit(stack.env[name.upper()])._replace(path=f"/{CORNER}").geturl()
+        for name in ("broker_url", "handoff_url")
+    }
     return settings_for(StoreSettings, stack.env, **urls)
 
 
@@ -53,7 +58,9 @@ def proxied() -> Iterator[Callable[[str], tuple[RefusingProxy, str]]]:
     def proxied(url: str) -> tuple[RefusingProxy, str]:
         parts, port = urlsplit(url), a_closed_port()
         opened.append(RefusingProxy(port, parts.port or 0))
-        return opened[-1], parts._replace(netloc=parts.netloc.replace(f":{parts.port}", f":{port}")).geturl()
+        return opened[-1], parts._replace(
+            netloc=parts.netloc.replace(f":{parts.port}", f":{port}")
+        ).geturl()
 
     yield proxied
     for proxy in opened:
@@ -62,6 +69,9 @@ def proxied() -> Iterator[Callable[[str], tuple[RefusingProxy, str]]]:
 
 @pytest.fixture(scope="session")
 def small_redis(tmp_path_factory) -> Iterator[str]:
-    """The URL of a Redis of our own that is full when it is empty: it needs more memory than it may use."""
+    """The URL of a Redis of our own that is full when it is empty.
+
+    It needs more memory than it may use.
+    """
     with a_redis(tmp_path_factory.mktemp("redis"), maxmemory="512kb") as url:
         yield url

@@ -35,7 +35,17 @@ def mortal_redis(tmp_path):
 
         def start(self):
             binary = str(Path(sys.executable).with_name("redis-server"))
-            command = [binary, "--bind", "127.0.0.1", "--port", str(port), "--dir", str(tmp_path), "--save", ""]
+            command = [
+                binary,
+                "--bind",
+                "127.0.0.1",
+                "--port",
+                str(port),
+                "--dir",
+                str(tmp_path),
+                "--save",
+                "",
+            ]
             self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
             until(self._answers, what="redis-server")
 
@@ -57,7 +67,12 @@ def mortal_redis(tmp_path):
 
 @pytest.fixture
 def broker_away(settings) -> Broker:
-    return Broker(StoreSettings(**{**settings.model_dump(), "broker_url": f"redis://127.0.0.1:{a_closed_port()}/0"}), a_fleet())
+    return Broker(
+        StoreSettings(
+            **{**settings.model_dump(), "broker_url": f"redis://127.0.0.1:{a_closed_port()}/0"}
+        ),
+        a_fleet(),
+    )
 
 
 def test_a_message_carries_the_job_s_id_and_how_many_images_it_is_to_make(broker, broker_redis):
@@ -69,7 +84,10 @@ def test_a_message_carries_the_job_s_id_and_how_many_images_it_is_to_make(broker
     render, store = (json.loads(raw) for raw in broker_redis.lrange(FAST, 0, -1))
     arguments, keywords, _ = json.loads(base64.b64decode(render["body"]))
     assert (arguments, keywords) == ([], {"job_id": str(job_id)})
-    assert (render["headers"]["task"], render["headers"]["id"]) == (queues.RENDER_JOB, f"{job_id}:render")
+    assert (render["headers"]["task"], render["headers"]["id"]) == (
+        queues.RENDER_JOB,
+        f"{job_id}:render",
+    )
     assert render["headers"][queues.NUM_IMAGES] == 3
     assert queues.NUM_IMAGES not in store["headers"]
 
@@ -79,17 +97,22 @@ def test_a_message_lies_in_its_own_queue_only(broker, broker_redis):
     broker.announce(queues.STORE_IMAGES, "results.batch", uuid.uuid4())
 
     lengths = {queue: broker_redis.llen(queue) for queue in queues.all_queues(a_fleet())}
-    assert {queue: length for queue, length in lengths.items() if length} == {FAST: 1, "results.batch": 1}
+    assert {queue: length for queue, length in lengths.items() if length} == {
+        FAST: 1,
+        "results.batch": 1,
+    }
 
 
-def test_a_misspelt_queue_is_an_error_and_not_a_place_where_jobs_wait_for_ever(broker, broker_redis):
+def test_a_misspelt_queue_is_an_error_and_not_a_place_where_jobs_wait_for_ever(
+    broker, broker_redis
+):
     with pytest.raises(Exception, match=r"local\.fsat"):
         broker.announce(queues.RENDER_JOB, "local.fsat", uuid.uuid4())
 
     assert broker_redis.llen("local.fsat") == 0
 
 
-def test_who_looks_at_the_queue_is_told_how_many_wait_and_who_is_next(broker):
+def test_a_queue_tells_how_many_wait_and_whose_message_is_next(broker):
     first, second = uuid.uuid4(), uuid.uuid4()
     assert (broker.waiting(FAST), broker.next_job(FAST)) == (0, None)
 
@@ -99,7 +122,9 @@ def test_who_looks_at_the_queue_is_told_how_many_wait_and_who_is_next(broker):
     assert (broker.waiting(FAST), broker.next_job(FAST)) == (2, first)
 
 
-@pytest.mark.parametrize(("name", "queue"), [(queues.RENDER_JOB, FAST), (queues.STORE_IMAGES, "results.fast")])
+@pytest.mark.parametrize(
+    ("name", "queue"), [(queues.RENDER_JOB, FAST), (queues.STORE_IMAGES, "results.fast")]
+)
 def test_a_raw_message_tells_its_job(broker, broker_redis, name, queue):
     job_id = uuid.uuid4()
     broker.announce(name, queue, job_id)
@@ -108,7 +133,7 @@ def test_a_raw_message_tells_its_job(broker, broker_redis, name, queue):
 
 
 def test_a_raw_message_tells_its_job_by_its_arguments_too(broker, broker_redis):
-    """As when somebody sends it by hand, with a task id of Celery's own choice that means nothing."""
+    """As when somebody sends it by hand, with a task id of Celery's choice that means nothing."""
     job_id = uuid.uuid4()
     broker.announce(queues.RENDER_JOB, FAST, job_id)
     message = json.loads(broker_redis.lindex(FAST, -1))
@@ -117,7 +142,18 @@ def test_a_raw_message_tells_its_job_by_its_arguments_too(broker, broker_redis):
     assert job_of_message(json.dumps(message).encode()) == job_id
 
 
-@pytest.mark.parametrize("raw", [b"", b"\xff\x00", b"[]", b"{}", b"null", b'{"headers": null}', b'{"headers": {}, "body": "e30="}'])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"\xff\x00",
+        b"[]",
+        b"{}",
+        b"null",
+        b'{"headers": null}',
+        b'{"headers": {}, "body": "e30="}',
+    ],
+)
 def test_a_message_that_is_not_ours_tells_no_job(raw):
     assert job_of_message(raw) is None
 
@@ -132,7 +168,9 @@ def test_a_broker_that_is_away_is_an_error_at_once(broker_away):
 
 
 def test_a_broker_that_comes_back_is_used_again_at_once(settings, mortal_redis):
-    broker = Broker(StoreSettings(**{**settings.model_dump(), "broker_url": mortal_redis.url}), a_fleet())
+    broker = Broker(
+        StoreSettings(**{**settings.model_dump(), "broker_url": mortal_redis.url}), a_fleet()
+    )
     broker.announce(queues.RENDER_JOB, FAST, uuid.uuid4())
 
     mortal_redis.stop()
@@ -146,12 +184,18 @@ def test_a_broker_that_comes_back_is_used_again_at_once(settings, mortal_redis):
 
 
 def test_a_broker_that_is_away_is_the_same_error_whatever_is_asked(broker_away):
-    for ask in (broker_away.check, lambda: broker_away.waiting(FAST), lambda: broker_away.next_job(FAST)):
+    for ask in (
+        broker_away.check,
+        lambda: broker_away.waiting(FAST),
+        lambda: broker_away.next_job(FAST),
+    ):
         with pytest.raises(BrokerUnavailable):
             ask()
 
 
-def test_every_error_that_a_broker_answers_with_is_one_kind_and_passes(settings, broker_redis, proxied):
+def test_every_error_that_a_broker_answers_with_is_one_kind_and_passes(
+    settings, broker_redis, proxied
+):
     proxy, url = proxied(settings.broker_url)
     broker = Broker(StoreSettings(**{**settings.model_dump(), "broker_url": url}), a_fleet())
     broker.announce(queues.RENDER_JOB, FAST, uuid.uuid4())
@@ -171,7 +215,9 @@ def test_every_error_that_a_broker_answers_with_is_one_kind_and_passes(settings,
 
 
 def test_a_broker_that_is_read_only_answers_questions_and_fails_the_check(mortal_redis, settings):
-    broker = Broker(StoreSettings(**{**settings.model_dump(), "broker_url": mortal_redis.url}), a_fleet())
+    broker = Broker(
+        StoreSettings(**{**settings.model_dump(), "broker_url": mortal_redis.url}), a_fleet()
+    )
     broker.check()
 
     redis.Redis.from_url(mortal_redis.url).execute_command("REPLICAOF", "127.0.0.1", "1")
@@ -181,7 +227,9 @@ def test_a_broker_that_is_read_only_answers_questions_and_fails_the_check(mortal
         broker.check()
 
 
-def test_a_publisher_leaves_a_server_that_was_demoted_for_the_one_that_took_over(mortal_redis, settings, proxied, tmp_path):
+def test_a_publisher_leaves_a_server_that_was_demoted_for_the_one_that_took_over(
+    mortal_redis, settings, proxied, tmp_path
+):
     proxy, url = proxied(mortal_redis.url)
     broker = Broker(StoreSettings(**{**settings.model_dump(), "broker_url": url}), a_fleet())
     broker.announce(queues.RENDER_JOB, FAST, uuid.uuid4())

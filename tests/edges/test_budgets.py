@@ -35,7 +35,7 @@ def test_a_refusal_takes_nothing(budgets):
     assert (refused, budgets.take(tenant, **slow, amount=2.9).passes) == ([False] * 3, True)
 
 
-def test_what_is_given_back_never_fills_a_budget_beyond_its_burst(budgets):
+def test_a_budget_is_never_filled_beyond_its_burst_by_what_is_given_back(budgets):
     tenant, slow = uuid.uuid4(), {"per_minute": 0.06, "burst": 10.0}
     budgets.take(tenant, **slow, amount=4)
 

@@ -1,4 +1,7 @@
-"""Processes that decode what strangers send: they answer as the plain functions do, die alone, and are shared fairly."""
+"""Processes that decode what strangers send.
+
+They answer as the plain functions do, die alone, and are shared fairly.
+"""
 
 import contextlib
 import io
@@ -39,7 +42,11 @@ def processes() -> list[psutil.Process]:
 def test_a_decoder_answers_as_the_function_does(two, kind):
     content = encoded(a_picture(), kind)
 
-    assert two.normalise(content, tenant=1) == two.normalise(io.BytesIO(content), tenant=1) == pictures.normalise(content)
+    assert (
+        two.normalise(content, tenant=1)
+        == two.normalise(io.BytesIO(content), tenant=1)
+        == pictures.normalise(content)
+    )
 
 
 def test_a_refusal_has_its_reason_and_the_decoder_goes_on(two):
@@ -116,7 +123,11 @@ def test_decoders_end_with_their_gateway():
 
     own._idle[0]._process.stdin.close()  # as the end of the gateway does
 
-    until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, within_s=10, what="the decoder's end")
+    until(
+        lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE,
+        within_s=10,
+        what="the decoder's end",
+    )
     own.close()
 
 
@@ -142,8 +153,10 @@ def test_a_file_is_read_only_when_its_turn_has_come(two):
     own.close()
 
 
-def test_who_brings_many_pictures_holds_up_only_himself():
-    """Ten of one tenant wait for two turns when a second and a third tenant come with one each: those are next."""
+def test_a_tenant_with_many_pictures_holds_up_only_itself():
+    """Ten of one tenant wait for two turns when a second and a third tenant come with one each:
+    those are next.
+    """
     turns, order, release = Turns(2, wait_s=60, max_waiting=16), [], threading.Semaphore(0)
 
     def decode(tenant):
@@ -151,7 +164,10 @@ def test_who_brings_many_pictures_holds_up_only_himself():
             order.append(tenant)
             release.acquire()
 
-    threads = [threading.Thread(target=decode, args=(tenant,)) for tenant in ["many"] * 10 + ["second", "third"]]
+    threads = [
+        threading.Thread(target=decode, args=(tenant,))
+        for tenant in ["many"] * 10 + ["second", "third"]
+    ]
     for place, thread in enumerate(threads):
         thread.start()
         until(lambda place=place: len(order) + len(turns._waiting) == place + 1, what="its place")

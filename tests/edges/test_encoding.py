@@ -31,7 +31,10 @@ def test_lossless_formats_keep_every_pixel(output_format, width_px, height_px, s
 
 def test_jpeg_keeps_the_picture():
     ramp = np.linspace(0, 255, 64).astype(np.uint8)
-    pixels = np.stack([np.tile(ramp, (64, 1)), np.tile(ramp[:, None], (1, 64)), np.full((64, 64), 90, np.uint8)], axis=-1)
+    pixels = np.stack(
+        [np.tile(ramp, (64, 1)), np.tile(ramp[:, None], (1, 64)), np.full((64, 64), 90, np.uint8)],
+        axis=-1,
+    )
 
     difference = np.abs(decoded(encode(pixels, "jpeg")).astype(int) - pixels)
 

@@ -17,7 +17,10 @@ class Ours(Exception):
 def test_ours_tells_the_kind_and_the_text_of_theirs_and_keeps_it_as_its_cause():
     theirs = ConnectionError("refused by 127.0.0.1")
 
-    with pytest.raises(Ours, match=r"^ConnectionError: refused by 127\.0\.0\.1$") as raised, wrap(OSError, Ours):
+    with (
+        pytest.raises(Ours, match=r"^ConnectionError: refused by 127\.0\.0\.1$") as raised,
+        wrap(OSError, Ours),
+    ):
         raise theirs
 
     assert type(raised.value) is Ours
@@ -28,7 +31,10 @@ def test_ours_tells_the_kind_and_the_text_of_theirs_and_keeps_it_as_its_cause():
 def test_a_function_makes_ours_out_of_theirs():
     secret = ValueError("https://bucket/?signature=secret")
 
-    with pytest.raises(Ours) as raised, wrap(ValueError, lambda error: Ours(f"{len(error.args)} told")):
+    with (
+        pytest.raises(Ours) as raised,
+        wrap(ValueError, lambda error: Ours(f"{len(error.args)} told")),
+    ):
         raise secret
 
     assert str(raised.value) == "1 told"
@@ -44,7 +50,16 @@ def test_of_several_kinds_each_becomes_ours(kinds, theirs):
     assert str(raised.value) == f"{type(theirs).__name__}: {theirs}"
 
 
-@pytest.mark.parametrize("other", [KeyError("other"), Ours("ours already"), KeyboardInterrupt(), StopIteration(), GeneratorExit()])
+@pytest.mark.parametrize(
+    "other",
+    [
+        KeyError("other"),
+        Ours("ours already"),
+        KeyboardInterrupt(),
+        StopIteration(),
+        GeneratorExit(),
+    ],
+)
 def test_any_other_error_passes_as_it_is(other):
     with pytest.raises(type(other)) as raised, wrap((OSError, ValueError), Ours):
         raise other

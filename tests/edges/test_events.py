@@ -1,4 +1,6 @@
-"""Streams of jobs: nothing lost, nothing twice, bounded where it must be, and in nobody's way when Redis is away."""
+"""Streams of jobs: nothing lost, nothing twice, bounded where it must be, and in nobody's way when
+Redis is away.
+"""
 
 import io
 import socket
@@ -63,7 +65,7 @@ def a_jpeg(width_px=32, height_px=16) -> bytes:
     return packed.getvalue()
 
 
-def test_who_comes_late_is_told_what_happened_before_and_then_what_happens(reader, handoff_redis):
+def test_a_late_follower_is_told_what_happened_before_and_then_what_happens(reader, handoff_redis):
     job_id = uuid.uuid4()
     tell(handoff_redis, job_id, STARTED, {"attempt": 1})
     step(handoff_redis, job_id, 1)
@@ -75,7 +77,7 @@ def test_who_comes_late_is_told_what_happened_before_and_then_what_happens(reade
     assert steps_of(heard(seat, 1)) == [2]
 
 
-def test_who_comes_back_is_told_exactly_the_rest(reader, handoff_redis):
+def test_a_follower_that_comes_back_is_told_exactly_the_rest(reader, handoff_redis):
     job_id = uuid.uuid4()
     ids = [step(handoff_redis, job_id, number) for number in range(5)]
 
@@ -166,7 +168,9 @@ def test_a_job_that_never_ran_leaves_no_record(news, handoff_redis):
     assert handoff_redis.keys("events:*") == []
 
 
-def test_a_slow_follower_loses_steps_but_no_stored_image_and_not_the_end(reader, handoff_redis, news):
+def test_a_slow_follower_loses_steps_but_no_stored_image_and_not_the_end(
+    reader, handoff_redis, news
+):
     job_id = uuid.uuid4()
     seat = sit_down(reader, handoff_redis, job_id)
     for number in range(1, 601):
@@ -193,7 +197,10 @@ def test_previews_go_to_those_who_asked(reader, handoff_redis):
     preview, _ = heard(curious, 2)
     assert (preview.kind, preview.data["width_px"], preview.data["height_px"]) == (PREVIEW, 32, 16)
     assert [event.kind for event in heard(plain, 1)] == [STEP]
-    assert [event.kind for event in reader.sit_down(job_id, wants_previews=True)[1]] == [PREVIEW, STEP]
+    assert [event.kind for event in reader.sit_down(job_id, wants_previews=True)[1]] == [
+        PREVIEW,
+        STEP,
+    ]
     assert [event.kind for event in reader.sit_down(job_id, wants_previews=False)[1]] == [STEP]
 
 
@@ -208,7 +215,12 @@ def test_of_each_image_only_the_newest_previews_are_kept(writer, news, handoff_r
         time.sleep(0.15)
 
     kept = [eventlog.parsed(*entry) for entry in handoff_redis.xrange(eventlog.key(job_id))]
-    assert sorted((event.data["index"], event.data["step"]) for event in kept) == [(0, 4), (0, 5), (1, 4), (1, 5)]
+    assert sorted((event.data["index"], event.data["step"]) for event in kept) == [
+        (0, 4),
+        (0, 5),
+        (1, 4),
+        (1, 5),
+    ]
 
 
 def test_a_record_has_a_largest_size(handoff_redis):
@@ -221,7 +233,7 @@ def test_a_record_has_a_largest_size(handoff_redis):
     assert handoff_redis.memory_usage(eventlog.key(job_id)) < 100_000
 
 
-def test_what_a_worker_notes_is_told_in_order(writer, reader):
+def test_events_that_a_worker_notes_are_told_in_order(writer, reader):
     job_id = uuid.uuid4()
     seat, _ = reader.sit_down(job_id, wants_previews=True)
 
@@ -248,7 +260,8 @@ def test_flush_tells_of_a_step_before_whatever_is_told_next(writer, news, handof
 
 
 def test_flush_waits_no_longer_than_it_is_told_for_a_redis_that_hangs():
-    with socket.create_server(("127.0.0.1", 0)) as deaf:  # connections are taken, and nothing is answered
+    # connections are taken, and nothing is answered
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
         writer = ProgressWriter(f"redis://127.0.0.1:{deaf.getsockname()[1]}/0")
         writer.note(uuid.uuid4(), Step(0, 1, 2))
         began_at = time.monotonic()
@@ -272,9 +285,13 @@ def test_steps_are_told_ten_times_a_second_at_most(writer, handoff_redis):
     assert handoff_redis.xlen(eventlog.key(job_id)) <= 11
 
 
-def test_a_worker_learns_that_somebody_watches_and_that_nobody_does_any_more(settings, writer, news, handoff_redis):
+def test_a_worker_learns_that_somebody_watches_and_that_nobody_does_any_more(
+    settings, writer, news, handoff_redis
+):
     job_id, woken, unwatched = uuid.uuid4(), threading.Event(), threading.Event()
-    listener = Listener(settings.handoff_url, WATCHES, lambda watched: woken.set() if watched == job_id else None)
+    listener = Listener(
+        settings.handoff_url, WATCHES, lambda watched: woken.set() if watched == job_id else None
+    )
     writer.when_unwatched(lambda left: unwatched.set() if left == job_id else None)
     assert not writer.is_watched(job_id)
 
@@ -283,7 +300,8 @@ def test_a_worker_learns_that_somebody_watches_and_that_nobody_does_any_more(set
 
     assert writer.is_watched(job_id)
     assert not unwatched.wait(0.4)
-    handoff_redis.delete(f"watch:{job_id}")  # as it is half a minute after the last follower has gone
+    # as it is half a minute after the last follower has gone
+    handoff_redis.delete(f"watch:{job_id}")
     writer.show(job_id, Preview(0, 2, 20, a_jpeg()))
     assert unwatched.wait(5)
     listener.close()
@@ -302,7 +320,7 @@ def test_there_are_as_many_seats_as_were_said(reader):
         reader.sit_down(uuid.uuid4(), wants_previews=False)
 
 
-def test_who_left_is_forgotten(reader):
+def test_a_follower_that_left_is_forgotten(reader):
     job_id = uuid.uuid4()
     seats = [reader.sit_down(job_id, wants_previews=wants)[0] for wants in (True, False)]
     assert (reader.followed(), reader.watched()) == ([job_id], [job_id])
@@ -324,11 +342,16 @@ def test_a_reader_that_closes_sends_everybody_away(reader):
         reader.sit_down(uuid.uuid4(), wants_previews=False)
 
 
-def test_what_is_not_understood_is_passed_over(reader, handoff_redis):
+def test_entries_that_are_not_understood_are_passed_over(reader, handoff_redis):
     job_id = uuid.uuid4()
     seat, _ = reader.sit_down(job_id, wants_previews=True)
 
-    for fields in ({"x": "y"}, {"kind": "step", "data": "{"}, {"kind": "step", "data": "7", "jpeg": "no"}, {"kind": b"\xff", "data": "{}"}):
+    for fields in (
+        {"x": "y"},
+        {"kind": "step", "data": "{"},
+        {"kind": "step", "data": "7", "jpeg": "no"},
+        {"kind": b"\xff", "data": "{}"},
+    ):
         handoff_redis.xadd(eventlog.key(job_id), fields)
     step(handoff_redis, job_id, 1)
 

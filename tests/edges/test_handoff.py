@@ -16,7 +16,7 @@ def handoff(settings, handoff_redis) -> Handoff:
     return Handoff(settings.handoff_url, ttl_s=60)
 
 
-def test_what_was_put_comes_back(handoff):
+def test_pixels_come_back_as_they_were_put(handoff):
     job_id, pixels = uuid.uuid4(), some_pixels(width_px=24, height_px=16)
 
     digest = handoff.put(job_id, 0, 1, pixels)
@@ -46,7 +46,7 @@ def test_job_image_and_attempt_each_have_their_own_pixels(handoff):
     assert np.array_equal(handoff.get(job_id, 1, 1).array, some_pixels(seed=3))
 
 
-def test_what_is_not_there_is_none(handoff):
+def test_pixels_that_are_not_there_are_none(handoff):
     assert handoff.get(uuid.uuid4(), 0, 1) is None
     assert not handoff.holds(uuid.uuid4(), 0, 1)
 
@@ -83,7 +83,18 @@ def test_nothing_stays_for_ever(handoff, handoff_redis):
         lambda blob: blob.replace(b"[16, 24, 3]", b"[1152]     "),
         lambda blob: b"\x00\x00\x00\x02[]" + blob,
     ],
-    ids=["a bit flipped", "cut", "longer", "stump", "no head", "empty", "no digest", "turned", "flat", "another head"],
+    ids=[
+        "a bit flipped",
+        "cut",
+        "longer",
+        "stump",
+        "no head",
+        "empty",
+        "no digest",
+        "turned",
+        "flat",
+        "another head",
+    ],
 )
 def test_spoiled_pixels_are_recognised(handoff, handoff_redis, spoil):
     job_id = uuid.uuid4()
@@ -96,7 +107,9 @@ def test_spoiled_pixels_are_recognised(handoff, handoff_redis, spoil):
 
 
 def test_the_same_bytes_in_another_shape_are_another_image():
-    assert pixels_sha256(some_pixels(16, 24)) != pixels_sha256(some_pixels(16, 24).reshape(16, 24, 3))
+    assert pixels_sha256(some_pixels(16, 24)) != pixels_sha256(
+        some_pixels(16, 24).reshape(16, 24, 3)
+    )
 
 
 def test_a_hand_off_that_is_away_says_so():
@@ -128,7 +141,7 @@ def test_everything_that_is_kept_can_be_told_apart(handoff, handoff_redis):
     assert len({key for key, *_ in kept}) == 4
 
 
-def test_what_nobody_waits_for_is_forgotten_by_its_key(handoff):
+def test_pixels_that_nobody_waits_for_are_forgotten_by_their_key(handoff):
     orphan, awaited = uuid.uuid4(), uuid.uuid4()
     for job_id in (orphan, awaited):
         handoff.put(job_id, 0, 1, some_pixels())
@@ -153,7 +166,9 @@ def test_a_full_hand_off_says_so(small_redis):
         Handoff(small_redis, ttl_s=60).put(uuid.uuid4(), 0, 1, some_pixels(256, 256))
 
 
-def test_every_error_that_a_hand_off_answers_with_is_one_kind_and_passes(settings, handoff_redis, proxied):
+def test_every_error_that_a_hand_off_answers_with_is_one_kind_and_passes(
+    settings, handoff_redis, proxied
+):
     proxy, url = proxied(settings.handoff_url)
     handoff, job_id = Handoff(url, ttl_s=60), uuid.uuid4()
     handoff.put(job_id, 0, 1, some_pixels())
@@ -175,7 +190,9 @@ def test_every_error_that_a_hand_off_answers_with_is_one_kind_and_passes(setting
     assert handoff.holds(job_id, 0, 1)
 
 
-def test_a_hand_off_that_was_demoted_is_left_for_the_one_that_took_over_and_no_write_fails(proxied, tmp_path):
+def test_a_hand_off_that_was_demoted_is_left_for_the_one_that_took_over_and_no_write_fails(
+    proxied, tmp_path
+):
     with a_redis(tmp_path) as url_before, a_redis(tmp_path) as successor:
         proxy, url = proxied(url_before)
         handoff, job_id = Handoff(url, ttl_s=60), uuid.uuid4()
@@ -188,7 +205,9 @@ def test_a_hand_off_that_was_demoted_is_left_for_the_one_that_took_over_and_no_w
         assert redis.Redis.from_url(successor).dbsize() == 1
 
 
-def test_one_that_takes_nothing_counts_as_full_for_whoever_trusts_its_last_answer_only_so_long(settings, handoff_redis, proxied):
+def test_one_that_takes_nothing_counts_as_full_for_whoever_trusts_its_last_answer_only_so_long(
+    settings, handoff_redis, proxied
+):
     proxy, url = proxied(settings.handoff_url)
     gauge = Gauge(url, trusted_for_s=1.0)
     assert gauge.fill() < 0.9
@@ -200,10 +219,14 @@ def test_one_that_takes_nothing_counts_as_full_for_whoever_trusts_its_last_answe
     until(lambda: gauge.fill() < 0.9)
 
 
-def test_how_full_the_hand_off_is_is_the_memory_in_use_of_what_may_be_used(settings, handoff_redis, small_redis):
+def test_how_full_the_hand_off_is_is_the_memory_in_use_of_what_may_be_used(
+    settings, handoff_redis, small_redis
+):
     memory = handoff_redis.info("memory")
 
-    assert Gauge(settings.handoff_url).fill() == pytest.approx(memory["used_memory"] / memory["maxmemory"], rel=0.2)
+    assert Gauge(settings.handoff_url).fill() == pytest.approx(
+        memory["used_memory"] / memory["maxmemory"], rel=0.2
+    )
     assert Gauge(small_redis).fill() > 0.9
 
 
@@ -212,7 +235,9 @@ def test_a_hand_off_without_a_limit_is_never_full(tmp_path):
         assert Gauge(url).fill() == 0
 
 
-def test_the_gauge_is_read_once_a_second_and_holds_its_last_answer_while_nobody_answers(tmp_path, monkeypatch):
+def test_the_gauge_is_read_once_a_second_and_holds_its_last_answer_while_nobody_answers(
+    tmp_path, monkeypatch
+):
     clock = [100.0]
     monkeypatch.setattr("edges.handoff.time.monotonic", lambda: clock[0])
     with a_redis(tmp_path, maxmemory="100mb") as url:

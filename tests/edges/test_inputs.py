@@ -1,4 +1,7 @@
-"""Pictures on their way to a GPU: what was brought is there, all of it at once, and nothing stays for ever."""
+"""Pictures on their way to a GPU.
+
+What was brought is there, all of it at once, and nothing stays for ever.
+"""
 
 import uuid
 
@@ -15,10 +18,17 @@ def inputs(settings, handoff_redis) -> Inputs:
     return Inputs(settings.handoff_url, ttl_s=60)
 
 
-def test_what_was_brought_comes_back_by_its_role(inputs):
+def test_pictures_come_back_by_their_role(inputs):
     job_id, mask = uuid.uuid4(), some_pixels()[:, :, 0]
 
-    inputs.bring(job_id, {"init_image": some_pixels(seed=1), "mask": mask, "control_image": Gone("control_image: file x was erased")})
+    inputs.bring(
+        job_id,
+        {
+            "init_image": some_pixels(seed=1),
+            "mask": mask,
+            "control_image": Gone("control_image: file x was erased"),
+        },
+    )
 
     brought = inputs.of(job_id)
     assert inputs.are_there(job_id)
@@ -35,7 +45,7 @@ def test_nothing_was_brought_for_another_job(inputs):
     assert (inputs.of(other), inputs.are_there(other)) == ({}, False)
 
 
-def test_what_is_dropped_is_gone_and_dropping_again_is_harmless(inputs):
+def test_dropped_pictures_are_gone_and_dropping_again_is_harmless(inputs):
     job_id = uuid.uuid4()
     inputs.bring(job_id, {"init_image": some_pixels()})
 

@@ -1,4 +1,7 @@
-"""How a worker hears that its machine goes: each cloud's metadata service, files and signals, told once by one watch."""
+"""How a worker hears that its machine goes.
+
+Each cloud's metadata service, files and signals, told once by one watch.
+"""
 
 import json
 import signal
@@ -30,7 +33,10 @@ from tests.builders import a_closed_port, until
 
 
 class Metadata:
-    """A metadata service on 127.0.0.1, whose clock is an hour ahead of ours. What it says is `answer`: here 404, for each cloud its own."""
+    """A metadata service on 127.0.0.1, whose clock is an hour ahead of ours.
+
+    What it says is `answer`: here 404, for each cloud its own.
+    """
 
     def __init__(self, port=0):
         self.asked = []  # "METHOD path" of every request
@@ -41,8 +47,12 @@ class Metadata:
             def do_GET(self):
                 metadata.asked.append(f"{self.command} {urlsplit(self.path).path}")
                 time.sleep(metadata.slow_s)
-                query = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
-                status, headers, body = metadata.answer(self.command, urlsplit(self.path).path, query, self.headers)
+                query = {
+                    name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()
+                }
+                status, headers, body = metadata.answer(
+                    self.command, urlsplit(self.path).path, query, self.headers
+                )
                 self.send_response(status)  # and the Date
                 for name, value in {"Content-Length": len(body), **headers}.items():
                     self.send_header(name, str(value))
@@ -119,7 +129,10 @@ class GcpMetadata(Metadata):
             return 404, {}, ""
         if query.get("wait_for_change") == "true":
             with self._changed:
-                self._changed.wait_for(lambda: self._etag() != query.get("last_etag"), timeout=float(query["timeout_sec"]))
+                self._changed.wait_for(
+                    lambda: self._etag() != query.get("last_etag"),
+                    timeout=float(query["timeout_sec"]),
+                )
         return 200, {"Metadata-Flavor": self.flavor, "ETag": self._etag()}, self.value + "\n"
 
     def preempt(self):
@@ -142,7 +155,14 @@ class AzureMetadata(Metadata):
         return 200, {}, json.dumps({"DocumentIncarnation": 1, "Events": self.events})
 
     def schedule(self, event_type="Preempt", resources=("vm_0",), not_before=""):
-        self.events.append({"EventId": "7", "EventType": event_type, "Resources": list(resources), "NotBefore": not_before})
+        self.events.append(
+            {
+                "EventId": "7",
+                "EventType": event_type,
+                "Resources": list(resources),
+                "NotBefore": not_before,
+            }
+        )
 
     def in_s(self, seconds):
         return format_datetime(self.now() + timedelta(seconds=seconds), usegmt=True)
@@ -158,12 +178,20 @@ def served(service):
     return fixture
 
 
-metadata, aws, gcp, azure = served(Metadata), served(AwsMetadata), served(GcpMetadata), served(AzureMetadata)
+metadata, aws, gcp, azure = (
+    served(Metadata),
+    served(AwsMetadata),
+    served(GcpMetadata),
+    served(AzureMetadata),
+)
 
 
 @pytest.fixture
 def watch():
-    """Start a watch over sources, which are polled often: `heard = watch(*sources)`. What it tells is in the queue."""
+    """Start a watch over sources, which are polled often: `heard = watch(*sources)`.
+
+    What it tells is in the queue.
+    """
     watches = []
 
     def watch(*sources):
@@ -285,11 +313,15 @@ def test_aws_s_rebalance_recommendation_is_logged_once_and_no_notice(aws):
     with capture_logs() as logs:
         assert [source.poll() for _ in range(3)] == [None] * 3
 
-    assert [entry["event"] for entry in logs if "rebalance" in entry["event"]] == ["rebalance_recommended"]
+    assert [entry["event"] for entry in logs if "rebalance" in entry["event"]] == [
+        "rebalance_recommended"
+    ]
 
 
-@pytest.mark.parametrize("document", ["", "[]", "{}", "terminate", '{"action": "noop"}', "[" * 100_000])
-def test_what_aws_never_says_is_no_notice(aws, document):
+@pytest.mark.parametrize(
+    "document", ["", "[]", "{}", "terminate", '{"action": "noop"}', "[" * 100_000]
+)
+def test_an_answer_that_aws_never_gives_is_no_notice(aws, document):
     aws.documents["instance-action"] = document
 
     with pytest.raises(NoticeSourceUnavailable):
@@ -331,8 +363,10 @@ def test_gcp_holds_its_answer_no_longer_than_it_is_asked_to(gcp):
     assert 0.9 < time.monotonic() - started < 2
 
 
-@pytest.mark.parametrize(("flavor", "value"), [("", "TRUE"), ("Vanilla", "TRUE"), ("Google", "<html>")])
-def test_who_is_not_google_s_metadata_server_is_not_believed(gcp, flavor, value):
+@pytest.mark.parametrize(
+    ("flavor", "value"), [("", "TRUE"), ("Vanilla", "TRUE"), ("Google", "<html>")]
+)
+def test_a_server_that_is_not_google_s_metadata_server_is_not_believed(gcp, flavor, value):
     gcp.flavor, gcp.value = flavor, value
 
     with pytest.raises(NoticeSourceUnavailable):
@@ -449,7 +483,8 @@ def test_a_silent_server_is_waited_for_two_seconds(aws):
 
 
 @pytest.mark.parametrize(
-    ("content", "within_s"), [("", 45), ("300", 300), ("12.5\n", 12.5), ("0", 0), ("soon", 45), ("-1", 45), ("nan", 45)]
+    ("content", "within_s"),
+    [("", 45), ("300", 300), ("12.5\n", 12.5), ("0", 0), ("soon", 45), ("-1", 45), ("nan", 45)],
 )
 def test_a_file_that_appears_is_a_notice(tmp_path, content, within_s):
     source = FileNotices(tmp_path / "preempt", default_s=45)
@@ -458,7 +493,11 @@ def test_a_file_that_appears_is_a_notice(tmp_path, content, within_s):
     (tmp_path / "preempt").write_text(content)
 
     notice = source.poll()
-    assert (notice.source, notice.within_s, notice.detail) == ("file", within_s, f"{tmp_path / 'preempt'} appeared")
+    assert (notice.source, notice.within_s, notice.detail) == (
+        "file",
+        within_s,
+        f"{tmp_path / 'preempt'} appeared",
+    )
 
 
 def test_a_file_that_cannot_be_read_makes_the_source_unavailable(tmp_path):
@@ -562,7 +601,8 @@ def test_trouble_is_logged_when_it_changes_and_not_at_every_poll(watch):
         source.mood = None
         source.polled_again()
 
-    about_sources = [entry for entry in logs if entry["event"].startswith("notice_source")]  # not what other threads log meanwhile
+    # not what other threads log meanwhile
+    about_sources = [entry for entry in logs if entry["event"].startswith("notice_source")]
     assert [(entry["event"], entry.get("reason")) for entry in about_sources] == [
         ("notice_source_unavailable", "refused"),
         ("notice_source_unavailable", "timeout"),
@@ -640,7 +680,24 @@ def test_a_setting_names_the_sources():
     assert sources_from("") == sources_from(" ") == []
 
 
-@pytest.mark.parametrize("text", ["amazon", "aws:now", "aws,,fake", "gcp:", "gcp:soon", "gcp:-1", "azure:", "file", "file:here", "signal"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "amazon",
+        "aws:now",
+        "aws,,fake",
+        "gcp:",
+        "gcp:soon",
+        "gcp:-1",
+        "azure:",
+        "file",
+        "file:here",
+        "signal",
+    ],
+)
 def test_a_setting_that_names_no_source_says_which_there_are(text):
-    with pytest.raises(ValueError, match=r"accepted are aws, gcp, gcp:SECONDS, azure, azure:INSTANCE and file:/PATH"):
+    with pytest.raises(
+        ValueError,
+        match=r"accepted are aws, gcp, gcp:SECONDS, azure, azure:INSTANCE and file:/PATH",
+    ):
         sources_from(text)

@@ -28,7 +28,7 @@ def fetch(url: str) -> httpx.Response:
     return httpx.get(url, trust_env=False)
 
 
-def test_what_was_put_comes_back(store, key):
+def test_an_object_comes_back_as_it_was_put(store, key):
     store.put(key, b"an image", content_type="image/png")
 
     assert store.get(key) == b"an image"
@@ -65,7 +65,11 @@ def test_a_presigned_url_shows_the_object_to_whoever_has_it(store, key):
 
     answer = fetch(store.presigned_url(key, content_type="image/png", filename="job-0.png"))
 
-    assert (answer.status_code, answer.content, answer.headers["content-type"]) == (200, b"an image", "image/png")
+    assert (answer.status_code, answer.content, answer.headers["content-type"]) == (
+        200,
+        b"an image",
+        "image/png",
+    )
 
 
 def test_without_the_signature_nothing_is_shown(store, key):
@@ -75,7 +79,9 @@ def test_without_the_signature_nothing_is_shown(store, key):
     assert fetch(str(url.copy_with(query=None))).status_code in (400, 403)
 
 
-@pytest.mark.parametrize("part", ["X-Amz-Signature", "X-Amz-Expires", "X-Amz-Date", "X-Amz-Credential"])
+@pytest.mark.parametrize(
+    "part", ["X-Amz-Signature", "X-Amz-Expires", "X-Amz-Date", "X-Amz-Credential"]
+)
 def test_a_tampered_url_shows_nothing(store, key, part):
     store.put(key, b"an image", content_type="image/png")
     url = httpx.URL(store.presigned_url(key, content_type="image/png", filename="job-0.png"))
@@ -91,7 +97,9 @@ def test_a_url_for_one_object_does_not_open_another(store, key):
     store.put(key, b"an image", content_type="image/png")
     store.put(other, b"another tenant's", content_type="image/png")
 
-    url = store.presigned_url(key, content_type="image/png", filename="job-0.png").replace(key, other)
+    url = store.presigned_url(key, content_type="image/png", filename="job-0.png").replace(
+        key, other
+    )
 
     assert fetch(url).status_code == 403
 
@@ -130,7 +138,14 @@ def test_a_store_that_is_away_says_so_and_tells_no_address(settings, key):
         ("virtual", "http://pictures.objects.example:81/"),
     ],
 )
-def test_the_bucket_is_in_the_path_or_in_the_host_s_name_as_the_store_wants_it(settings, key, style, address):
-    store = changed(settings, s3_bucket="pictures", s3_public_endpoint_url="http://objects.example:81", s3_addressing_style=style)
+def test_the_bucket_is_in_the_path_or_in_the_host_s_name_as_the_store_wants_it(
+    settings, key, style, address
+):
+    store = changed(
+        settings,
+        s3_bucket="pictures",
+        s3_public_endpoint_url="http://objects.example:81",
+        s3_addressing_style=style,
+    )
 
     assert store.presigned_url(key, content_type="image/png", filename="1.png").startswith(address)

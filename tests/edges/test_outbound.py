@@ -1,4 +1,7 @@
-"""Requests to addresses that tenants choose: what is never connected to, and how long anything may take."""
+"""Requests to addresses that tenants choose.
+
+What is never connected to, and how long anything may take.
+"""
 
 import threading
 import time
@@ -109,7 +112,7 @@ def test_a_private_address_is_refused_however_it_is_written(url):
         ("https://example.com/" + "x" * MAX_URL_CHARS, "must be printable ASCII"),
     ],
 )
-def test_what_is_no_public_https_url_is_refused_with_the_reason(url, why):
+def test_a_url_that_is_not_public_https_is_refused_with_the_reason(url, why):
     assert str(Outbound("").refusal(url)).startswith(why)
 
 
@@ -127,7 +130,12 @@ def test_an_allowed_network_is_reached_by_address_and_by_name(receiver, url):
     outbound = Outbound("127.0.0.1/32")
 
     assert outbound.post(f"{url}/here", b"{}", {"X-Mine": "1"}, timeout_s=2).status == 204
-    assert outbound.post(f"http://localhost:{receiver.server_port}/there", b"{}", {}, timeout_s=2).status == 204
+    assert (
+        outbound.post(
+            f"http://localhost:{receiver.server_port}/there", b"{}", {}, timeout_s=2
+        ).status
+        == 204
+    )
     assert [path for path, _ in receiver.seen] == ["/here", "/there"]
     assert receiver.seen[0][1]["X-Mine"] == "1"
     assert receiver.seen[1][1]["Host"] == f"localhost:{receiver.server_port}"
@@ -156,7 +164,9 @@ def test_nothing_takes_longer_than_it_may(url, path):
     assert time.monotonic() - started < 2
 
 
-def test_a_name_server_that_says_nothing_holds_nobody_longer_than_a_connection_may_take(monkeypatch):
+def test_a_name_server_that_says_nothing_holds_nobody_longer_than_a_connection_may_take(
+    monkeypatch,
+):
     asked, heard = threading.Event(), threading.Event()
 
     def says_nothing(*_, **__):

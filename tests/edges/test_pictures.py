@@ -1,4 +1,7 @@
-"""What becomes of pictures that strangers send: refused before it costs anything, or PNG of 8 bits with nothing else in it."""
+"""What becomes of pictures that strangers send.
+
+Refused before it costs anything, or PNG of 8 bits with nothing else in it.
+"""
 
 import sys
 import time
@@ -10,7 +13,16 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from edges.containers import MAX_PARTS, NotAContainer, take_apart
-from edges.pictures import MAX_JPEG_PIXELS, MAX_PIXELS, NotAPicture, fitted, fitted_mask, has_hole, normalise, selects
+from edges.pictures import (
+    MAX_JPEG_PIXELS,
+    MAX_PIXELS,
+    NotAPicture,
+    fitted,
+    fitted_mask,
+    has_hole,
+    normalise,
+    selects,
+)
 from tests.pictures import (
     KINDS,
     SECRET,
@@ -32,11 +44,15 @@ KINDLY = {kind: encoded(a_picture(), kind) for kind in KINDS}
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_what_is_strange_and_a_picture_comes_out_plain(name):
+def test_a_strange_picture_comes_out_plain(name):
     picture = normalise(HARMLESS[name])
 
     plain = decoded(picture.content)
-    assert (plain.format, plain.mode, plain.size) == ("PNG", picture.mode, (picture.width_px, picture.height_px))
+    assert (plain.format, plain.mode, plain.size) == (
+        "PNG",
+        picture.mode,
+        (picture.width_px, picture.height_px),
+    )
     assert picture.mode in ("L", "RGB", "RGBA")
     assert not plain.info
     for rest in (SECRET, b"script", b"PK\x03\x04", b"Exif", b"ICC"):
@@ -44,14 +60,18 @@ def test_what_is_strange_and_a_picture_comes_out_plain(name):
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_what_is_no_picture_or_must_not_be_decoded_is_refused(name):
+def test_content_that_is_no_picture_or_must_not_be_decoded_is_refused(name):
     with pytest.raises(NotAPicture):
         normalise(HOSTILE[name])
 
 
 @settings(deadline=None)
-@given(mode=st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA"]), width_px=st.integers(1, 40), height_px=st.integers(1, 40))
-def test_what_is_lossless_keeps_every_pixel(mode, width_px, height_px):
+@given(
+    mode=st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA"]),
+    width_px=st.integers(1, 40),
+    height_px=st.integers(1, 40),
+)
+def test_a_lossless_picture_keeps_every_pixel(mode, width_px, height_px):
     picture = a_picture(width_px, height_px).convert(mode)
 
     kept = normalise(png(picture))
@@ -62,7 +82,7 @@ def test_what_is_lossless_keeps_every_pixel(mode, width_px, height_px):
 
 @settings(deadline=None)
 @given(name=st.sampled_from(sorted(HARMLESS)))
-def test_what_came_out_once_comes_out_the_same_again(name):
+def test_a_normalised_picture_comes_out_the_same_again(name):
     once = normalise(HARMLESS[name])
 
     assert normalise(once.content) == once
@@ -98,7 +118,10 @@ def test_a_picture_is_upright_whichever_way_the_camera_was_held(kind, orientatio
 
     kept = normalise(content)
 
-    assert decoded(kept.content).tobytes() == ImageOps.exif_transpose(decoded(content)).convert("RGB").tobytes()
+    assert (
+        decoded(kept.content).tobytes()
+        == ImageOps.exif_transpose(decoded(content)).convert("RGB").tobytes()
+    )
 
 
 def test_16_bits_are_scaled_and_not_cut_off():
@@ -122,7 +145,10 @@ def test_colours_are_those_that_the_profile_means():
 def test_transparency_outlives_a_profile():
     half = Image.new("RGBA", (8, 8), (255, 0, 0, 77))
 
-    assert decoded(normalise(png(half, icc_profile=swapped_profile())).content).getpixel((0, 0))[3] == 77
+    assert (
+        decoded(normalise(png(half, icc_profile=swapped_profile())).content).getpixel((0, 0))[3]
+        == 77
+    )
 
 
 def test_printers_colours_come_out_as_a_screen_shows_them():
@@ -141,7 +167,7 @@ def test_a_picture_covers_the_size_it_is_fitted_to_and_its_middle_is_kept():
     assert np.abs(fit.astype(int) - (255, 0, 0))[:, 3:-3].max() < 8
 
 
-def test_what_is_transparent_is_white():
+def test_transparent_pixels_are_white():
     assert (fitted(png(Image.new("RGBA", (9, 9), (255, 0, 0, 0))), 4, 4) == 255).all()
 
 
@@ -167,9 +193,27 @@ def test_a_mask_with_transparency_is_transparent_where_it_is_to_be_repainted():
     assert (fit[:, 20:] == 0).all()
 
 
-MARKERS = [bytes([0xFF, marker]) for marker in (0x00, 0x01, 0xC0, 0xC4, 0xD0, 0xD8, 0xD9, 0xDA, 0xE1, 0xFE, 0xFF)]
-PREFIXES = [b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\xff\xff\xff\x7fWEBP", *(content[:64] for content in KINDLY.values())]
-PIECES = [*MARKERS, b"\0", b"\0\2", b"\xff", b"\0\0\0\0IDAT\0\0\0\0", b"\0\0\0\0acTL", b"ANMF\0\0\0\0", b"EXIF\1\0\0\0M\0", b"MM\0*"]
+MARKERS = [
+    bytes([0xFF, marker])
+    for marker in (0x00, 0x01, 0xC0, 0xC4, 0xD0, 0xD8, 0xD9, 0xDA, 0xE1, 0xFE, 0xFF)
+]
+PREFIXES = [
+    b"\x89PNG\r\n\x1a\n",
+    b"\xff\xd8\xff",
+    b"RIFF\xff\xff\xff\x7fWEBP",
+    *(content[:64] for content in KINDLY.values()),
+]
+PIECES = [
+    *MARKERS,
+    b"\0",
+    b"\0\2",
+    b"\xff",
+    b"\0\0\0\0IDAT\0\0\0\0",
+    b"\0\0\0\0acTL",
+    b"ANMF\0\0\0\0",
+    b"EXIF\1\0\0\0M\0",
+    b"MM\0*",
+]
 
 
 @settings(max_examples=60, deadline=None)
@@ -179,7 +223,10 @@ PIECES = [*MARKERS, b"\0", b"\0\2", b"\xff", b"\0\0\0\0IDAT\0\0\0\0", b"\0\0\0\0
     end=st.sampled_from([b"", b"\0" * 8, b"\xff\xd9", b"\0\0\0\0IEND\xaeB`\x82"]),
 )
 def test_taking_a_file_apart_takes_work_in_proportion_to_its_length(prefix, runs, end):
-    """Lines of Python that are run: so many a part, of which there are so many; however long the file is and whatever is repeated in it."""
+    """Lines of Python that are run: so many a part, of which there are so many.
+
+    It does not matter how long the file is and what is repeated in it.
+    """
     for scale in (1, 100, 3000):
         content = prefix + b"".join(piece * (count * scale) for piece, count in runs) + end
 
@@ -208,7 +255,10 @@ def _work_for(content: bytes) -> int:
 @pytest.mark.parametrize("run", [*MARKERS, b"\xff\xff\xff"])
 @pytest.mark.parametrize("end", [b"\0" * 8, b"\xff\xd9", b""])
 def test_a_search_for_markers_does_not_go_over_a_run_again(run, end):
-    """Eight megabytes of one run take some 0.2 s; a search that looks ahead at every place takes hours."""
+    """Eight megabytes of one run take some 0.2 s.
+
+    A search that looks ahead at every place takes hours.
+    """
     began = time.process_time()
 
     with pytest.raises(NotAPicture):
@@ -219,7 +269,13 @@ def test_a_search_for_markers_does_not_go_over_a_run_again(run, end):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_decoder_sees_no_metadata(kind):
-    content = encoded(a_picture(), kind, exif=SECRET * 9, xmp=b"<x:xmpmeta>" + SECRET, icc_profile=swapped_profile())
+    content = encoded(
+        a_picture(),
+        kind,
+        exif=SECRET * 9,
+        xmp=b"<x:xmpmeta>" + SECRET,
+        icc_profile=swapped_profile(),
+    )
 
     container = take_apart(content)
 
@@ -233,13 +289,17 @@ def test_a_profile_of_more_than_a_megabyte_counts_as_in_a_jpeg():
     red = Image.new("RGB", (8, 8), (255, 0, 0))
     profile = swapped_profile() + np.random.default_rng(0).bytes(1_600_000)
 
-    kept = [decoded(normalise(encoded(red, kind, icc_profile=profile)).content).getpixel((4, 4)) for kind in ("PNG", "JPEG")]
+    kept = [
+        decoded(normalise(encoded(red, kind, icc_profile=profile)).content).getpixel((4, 4))
+        for kind in ("PNG", "JPEG")
+    ]
 
     assert [green > 240 > red for red, green, _ in kept] == [True, True]
 
 
 @pytest.mark.parametrize(
-    ("width_px", "height_px", "kept"), [(5712, 4284, (2856, 2142)), (6048, 8064, (3024, 4032)), (4000, 3000, (4000, 3000))]
+    ("width_px", "height_px", "kept"),
+    [(5712, 4284, (2856, 2142)), (6048, 8064, (3024, 4032)), (4000, 3000, (4000, 3000))],
 )
 def test_a_photograph_that_is_too_large_is_scaled_down(width_px, height_px, kept):
     ramp = Image.linear_gradient("L").resize((width_px, height_px))
@@ -273,7 +333,9 @@ def halves(mode="L", *, alpha=255) -> Image.Image:
 
 @pytest.mark.parametrize("alpha", [0, 1, 100, 254, 255])
 def test_an_alpha_that_is_the_same_everywhere_says_nothing(alpha):
-    assert (fitted_mask(png(halves("RGBA", alpha=alpha)), 40, 20) == fitted_mask(png(halves()), 40, 20)).all()
+    assert (
+        fitted_mask(png(halves("RGBA", alpha=alpha)), 40, 20) == fitted_mask(png(halves()), 40, 20)
+    ).all()
 
 
 def test_a_few_faint_pixels_do_not_turn_a_mask_into_another():

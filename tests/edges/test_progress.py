@@ -74,7 +74,7 @@ def test_a_cancel_is_heard(news, heard):
     assert heard.get(timeout=5) == job_id
 
 
-def test_what_is_not_understood_is_passed_over(news, heard, handoff_redis):
+def test_messages_that_are_not_understood_are_passed_over(news, heard, handoff_redis):
     for nonsense in (b"", b"\xff", b"[]", b'{"job_id": 7}', b'{"job": "x"}', b'"x"', b"null"):
         handoff_redis.publish(CANCELS, nonsense)
     job_id = uuid.uuid4()
@@ -90,16 +90,19 @@ def test_a_listener_whose_connection_was_killed_hears_again(news, heard, handoff
     handoff_redis.client_kill_filter(_id=connection["id"])
 
     def told_and_heard():
-        news.tell_cancel(uuid.uuid4())  # what is told before the listener is back is lost, and may be
+        # what is told before the listener is back is lost, and may be
+        news.tell_cancel(uuid.uuid4())
         return not heard.empty()
 
     until(told_and_heard, within_s=5, what="hearing again")
 
 
-def test_who_waits_is_woken_at_once(endings, news):
+def test_a_waiter_is_woken_at_once(endings, news):
     job_id, over = uuid.uuid4(), threading.Event()
     woken_at = queue.SimpleQueue()
-    waiter = threading.Thread(target=lambda: woken_at.put((endings.wait(job_id, 30, over.is_set), time.monotonic())[1]))
+    waiter = threading.Thread(
+        target=lambda: woken_at.put((endings.wait(job_id, 30, over.is_set), time.monotonic())[1])
+    )
     waiter.start()
     time.sleep(0.1)
 
@@ -113,7 +116,9 @@ def test_who_waits_is_woken_at_once(endings, news):
 
 def test_everybody_who_waits_for_a_job_is_woken(endings, news):
     job_id, over = uuid.uuid4(), threading.Event()
-    waiters = [threading.Thread(target=endings.wait, args=(job_id, 30, over.is_set)) for _ in range(5)]
+    waiters = [
+        threading.Thread(target=endings.wait, args=(job_id, 30, over.is_set)) for _ in range(5)
+    ]
     for waiter in waiters:
         waiter.start()
 
@@ -152,7 +157,9 @@ def test_an_ending_whose_news_was_lost_is_seen_all_the_same(endings):
 
 def test_another_job_s_ending_wakes_nobody(endings, news):
     asked = []
-    waiter = threading.Thread(target=endings.wait, args=(uuid.uuid4(), 0.8, lambda: asked.append(1)))
+    waiter = threading.Thread(
+        target=endings.wait, args=(uuid.uuid4(), 0.8, lambda: asked.append(1))
+    )
     waiter.start()
 
     for _ in range(5):
@@ -183,7 +190,9 @@ def test_endings_and_cancels_are_told_apart(news, heard):
     assert ENDINGS != CANCELS
 
 
-def test_previews_are_dropped_while_the_hand_off_is_half_full_and_their_making_ends(settings, handoff_redis):
+def test_previews_are_dropped_while_the_hand_off_is_half_full_and_their_making_ends(
+    settings, handoff_redis
+):
     fill, unwatched = [0.6], queue.SimpleQueue()
     writer = ProgressWriter(settings.handoff_url, fill=lambda: fill[0])
     writer.when_unwatched(unwatched.put)
@@ -195,7 +204,13 @@ def test_previews_are_dropped_while_the_hand_off_is_half_full_and_their_making_e
 
         fill[0] = 0.4
         writer.show(job_id, Preview(0, 2, 4, b"jpeg"))
-        until(lambda: [fields[b"kind"] for _, fields in handoff_redis.xrange(f"events:{job_id}")] == [b"preview"], within_s=5)
+        until(
+            lambda: (
+                [fields[b"kind"] for _, fields in handoff_redis.xrange(f"events:{job_id}")]
+                == [b"preview"]
+            ),
+            within_s=5,
+        )
     finally:
         writer.close()
 
@@ -218,7 +233,7 @@ def test_a_listener_whose_hearer_fails_hears_the_next(settings, handoff_redis, n
     listener.close()
 
 
-def test_who_waits_no_longer_leaves_the_others_to_be_woken(endings, news):
+def test_a_waiter_that_gives_up_leaves_the_others_to_be_woken(endings, news):
     job_id, over = uuid.uuid4(), threading.Event()
     woken_at = queue.SimpleQueue()
 

@@ -1,4 +1,7 @@
-"""Snapshots of images under way: the newest of the latest attempt comes back, for a while, or everybody goes on without."""
+"""Snapshots of images under way.
+
+The newest of the latest attempt comes back, for a while, or everybody goes on without.
+"""
 
 import time
 import uuid
@@ -19,7 +22,7 @@ def job_id() -> uuid.UUID:
     return uuid.uuid4()
 
 
-def test_what_was_put_comes_back_by_image_with_the_attempt_that_made_it(snapshots, job_id):
+def test_snapshots_come_back_by_image_with_the_attempt_that_made_them(snapshots, job_id):
     assert snapshots.put(job_id, 0, 1, 10, b"of image 0")
     assert snapshots.put(job_id, 11, 12, 10, b"of image 11")
 
@@ -27,7 +30,9 @@ def test_what_was_put_comes_back_by_image_with_the_attempt_that_made_it(snapshot
 
 
 @pytest.mark.parametrize(
-    "blob", [b"", b" ", b"1 2 3", b"\x00\xff\r\n", bytes(range(256)) * 4096], ids=["none", "space", "text", "raw", "1 MB"]
+    "blob",
+    [b"", b" ", b"1 2 3", b"\x00\xff\r\n", bytes(range(256)) * 4096],
+    ids=["none", "space", "text", "raw", "1 MB"],
 )
 def test_a_snapshot_is_any_bytes(snapshots, job_id, blob):
     snapshots.put(job_id, 0, 1, 10, blob)
@@ -51,13 +56,16 @@ def test_a_later_attempt_s_replaces_an_earlier_one_s_of_whatever_step(snapshots,
     assert snapshots.of(job_id) == {0: Kept(10, 4, b"of 10")}
 
 
-def test_who_wakes_up_late_does_not_overwrite_a_later_attempt_s(snapshots, job_id):
+def test_a_snapshot_of_a_later_attempt_is_not_overwritten_by_an_earlier_one(snapshots, job_id):
     snapshots.put(job_id, 0, 10, 10, b"of the later")
 
     assert not snapshots.put(job_id, 0, 9, 20, b"of the zombie, which is further")
     assert snapshots.put(job_id, 1, 9, 10, b"of another image")
 
-    assert snapshots.of(job_id) == {0: Kept(10, 10, b"of the later"), 1: Kept(9, 10, b"of another image")}
+    assert snapshots.of(job_id) == {
+        0: Kept(10, 10, b"of the later"),
+        1: Kept(9, 10, b"of another image"),
+    }
 
 
 def test_a_job_of_which_nothing_is_kept_has_none(snapshots, job_id):
@@ -94,7 +102,9 @@ def test_a_zombie_does_not_prolong_it(snapshots, job_id, handoff_redis):
     assert handoff_redis.ttl(key) <= 5
 
 
-def test_every_job_with_snapshots_can_be_listed_and_dropped_and_nothing_else_is_touched(snapshots, handoff_redis):
+def test_every_job_with_snapshots_can_be_listed_and_dropped_and_nothing_else_is_touched(
+    snapshots, handoff_redis
+):
     kept, dropped, also_dropped = (uuid.uuid4() for _ in range(3))
     for job_id in (kept, dropped, also_dropped):
         snapshots.put(job_id, 0, 1, 10, b"a snapshot")
@@ -117,7 +127,12 @@ def test_the_row_of_an_image_says_where_its_snapshot_lies(job_id):
 def test_snapshots_that_cannot_be_reached_say_so_at_once(job_id):
     away, started = Snapshots(f"redis://127.0.0.1:{a_closed_port()}/0", ttl_s=60), time.monotonic()
 
-    for ask in (lambda: away.put(job_id, 0, 1, 10, b"x"), lambda: away.of(job_id), away.jobs, lambda: away.drop([job_id])):
+    for ask in (
+        lambda: away.put(job_id, 0, 1, 10, b"x"),
+        lambda: away.of(job_id),
+        away.jobs,
+        lambda: away.drop([job_id]),
+    ):
         with pytest.raises(SnapshotsUnavailable):
             ask()
 

@@ -30,12 +30,16 @@ except ZeroDivisionError as error:
 
 
 def test_every_line_is_a_whole_object_however_many_threads_write():
-    done = subprocess.run([sys.executable, "-c", MANY], cwd=REPO, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MANY], cwd=REPO, capture_output=True, text=True, check=True
+    )
 
     events = [json.loads(line) for line in done.stderr.splitlines()]
 
     for name in ("own", "foreign"):
-        assert sorted(event["number"] for event in events if event["event"] == name) == list(range(200))
+        assert sorted(event["number"] for event in events if event["event"] == name) == list(
+            range(200)
+        )
     assert {event["event"] for event in events} == {"own", "foreign", "failed"}
     assert all({"level", "timestamp"} <= event.keys() for event in events)
     assert "ZeroDivisionError" in events[-1]["exception"]

@@ -1,4 +1,6 @@
-"""Tiny networks of every family, and LoRA files for them with random weights, in the words of peft and of kohya."""
+"""Tiny networks of every family, and LoRA files for them with random weights, in the words of peft
+and of kohya.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -102,23 +104,40 @@ ROWS = 4
 
 
 def call_unet(network: nn.Module, dtype: torch.dtype, order: Sequence[int] = range(ROWS)) -> Tensor:
-    """One forward of four strangers at different timesteps, in any order; so do the others below."""
+    """One forward of four strangers at different timesteps, in any order.
+
+    So do the others below.
+    """
     inputs = _drawn(order, dtype, latents=(4, 8, 8), text=(7, 16))
     return network(inputs["latents"], _timesteps(order), inputs["text"], return_dict=False)[0]
 
 
-def call_sdxl_unet(network: nn.Module, dtype: torch.dtype, order: Sequence[int] = range(ROWS)) -> Tensor:
+def call_sdxl_unet(
+    network: nn.Module, dtype: torch.dtype, order: Sequence[int] = range(ROWS)
+) -> Tensor:
     inputs = _drawn(order, dtype, latents=(4, 8, 8), text=(7, 16), pooled=(16,), sizes=(6,))
     conditions = {"text_embeds": inputs["pooled"], "time_ids": inputs["sizes"]}
-    return network(inputs["latents"], _timesteps(order), inputs["text"], added_cond_kwargs=conditions, return_dict=False)[0]
+    return network(
+        inputs["latents"],
+        _timesteps(order),
+        inputs["text"],
+        added_cond_kwargs=conditions,
+        return_dict=False,
+    )[0]
 
 
-def call_sd3_transformer(network: nn.Module, dtype: torch.dtype, order: Sequence[int] = range(ROWS)) -> Tensor:
+def call_sd3_transformer(
+    network: nn.Module, dtype: torch.dtype, order: Sequence[int] = range(ROWS)
+) -> Tensor:
     inputs = _drawn(order, dtype, latents=(16, 8, 8), text=(7, 16), pooled=(16,))
-    return network(inputs["latents"], inputs["text"], inputs["pooled"], _timesteps(order), return_dict=False)[0]
+    return network(
+        inputs["latents"], inputs["text"], inputs["pooled"], _timesteps(order), return_dict=False
+    )[0]
 
 
-def call_flux_transformer(network: nn.Module, dtype: torch.dtype, order: Sequence[int] = range(ROWS)) -> Tensor:
+def call_flux_transformer(
+    network: nn.Module, dtype: torch.dtype, order: Sequence[int] = range(ROWS)
+) -> Tensor:
     inputs = _drawn(order, dtype, latents=(16, 16), text=(7, 16), pooled=(16,))
     places = torch.stack([torch.zeros(16), torch.arange(16) // 4, torch.arange(16) % 4], dim=1)
     return network(
@@ -133,7 +152,9 @@ def call_flux_transformer(network: nn.Module, dtype: torch.dtype, order: Sequenc
     )[0]
 
 
-def call_text_encoder(network: nn.Module, dtype: torch.dtype, order: Sequence[int] = range(ROWS)) -> Tensor:
+def call_text_encoder(
+    network: nn.Module, dtype: torch.dtype, order: Sequence[int] = range(ROWS)
+) -> Tensor:
     tokens = torch.randint(1, 98, (ROWS, 16), generator=torch.Generator().manual_seed(1))
     tokens[:, -1] = 99
     return network(tokens[list(order)])[0]
@@ -159,10 +180,21 @@ SUBJECTS = {
 
 def adapted_layers(network: nn.Module) -> dict[str, nn.Module]:
     """Every layer a LoRA may change."""
-    return {name: layer for name, layer in network.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
+    return {
+        name: layer
+        for name, layer in network.named_modules()
+        if isinstance(layer, (nn.Linear, nn.Conv2d))
+    }
 
 
-def lora_tensors(network: nn.Module, *, prefix: str, seed: int, rank: int = 4, only: Callable[[str], bool] = lambda name: True):
+def lora_tensors(
+    network: nn.Module,
+    *,
+    prefix: str,
+    seed: int,
+    rank: int = 4,
+    only: Callable[[str], bool] = lambda name: True,
+):
     """The tensors of a LoRA over the layers whose name `only` accepts, in the words of peft."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -170,14 +202,23 @@ def lora_tensors(network: nn.Module, *, prefix: str, seed: int, rank: int = 4, o
         if only(name):
             out, inside, *kernel = layer.weight.shape
             size = (inside * (kernel[0] * kernel[1] if kernel else 1)) ** -0.5
-            tensors[f"{prefix}.{name}.lora_A.weight"] = torch.randn(rank, inside, *kernel, generator=generator) * size
-            tensors[f"{prefix}.{name}.lora_B.weight"] = torch.randn(out, rank, *(1 for _ in kernel), generator=generator) * rank**-0.5
+            tensors[f"{prefix}.{name}.lora_A.weight"] = (
+                torch.randn(rank, inside, *kernel, generator=generator) * size
+            )
+            tensors[f"{prefix}.{name}.lora_B.weight"] = (
+                torch.randn(out, rank, *(1 for _ in kernel), generator=generator) * rank**-0.5
+            )
     return tensors
 
 
 def in_kohya_words(tensors: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
     """The same LoRA as kohya's trainer would write it."""
-    prefixes = {"unet": "lora_unet", "transformer": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+    prefixes = {
+        "unet": "lora_unet",
+        "transformer": "lora_unet",
+        "text_encoder": "lora_te1",
+        "text_encoder_2": "lora_te2",
+    }
     renamed = {}
     for key, tensor in tensors.items():
         network, _, rest = key.partition(".")
@@ -188,28 +229,47 @@ def in_kohya_words(tensors: dict[str, Tensor], alpha: float) -> dict[str, Tensor
     return renamed
 
 
-def a_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> AdapterSpec:
+def a_file(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> AdapterSpec:
     """Write an adapter; its name is the file's."""
-    safetensors.torch.save_file({key: tensor.clone() for key, tensor in tensors.items()}, path, metadata=metadata)
+    safetensors.torch.save_file(
+        {key: tensor.clone() for key, tensor in tensors.items()}, path, metadata=metadata
+    )
     return AdapterSpec(name=path.stem, path=str(path))
 
 
-def a_bank(networks: dict[str, nn.Module], specs: list[AdapterSpec], dtype: torch.dtype = torch.float32, **changes) -> AdapterBank:
+def a_bank(
+    networks: dict[str, nn.Module],
+    specs: list[AdapterSpec],
+    dtype: torch.dtype = torch.float32,
+    **changes,
+) -> AdapterBank:
     return AdapterBank(networks, specs, device=torch.device("cpu"), dtype=dtype, **changes)
 
 
 def _still(network: nn.Module) -> nn.Module:
-    """Weights that matter in every layer: some start as zeros, behind which an adapter would go unseen."""
+    """Weights that matter in every layer.
+
+    Some start as zeros, behind which an adapter would go unseen.
+    """
     network.eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
-        parameter.normal_(std=parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1, generator=generator)
+        parameter.normal_(
+            std=parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1, generator=generator
+        )
     return network
 
 
-def _drawn(order: Sequence[int], dtype: torch.dtype, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
+def _drawn(
+    order: Sequence[int], dtype: torch.dtype, **shapes: tuple[int, ...]
+) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(2)
-    return {name: torch.randn(ROWS, *shape, generator=generator)[list(order)].to(dtype) for name, shape in shapes.items()}
+    return {
+        name: torch.randn(ROWS, *shape, generator=generator)[list(order)].to(dtype)
+        for name, shape in shapes.items()
+    }
 
 
 def _timesteps(order: Sequence[int]) -> Tensor:

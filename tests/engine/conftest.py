@@ -10,8 +10,9 @@ from engine_builders import ALWAYS, a_spec, save_tiny_checkpoint
 from engine.config import EngineConfig
 from engine.engine import Engine
 
-# As a worker does (tasks/roles/render.py). On some processors (seen on an AMD EPYC) the last bits of a matrix product depend on where the
-# matrix lies in memory, unless MKL is told to be strict, before its first call.
+# As a worker does (tasks/roles/render.py). On some processors (seen on an AMD EPYC) the last bits
+# of a matrix product depend on where the matrix lies in memory, unless MKL is told to be strict,
+# before its first call.
 os.environ["MKL_CBWR"] = "AUTO,STRICT"
 
 
@@ -23,7 +24,10 @@ def one_torch_thread():
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, one_torch_thread) -> Path:
-    """Trained, were it trained, like the pocket checkpoint: v prediction, zero terminal SNR, trailing spacing."""
+    """Trained, were it trained, like the pocket checkpoint.
+
+    That is: v prediction, zero terminal SNR, trailing spacing.
+    """
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler(
@@ -45,13 +49,21 @@ def epsilon_checkpoint(tmp_path_factory, one_torch_thread) -> Path:
     from diffusers import PNDMScheduler
 
     scheduler = PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
     )
     return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "epsilon", scheduler)
 
 
 @pytest.fixture(scope="session")
 def engine(checkpoint):
-    """One engine for all tests that only render: its weights stay loaded, which is the point of it."""
+    """One engine for all tests that only render.
+
+    Its weights stay loaded, which is the point of it.
+    """
     with Engine(EngineConfig(growth_ceiling=ALWAYS), [a_spec(checkpoint)]) as engine:
         yield engine

@@ -1,4 +1,6 @@
-"""A tiny checkpoint with random weights, real in every part, and builders that hide what a test does not care about."""
+"""A tiny checkpoint with random weights, real in every part, and builders that hide what a test
+does not care about.
+"""
 
 from pathlib import Path
 
@@ -11,11 +13,37 @@ from engine.inflight import BatchKey, ImageState, InFlight
 from engine.request import Determinism, ImageRequest
 from policy.fleet import OPEN_FAMILIES
 
-ALWAYS = 1e9  # a growth ceiling under which every row joins: what shares a forward does not depend on the machine's mood then
+# a growth ceiling under which every row joins: what shares a forward does not depend on the
+# machine's mood then
+ALWAYS = 1e9
 SIZE = 64  # pixels: 8x8 latents
-SAMPLERS = ("ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_sde", "unipc", "lcm", "tcd")
+SAMPLERS = (
+    "ddim",
+    "ddpm",
+    "euler",
+    "euler_a",
+    "dpmpp_2m",
+    "dpmpp_2m_karras",
+    "dpmpp_2m_sde",
+    "unipc",
+    "lcm",
+    "tcd",
+)
 NATIVE_FAMILIES = tuple(family for family in FAMILIES if family not in OPEN_FAMILIES)
-WORDS = ["a", "red", "green", "blue", "circle", "square", "star", "on", "the", "background", "small", "large"]
+WORDS = [
+    "a",
+    "red",
+    "green",
+    "blue",
+    "circle",
+    "square",
+    "star",
+    "on",
+    "the",
+    "background",
+    "small",
+    "large",
+]
 
 
 def tiny_tokenizer():
@@ -95,7 +123,15 @@ def save_tiny_checkpoint(folder: Path, scheduler, seed: int = 0) -> Path:
 
 
 def a_spec(path: Path, **changes) -> CheckpointSpec:
-    return CheckpointSpec(**{"name": "tiny", "path": str(path), "sizes": ((SIZE, SIZE), (96, 64)), "samplers": SAMPLERS} | changes)
+    return CheckpointSpec(
+        **{
+            "name": "tiny",
+            "path": str(path),
+            "sizes": ((SIZE, SIZE), (96, 64)),
+            "samplers": SAMPLERS,
+        }
+        | changes
+    )
 
 
 def a_request(id: str = "image", **changes) -> ImageRequest:
@@ -115,7 +151,9 @@ def a_request(id: str = "image", **changes) -> ImageRequest:
 
 
 def reproducible(id: str = "image", bucket_rows: int = 8, **changes) -> ImageRequest:
-    return a_request(id, **{"determinism": Determinism.REPRODUCIBLE, "bucket_rows": bucket_rows} | changes)
+    return a_request(
+        id, **{"determinism": Determinism.REPRODUCIBLE, "bucket_rows": bucket_rows} | changes
+    )
 
 
 def an_image(id: str, *, size: int = SIZE, encoded: bool = True, **changes) -> InFlight:
@@ -130,7 +168,9 @@ def an_image(id: str, *, size: int = SIZE, encoded: bool = True, **changes) -> I
 
 
 def a_pinned_image(id: str, bucket_rows: int = 8, **changes) -> InFlight:
-    return an_image(id, **{"determinism": Determinism.REPRODUCIBLE, "bucket_rows": bucket_rows} | changes)
+    return an_image(
+        id, **{"determinism": Determinism.REPRODUCIBLE, "bucket_rows": bucket_rows} | changes
+    )
 
 
 def ids(images) -> list[str]:
@@ -139,7 +179,9 @@ def ids(images) -> list[str]:
 
 def a_key(size: int = SIZE, **changes) -> BatchKey:
     """The batch key of `an_image` of that size."""
-    return BatchKey(**{"checkpoint": "tiny", "height_px": size, "width_px": size, "text_length": 16} | changes)
+    return BatchKey(
+        **{"checkpoint": "tiny", "height_px": size, "width_px": size, "text_length": 16} | changes
+    )
 
 
 def flat(rows: int) -> float:
@@ -152,8 +194,13 @@ def saturated(rows: int) -> float:
     return float(rows)
 
 
-def measured_costs(curve=flat, *, sizes=(SIZE,), rows=(1, 2, 4, 8, 16), encode_s=0.1, decode_s=0.5) -> CostModel:
-    """Costs that have been seen often enough to be believed; `curve` gives the seconds of a forward by its rows, for every size."""
+def measured_costs(
+    curve=flat, *, sizes=(SIZE,), rows=(1, 2, 4, 8, 16), encode_s=0.1, decode_s=0.5
+) -> CostModel:
+    """Costs that have been seen often enough to be believed.
+
+    `curve` gives the seconds of a forward by its rows, for every size.
+    """
     costs = CostModel()
     for size in sizes:
         for n in rows:

@@ -1,4 +1,7 @@
-"""Layout, compilation and attention kernels: asked for by name, named in the fingerprint, and no image notices its neighbours by them."""
+"""Layout, compilation and attention kernels.
+
+Asked for by name, named in the fingerprint, and no image notices its neighbours by them.
+"""
 
 from dataclasses import replace
 
@@ -42,7 +45,10 @@ def alone_and_in_company(engine):
     ],
 )
 def test_a_reproducible_image_is_the_same_alone_and_in_company(checkpoint, config, spec):
-    with Engine(EngineConfig(**{"growth_ceiling": ALWAYS, "max_batch_rows": 8} | config), [a_spec(checkpoint, **spec)]) as engine:
+    with Engine(
+        EngineConfig(**{"growth_ceiling": ALWAYS, "max_batch_rows": 8} | config),
+        [a_spec(checkpoint, **spec)],
+    ) as engine:
         alone, accompanied = alone_and_in_company(engine)
 
     assert np.array_equal(alone.pixels, accompanied.pixels)
@@ -51,7 +57,10 @@ def test_a_reproducible_image_is_the_same_alone_and_in_company(checkpoint, confi
 def test_each_choice_is_a_fingerprint_of_its_own(checkpoint):
     prints = set()
     for config, spec in (({}, {}), ({"attention": "math"}, {}), ({}, {"channels_last": True})):
-        with Engine(EngineConfig(max_batch_rows=2, **config), [a_spec(checkpoint, sizes=((64, 64),), **spec)]) as engine:
+        with Engine(
+            EngineConfig(max_batch_rows=2, **config),
+            [a_spec(checkpoint, sizes=((64, 64),), **spec)],
+        ) as engine:
             prints.add(engine.fingerprint("tiny").sha256)
 
     assert len(prints) == 3
@@ -77,9 +86,14 @@ def test_a_recorded_forward_is_for_images_that_wear_no_adapter(checkpoint, tmp_p
 
 @pytest.mark.parametrize(
     ("changes", "field"),
-    [({"cuda_graphs": True}, "cuda_graphs"), ({"block_cache_threshold": 0.1}, "block_cache_threshold")],
+    [
+        ({"cuda_graphs": True}, "cuda_graphs"),
+        ({"block_cache_threshold": 0.1}, "block_cache_threshold"),
+    ],
 )
-def test_what_this_checkpoint_or_device_has_not_stops_the_start_by_name(checkpoint, changes, field):
+def test_an_option_that_checkpoint_or_device_lacks_stops_the_start_by_name(
+    checkpoint, changes, field
+):
     engine = Engine(EngineConfig(), [a_spec(checkpoint, **changes)])
 
     with pytest.raises(UnsupportedRequest) as refused:

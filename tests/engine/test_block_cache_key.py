@@ -1,4 +1,4 @@
-"""`block_cache_threshold` of fleet.toml has an effect: on best-effort images of that model alone."""
+"""`block_cache_threshold` of fleet.toml has an effect on best-effort images of that model alone."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,6 @@
-"""The block cache saves an image what it would save alone, whoever shares its forwards, and touches nobody else."""
+"""The block cache saves an image what it would save alone, whoever shares its forwards, and touches
+nobody else.
+"""
 
 import copy
 import zlib
@@ -21,10 +23,21 @@ def a_network(family, seed=0):
     from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
     torch.manual_seed(seed)
-    common = {"attention_head_dim": 16, "num_attention_heads": 4, "joint_attention_dim": WIDTH, "pooled_projection_dim": WIDTH}
+    common = {
+        "attention_head_dim": 16,
+        "num_attention_heads": 4,
+        "joint_attention_dim": WIDTH,
+        "pooled_projection_dim": WIDTH,
+    }
     if family == "flux":
         network = FluxTransformer2DModel(
-            **common, patch_size=1, in_channels=16, num_layers=2, num_single_layers=4, guidance_embeds=True, axes_dims_rope=(4, 4, 8)
+            **common,
+            patch_size=1,
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=4,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 4, 8),
         )
     else:
         network = SD3Transformer2DModel(
@@ -41,12 +54,17 @@ def a_network(family, seed=0):
 
 
 class Image:
-    """A denoise under way, by Euler steps; `rows` texts see the same latents, and their predictions are averaged."""
+    """A denoise under way, by Euler steps.
+
+    `rows` texts see the same latents, and their predictions are averaged.
+    """
 
     def __init__(self, id, family, *, num_steps=20, rows=1, seed=None):
         generator = torch.Generator().manual_seed(zlib.crc32(id.encode()) if seed is None else seed)
         self.id, self.num_steps, self.rows, self.step = id, num_steps, rows, 0
-        self.latents = torch.randn((1, 16, 16) if family == "flux" else (1, 4, 8, 8), generator=generator)
+        self.latents = torch.randn(
+            (1, 16, 16) if family == "flux" else (1, 4, 8, 8), generator=generator
+        )
         self.text = torch.randn((rows, TOKENS, WIDTH), generator=generator)
         self.pooled = torch.randn((rows, WIDTH), generator=generator)
 
@@ -56,7 +74,10 @@ class Image:
 
     @property
     def keys(self):
-        return [RowKey(image_id=self.id, row=row, step=self.step, num_steps=self.num_steps) for row in range(self.rows)]
+        return [
+            RowKey(image_id=self.id, row=row, step=self.step, num_steps=self.num_steps)
+            for row in range(self.rows)
+        ]
 
     @property
     def inputs(self):
@@ -79,7 +100,14 @@ def call(network, latents, text, pooled, sigma, **more):
         more["img_ids"] = torch.cartesian_prod(torch.zeros(1), at, at)
     else:
         sigma = sigma * 1000
-    return network(latents, encoder_hidden_states=text, pooled_projections=pooled, timestep=sigma, return_dict=False, **more)[0]
+    return network(
+        latents,
+        encoder_hidden_states=text,
+        pooled_projections=pooled,
+        timestep=sigma,
+        return_dict=False,
+        **more,
+    )[0]
 
 
 @torch.inference_mode()
@@ -89,9 +117,13 @@ def step(network, cache, images, *, uncached=()):
     if cache is None:
         prediction = call(network, *inputs)
     else:
-        with cache.rows([None if image.id in uncached else key for image in images for key in image.keys]):
+        with cache.rows(
+            [None if image.id in uncached else key for image in images for key in image.keys]
+        ):
             prediction = call(network, *inputs)
-    for image, rows in zip(images, torch.split(prediction, [image.rows for image in images]), strict=True):
+    for image, rows in zip(
+        images, torch.split(prediction, [image.rows for image in images]), strict=True
+    ):
         image.advance(rows)
 
 
@@ -102,21 +134,31 @@ def denoised(network, cache, image):
 
 
 def a_cache(network, family, **changes):
-    return BlockCache(network, **{"threshold": THRESHOLD[family], "max_bytes": PLENTY, "warmup_steps": 0, "last_steps": 0} | changes)
+    return BlockCache(
+        network,
+        **{"threshold": THRESHOLD[family], "max_bytes": PLENTY, "warmup_steps": 0, "last_steps": 0}
+        | changes,
+    )
 
 
 @torch.inference_mode()
 def native(network, family, image):
-    """The latents by FirstBlockCache of diffusers, a request on its own, and how many rows it computed in full."""
+    """The latents by FirstBlockCache of diffusers, a request on its own, and how many rows it
+    computed in full.
+    """
     from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
     from diffusers.hooks.hooks import CacheContext, _set_cache_context
 
     network = copy.deepcopy(network)
     computed = []
     if family == "sd3":
-        # SD3's last block returns no text, which FirstBlockCache of diffusers 0.42 fails on; nothing after it reads the text.
+        # SD3's last block returns no text, which FirstBlockCache of diffusers 0.42 fails on;
+        # nothing after it reads the text.
         last, forward = network.transformer_blocks[-1], network.transformer_blocks[-1].forward
-        last.forward = lambda **arguments: (arguments["encoder_hidden_states"], forward(**arguments)[1])
+        last.forward = lambda **arguments: (
+            arguments["encoder_hidden_states"],
+            forward(**arguments)[1],
+        )
     network.transformer_blocks[1].attn.register_forward_hook(lambda *call: computed.append(1))
     apply_first_block_cache(network, FirstBlockCacheConfig(threshold=THRESHOLD[family]))
     while not image.is_done:
@@ -159,9 +201,12 @@ def test_it_does_so_in_company_that_comes_and_goes(family):
 
     turn = 0
     while not all(image.is_done for image in images.values()):
-        present = [image for name, image in images.items() if joins[name] <= turn and not image.is_done]
+        present = [
+            image for name, image in images.items() if joins[name] <= turn and not image.is_done
+        ]
         present = [image for image in present if image.id != "parked" or not 4 <= turn < 9]
-        step(network, cache, present[turn % len(present) :] + present[: turn % len(present)])  # never in the same place for long
+        # never in the same place for long
+        step(network, cache, present[turn % len(present) :] + present[: turn % len(present)])
         turn += 1
 
     expected = {name: native(network, family, make_one()) for name, make_one in make.items()}
@@ -180,12 +225,17 @@ def test_a_threshold_of_zero_changes_no_bit(family, dtype):
     network = a_network(family).to(dtype)
     cache = a_cache(network, family, threshold=0.0)
     images = [Image(id, family) for id in "abc"]
-    inputs = [torch.cat(parts).to(dtype) for parts in zip(*(image.inputs for image in images), strict=True)]
+    inputs = [
+        torch.cat(parts).to(dtype)
+        for parts in zip(*(image.inputs for image in images), strict=True)
+    ]
 
     with torch.inference_mode():
         expected = call(network, *inputs)
         for number in range(3):
-            with cache.rows([RowKey(image_id=image.id, row=0, step=number, num_steps=3) for image in images]):
+            with cache.rows(
+                [RowKey(image_id=image.id, row=0, step=number, num_steps=3) for image in images]
+            ):
                 assert torch.equal(call(network, *inputs), expected)
 
     assert (cache.rows_computed, cache.rows_skipped, cache.rows_remembered) == (9, 0, 3)
@@ -230,7 +280,8 @@ def test_a_repeated_step_gives_the_same_bits(family):
         step(network, cache, [once])
         kept = twice.latents
         step(network, cache, [twice])
-        twice.latents, twice.step = kept, twice.step - 1  # the forward was fine, something after it failed
+        # the forward was fine, something after it failed
+        twice.latents, twice.step = kept, twice.step - 1
         step(network, cache, [twice])
 
     assert torch.equal(once.latents, twice.latents)
@@ -247,7 +298,7 @@ def test_another_run_under_the_same_id_starts_anew():
 # Its memory
 
 
-def test_what_is_remembered_of_an_image_can_be_given_back():
+def test_memory_of_an_image_can_be_given_back():
     network = a_network("flux")
     cache = a_cache(network, "flux")
     step(network, cache, [Image("a", "flux", rows=2), Image("b", "flux")])
@@ -268,8 +319,16 @@ def test_a_row_takes_two_images_and_a_text_of_the_networks_width():
     step(network, cache, [Image("a", "flux"), Image("b", "flux")])
 
     assert cache.size_bytes == 2 * 4 * (2 * 16 * 64 + TOKENS * 64 + 1)
-    tensors = [tensor for memory in cache._memories.values() for tensor in (memory.first, memory.text, memory.image)]
-    assert sorted(tensor.untyped_storage().nbytes() for tensor in tensors) == [4 * TOKENS * 64] * 2 + [4 * 16 * 64] * 4  # no batch's
+    tensors = [
+        tensor
+        for memory in cache._memories.values()
+        for tensor in (memory.first, memory.text, memory.image)
+    ]
+    # no batch's
+    assert (
+        sorted(tensor.untyped_storage().nbytes() for tensor in tensors)
+        == [4 * TOKENS * 64] * 2 + [4 * 16 * 64] * 4
+    )
 
 
 def test_the_last_step_leaves_nothing_behind():
@@ -298,7 +357,7 @@ def test_it_never_remembers_more_than_its_bytes_and_drops_the_least_recently_use
     assert cache.rows_skipped == 2  # c had taken its place
 
 
-def test_what_does_not_fit_beside_its_neighbours_is_computed():
+def test_an_image_that_does_not_fit_beside_its_neighbours_is_computed():
     network = a_network("flux")
     step(network, measured := a_cache(network, "flux"), [Image("a", "flux")])
     cache = a_cache(network, "flux", threshold=1e9, max_bytes=2 * measured.size_bytes)
@@ -311,7 +370,7 @@ def test_what_does_not_fit_beside_its_neighbours_is_computed():
     assert (cache.rows_computed, cache.rows_skipped) == (3 + 4, 2 * 4)
 
 
-def test_what_is_larger_than_the_cache_is_not_kept():
+def test_an_image_larger_than_the_cache_is_not_kept():
     network = a_network("flux")
     cache = a_cache(network, "flux", threshold=1e9, max_bytes=1000)
 
@@ -335,8 +394,12 @@ def test_outside_of_rows_the_network_is_as_it_was():
         assert torch.equal(call(network, *image.inputs), expected)
         with cache.rows(image.keys):
             call(network, *image.inputs)
-            assert torch.equal(call(network, *image.inputs), expected)  # only the first forward within it is cached
-    assert all(block._compiled_call_impl is None for block in [*network.transformer_blocks, *network.single_transformer_blocks])
+            # only the first forward within it is cached
+            assert torch.equal(call(network, *image.inputs), expected)
+    assert all(
+        block._compiled_call_impl is None
+        for block in [*network.transformer_blocks, *network.single_transformer_blocks]
+    )
 
 
 def test_a_failed_forward_leaves_the_network_and_the_memories_as_they_were():
@@ -352,7 +415,10 @@ def test_a_failed_forward_leaves_the_network_and_the_memories_as_they_were():
 
     fuse.remove()
     assert (cache.rows_remembered, cache.size_bytes) == (1, size_bytes)
-    assert all(block._compiled_call_impl is None for block in [*network.transformer_blocks, *network.single_transformer_blocks])
+    assert all(
+        block._compiled_call_impl is None
+        for block in [*network.transformer_blocks, *network.single_transformer_blocks]
+    )
 
 
 def test_compiled_blocks_stay_compiled_and_whole():
@@ -374,7 +440,7 @@ def test_compiled_blocks_stay_compiled_and_whole():
     assert cache.rows_skipped == 2 * rows_skipped > 0
 
 
-def test_what_is_laid_over_a_batch_by_row_can_follow_the_rows():
+def test_offsets_laid_over_a_batch_by_row_can_follow_the_rows():
     """As adapters are: here each row's own offset, added within a later block."""
     network = a_network("flux")
     offsets, now = {"a": 0.0, "b": 2.0, "c": -2.0}, []
@@ -392,8 +458,13 @@ def test_what_is_laid_over_a_batch_by_row_can_follow_the_rows():
 
         while not images[0].is_done:
             now[:] = whole
-            inputs = [torch.cat(parts) for parts in zip(*(image.inputs for image in images), strict=True)]
-            with torch.inference_mode(), cache.rows([key for image in images for key in image.keys], narrow=narrow):
+            inputs = [
+                torch.cat(parts) for parts in zip(*(image.inputs for image in images), strict=True)
+            ]
+            with (
+                torch.inference_mode(),
+                cache.rows([key for image in images for key in image.keys], narrow=narrow),
+            ):
                 prediction = call(network, *inputs)
             for image, rows in zip(images, prediction.split(1), strict=True):
                 image.advance(rows)
@@ -431,7 +502,12 @@ def test_blocks_it_does_not_know_are_refused():
     from diffusers import PixArtTransformer2DModel
 
     pixart = PixArtTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=4, num_layers=2, cross_attention_dim=8, caption_channels=8, sample_size=8
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_layers=2,
+        cross_attention_dim=8,
+        caption_channels=8,
+        sample_size=8,
     )
 
     with pytest.raises(UnsupportedRequest, match="BasicTransformerBlock"):
@@ -450,7 +526,10 @@ def test_another_number_of_rows_is_refused():
     network = a_network("flux")
     image = Image("a", "flux")
 
-    with pytest.raises(EngineError, match="2 rows where the block cache was told of 1"), a_cache(network, "flux").rows(image.keys):
+    with (
+        pytest.raises(EngineError, match="2 rows where the block cache was told of 1"),
+        a_cache(network, "flux").rows(image.keys),
+    ):
         call(network, *(torch.cat([part, part]) for part in image.inputs))
 
 
@@ -458,7 +537,10 @@ def test_tensors_of_unknown_rows_are_refused():
     network = a_network("sd3")
     image = Image("a", "sd3")
 
-    with pytest.raises(UnsupportedRequest, match="joint_attention_kwargs"), a_cache(network, "sd3").rows(image.keys):
+    with (
+        pytest.raises(UnsupportedRequest, match="joint_attention_kwargs"),
+        a_cache(network, "sd3").rows(image.keys),
+    ):
         call(network, *image.inputs, joint_attention_kwargs={"ip_hidden_states": torch.zeros(1)})
 
 
@@ -469,7 +551,11 @@ def test_a_control_network_between_the_blocks_is_refused():
     step(network, cache, images[:1])
     inputs = [torch.cat(parts) for parts in zip(*(image.inputs for image in images), strict=True)]
 
-    with pytest.raises(EngineError, match="control network"), torch.inference_mode(), cache.rows([*images[0].keys, *images[1].keys]):
+    with (
+        pytest.raises(EngineError, match="control network"),
+        torch.inference_mode(),
+        cache.rows([*images[0].keys, *images[1].keys]),
+    ):
         call(network, *inputs, controlnet_block_samples=[torch.zeros(2, 16, 64)])
 
 

@@ -1,21 +1,40 @@
-"""Which calls of a network may be made as one: rows are found by probing and proved on the network, never guessed."""
+"""Which calls of a network may be made as one.
+
+Rows are found by probing and proved on the network, never guessed.
+"""
 
 import pytest
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from engine.families.calls import Call, Unlike, learn, probe, read, tensors_of, with_tensors, written
+from engine.families.calls import (
+    Call,
+    Unlike,
+    learn,
+    probe,
+    read,
+    tensors_of,
+    with_tensors,
+    written,
+)
 
 
 def a_call(images: int, step: int, seed: int = 0, **more) -> Call:
     """Latents per image, one timestep and one mask for all: what a UNet might be given."""
     latents = torch.randn((images, 3, 4), generator=torch.Generator().manual_seed(seed + step))
-    return Call("unet", "", (latents, torch.tensor(float(step))), {"mask": torch.ones(4), "scale": 0.5, **more})
+    return Call(
+        "unet",
+        "",
+        (latents, torch.tensor(float(step))),
+        {"mask": torch.ones(4), "scale": 0.5, **more},
+    )
 
 
 def learned(network, call=a_call):
     """The forms found in the two steps of a trial."""
-    runs = [[(call(images, step), network(call(images, step))) for step in (1, 2)] for images in (1, 2)]
+    runs = [
+        [(call(images, step), network(call(images, step))) for step in (1, 2)] for images in (1, 2)
+    ]
     return learn([(runs[0], runs[1])], network)
 
 
@@ -84,7 +103,13 @@ def test_calls_in_different_cache_contexts_are_not_made_as_one():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"mask": None}, {"mask": torch.ones(1, 4)}, {"scale": "half"}, {"more": 1}, {"scale": object()}],
+    [
+        {"mask": None},
+        {"mask": torch.ones(1, 4)},
+        {"scale": "half"},
+        {"more": 1},
+        {"scale": object()},
+    ],
     ids=["a missing tensor", "another shape", "another type", "another argument", "an object"],
 )
 def test_a_call_of_a_kind_not_seen_has_no_form(changes):
@@ -98,7 +123,7 @@ def test_objects_have_no_form():
     assert learned(honest, lambda images, step: a_call(images, step, cache=object())) == []
 
 
-def test_what_counts_images_by_a_number_has_no_form():
+def test_a_call_that_counts_images_by_a_number_has_no_form():
     assert learned(honest, lambda images, step: a_call(images, step, num_images=images)) == []
 
 
@@ -119,7 +144,15 @@ def test_a_size_that_equals_the_number_of_rows_by_chance_is_not_taken_for_it():
 
 def test_prompts_of_different_length_meet_only_where_the_bits_do_not_count():
     def call(images: int, step: int, length: int = 5) -> Call:
-        return Call("transformer", "", ([torch.full((length, 2), float(step)) for _ in range(images)], torch.full((images,), step)), {})
+        return Call(
+            "transformer",
+            "",
+            (
+                [torch.full((length, 2), float(step)) for _ in range(images)],
+                torch.full((images,), step),
+            ),
+            {},
+        )
 
     def network(call: Call):
         return ([row * time for row, time in zip(*call.args, strict=True)],)
@@ -145,7 +178,13 @@ def test_outputs_of_diffusers_are_taken_apart_and_put_together():
 
 
 def test_a_value_survives_being_written_down():
-    value = ({"down": [torch.ones(2), torch.zeros(3)]}, Transformer2DModelOutput(sample=torch.full((2,), 3.0)), None, 4, {7: torch.ones(1)})
+    value = (
+        {"down": [torch.ones(2), torch.zeros(3)]},
+        Transformer2DModelOutput(sample=torch.full((2,), 3.0)),
+        None,
+        4,
+        {7: torch.ones(1)},
+    )
     tensors: list[torch.Tensor] = []
 
     again = read(written(value, tensors), tensors)
@@ -153,11 +192,17 @@ def test_a_value_survives_being_written_down():
     assert isinstance(again[1], Transformer2DModelOutput)
     assert again[2:4] == (None, 4)
     assert list(again[4]) == [7]
-    assert all(torch.equal(one, other) for one, other in zip(tensors_of(value), tensors_of(again), strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(tensors_of(value), tensors_of(again), strict=True)
+    )
 
 
 def test_of_a_tensor_without_data_the_shape_is_written_down():
-    value = with_tensors([torch.ones(2, 3, dtype=torch.bfloat16)], lambda tensor: torch.empty_like(tensor, device="meta"))
+    value = with_tensors(
+        [torch.ones(2, 3, dtype=torch.bfloat16)],
+        lambda tensor: torch.empty_like(tensor, device="meta"),
+    )
     tensors: list[torch.Tensor] = []
 
     (again,) = read(written(value, tensors), tensors)
@@ -172,7 +217,9 @@ def test_an_object_cannot_be_written_down():
         written([object()], [])
 
 
-@pytest.mark.parametrize("kind", [["builtins", "eval"], ["subprocess", "Popen"], ["diffusers.utils", "deprecate"]])
+@pytest.mark.parametrize(
+    "kind", [["builtins", "eval"], ["subprocess", "Popen"], ["diffusers.utils", "deprecate"]]
+)
 def test_nothing_but_values_is_made_from_what_is_written(kind):
     with pytest.raises(Unlike):
         read({"kind": kind, "items": []}, [])

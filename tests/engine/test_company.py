@@ -1,4 +1,7 @@
-"""An image does not depend on its neighbours: to the bit when reproducible, to a rounding of the last level otherwise."""
+"""An image does not depend on its neighbours.
+
+To the bit when reproducible, to a rounding of the last level otherwise.
+"""
 
 import random
 
@@ -9,14 +12,18 @@ from engine_builders import SAMPLERS, a_request, reproducible
 
 from engine.errors import ImageCanceled
 
-# Best effort: the same sums in another order differ by some 1e-6 of a 0..1 image per forward; one of 255 levels is the least that
-# can be told apart in bytes, and a random network has no cause to amplify it further in so few steps.
+# Best effort: the same sums in another order differ by some 1e-6 of a 0..1 image per forward; one
+# of 255 levels is the least that can be told apart in bytes, and a random network has no cause to
+# amplify it further in so few steps.
 TOLERATED_LEVELS = 1
 
 
 @pytest.fixture
 def latents(engine, monkeypatch) -> dict[str, torch.Tensor]:
-    """The last latents of every image by its id: stricter than pixels, where rounding hides the last bits."""
+    """The last latents of every image by its id.
+
+    Stricter than pixels, where rounding hides the last bits.
+    """
     seen = {}
     decode = engine._runner.decode
 
@@ -33,7 +40,10 @@ def differs_by(one, other) -> int:
 
 
 def after(step, submit):
-    """An on_event that calls `submit` once, when its image has taken `step` steps: neighbours join in mid-flight."""
+    """An on_event that calls `submit` once, when its image has taken `step` steps.
+
+    Neighbours join in mid-flight.
+    """
     done = []
 
     def on_event(event):
@@ -48,22 +58,30 @@ def test_strangers_share_forwards(engine):
     handles = []
 
     def company():
-        handles.append(engine.submit(a_request("b", num_steps=3, guidance=1.0, sampler="euler_a", seed=2)))
-        handles.append(engine.submit(a_request("c", num_steps=9, guidance=7.5, sampler="unipc", seed=3)))
+        handles.append(
+            engine.submit(a_request("b", num_steps=3, guidance=1.0, sampler="euler_a", seed=2))
+        )
+        handles.append(
+            engine.submit(a_request("c", num_steps=9, guidance=7.5, sampler="unipc", seed=3))
+        )
 
     first = engine.submit(a_request("a", num_steps=6), after(1, company)).result(60)
     records = [first.record, *(handle.result(60).record for handle in handles)]
 
     assert [record.max_images for record in records] == [3, 3, 3]
     assert [record.max_rows for record in records] == [5, 5, 5]
-    assert [record.shared_forwards for record in records] == [5, 3, 5]  # c ends alone: 4 of its 9 steps
+    # c ends alone: 4 of its 9 steps
+    assert [record.shared_forwards for record in records] == [5, 3, 5]
     assert [record.forwards for record in records] == [6, 3, 9]
 
 
 def test_a_newcomer_joins_the_very_next_forward(engine):
     late = []
 
-    early = engine.submit(a_request("early", num_steps=6), after(2, lambda: late.append(engine.submit(a_request("late"))))).result(60)
+    early = engine.submit(
+        a_request("early", num_steps=6),
+        after(2, lambda: late.append(engine.submit(a_request("late")))),
+    ).result(60)
 
     assert early.record.shared_forwards == 4
     assert late[0].result(60).record.shared_forwards == 4
@@ -84,14 +102,18 @@ def test_images_of_one_job_are_no_neighbours(engine):
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpmpp_2m_sde"])
-def test_a_reproducible_image_is_the_same_to_the_bit_alone_and_in_company(engine, latents, sampler, guidance):
+def test_a_reproducible_image_is_the_same_to_the_bit_alone_and_in_company(
+    engine, latents, sampler, guidance
+):
     request = reproducible("same", sampler=sampler, guidance=guidance, num_steps=6)
     alone = engine.submit(request).result(60)
     expected = latents["same"]
     neighbours = []
 
     def join():
-        neighbours.append(engine.submit(reproducible("twin", seed=99, num_steps=3, sampler="unipc")))
+        neighbours.append(
+            engine.submit(reproducible("twin", seed=99, num_steps=3, sampler="unipc"))
+        )
         neighbours.append(engine.submit(a_request("filler", guidance=1.0, num_steps=2)))
 
     accompanied = engine.submit(request, after(2, join)).result(60)
@@ -99,14 +121,17 @@ def test_a_reproducible_image_is_the_same_to_the_bit_alone_and_in_company(engine
         neighbour.result(60)
 
     assert alone.record.shared_forwards == 0
-    assert accompanied.record.shared_forwards == 3  # the neighbours joined after step 2 and left before the last
+    # the neighbours joined after step 2 and left before the last
+    assert accompanied.record.shared_forwards == 3
     assert alone.record.bucket_rows == accompanied.record.bucket_rows == 8
     assert alone.record.fingerprint == accompanied.record.fingerprint
     assert torch.equal(expected, latents["same"])
     assert np.array_equal(alone.pixels, accompanied.pixels)
 
 
-def test_reproducible_images_stay_the_same_while_strangers_join_leave_and_cancel_at_random(engine, latents):
+def test_reproducible_images_stay_the_same_while_strangers_join_leave_and_cancel_at_random(
+    engine, latents
+):
     dice = random.Random(5)
     wishes = [
         reproducible(
@@ -130,7 +155,15 @@ def test_reproducible_images_stay_the_same_while_strangers_join_leave_and_cancel
         if wishes and dice.random() < 0.3:
             handles.append(engine.submit(wishes.pop(), stir))
         if len(strangers) < 24 and dice.random() < 0.3:
-            strangers.append(engine.submit(a_request(f"stranger {len(strangers)}", seed=len(strangers), num_steps=dice.randint(1, 6))))
+            strangers.append(
+                engine.submit(
+                    a_request(
+                        f"stranger {len(strangers)}",
+                        seed=len(strangers),
+                        num_steps=dice.randint(1, 6),
+                    )
+                )
+            )
         if strangers and dice.random() < 0.1:
             dice.choice(strangers).cancel()
 
@@ -148,7 +181,11 @@ def test_reproducible_images_stay_the_same_while_strangers_join_leave_and_cancel
 
     assert len(finished) == 16
     assert sum(image.record.shared_forwards for image in finished) > 30
-    assert [image.request.id for image in finished if not torch.equal(latents[image.request.id], expected[image.request.id])] == []
+    assert [
+        image.request.id
+        for image in finished
+        if not torch.equal(latents[image.request.id], expected[image.request.id])
+    ] == []
     assert all(np.array_equal(image.pixels, alone[image.request.id]) for image in finished)
 
 
@@ -157,7 +194,9 @@ def test_a_best_effort_image_in_company_is_close_to_what_it_is_alone(engine):
     neighbours = []
 
     def join():
-        neighbours.extend(engine.submit(a_request(f"n{seed}", seed=seed, num_steps=8)) for seed in range(3))
+        neighbours.extend(
+            engine.submit(a_request(f"n{seed}", seed=seed, num_steps=8)) for seed in range(3)
+        )
 
     accompanied = engine.submit(a_request("a", num_steps=8), after(1, join)).result(60)
     for neighbour in neighbours:

@@ -10,7 +10,7 @@ def an_encoding(kilobytes=1):
     return {"text": torch.zeros(1, kilobytes * 256)}
 
 
-def test_what_was_encoded_once_is_given_again():
+def test_an_encoding_is_given_again():
     cache = ConditioningCache(10_000)
     first = cache.recall("weights", "a red circle", an_encoding)
 
@@ -40,7 +40,7 @@ def test_the_least_recently_used_goes_first():
     assert len(cache) == 2
 
 
-def test_what_is_larger_than_the_cache_is_not_kept():
+def test_an_encoding_larger_than_the_cache_is_not_kept():
     cache = ConditioningCache(1024)
 
     cache.recall("w", "a", lambda: an_encoding(kilobytes=2))
@@ -48,7 +48,7 @@ def test_what_is_larger_than_the_cache_is_not_kept():
     assert (len(cache), cache.size_bytes) == (0, 0)
 
 
-def test_what_is_larger_than_the_cache_pushes_nothing_out():
+def test_an_encoding_larger_than_the_cache_pushes_nothing_out():
     cache = ConditioningCache(1024)
     cache.recall("w", "a", an_encoding)
 

@@ -1,4 +1,6 @@
-"""A function in a thread of its own that asks, and an owner that answers, cancels or loses interest at any moment."""
+"""A function in a thread of its own that asks, and an owner that answers, cancels or loses interest
+at any moment.
+"""
 
 import random
 import threading
@@ -56,7 +58,7 @@ def test_only_one_of_the_two_runs_at_a_time():
     assert trace == [f"{who} {index}" for index in range(50) for who in ("function", "owner")]
 
 
-def test_what_the_function_raises_comes_out_of_resume():
+def test_an_error_of_the_function_comes_out_of_resume():
     def fail(ask):
         ask("anything")
         raise ValueError("no good")
@@ -69,7 +71,7 @@ def test_what_the_function_raises_comes_out_of_resume():
     assert coroutine.is_over
 
 
-def test_what_is_over_cannot_be_resumed():
+def test_a_coroutine_that_is_over_cannot_be_resumed():
     coroutine = Coroutine(lambda ask: None)
     coroutine.resume()
 
@@ -126,7 +128,7 @@ def test_a_function_that_survives_errors_and_asks_again_is_closed_all_the_same()
     assert survived == []
 
 
-def test_what_a_function_makes_of_being_closed_is_nobodys_concern():
+def test_an_error_of_a_function_that_is_closed_is_nobody_s_concern():
     def replaces(ask):
         try:
             ask("anything")
@@ -181,7 +183,7 @@ def test_no_thread_is_left_of_two_hundred_that_were_closed_at_random_moments():
     assert threading.active_count() == before
 
 
-def test_what_is_over_or_closed_holds_on_to_nothing():
+def test_a_coroutine_that_is_over_or_closed_holds_on_to_nothing():
     import gc
     import weakref
 

@@ -25,7 +25,7 @@ def costs_of(points: dict[int, float], times: int = 3) -> CostModel:
     return costs
 
 
-# --- single measurements -------------------------------------------------------------------------------------------------
+# --- single measurements --------------------------------------------------------------------------
 
 
 def test_a_measured_row_count_costs_what_was_measured():
@@ -82,7 +82,7 @@ def test_prompts_from_the_cache_and_encoded_ones_are_averaged():
     assert costs.encode_s(KEY) == pytest.approx(0.5, abs=0.05)
 
 
-# --- the curve -----------------------------------------------------------------------------------------------------------
+# --- the curve ------------------------------------------------------------------------------------
 
 
 def test_between_measured_row_counts_the_curve_is_straight():
@@ -117,7 +117,7 @@ def test_row_counts_that_noise_put_in_the_wrong_order_share_their_mean():
     assert costs.step_s(KEY, 2) == costs.step_s(KEY, 3) == pytest.approx(2.1, rel=0.01)
 
 
-def test_what_was_seen_lately_outweighs_what_an_old_measurement_of_more_rows_says():
+def test_recent_steps_outweigh_an_old_measurement_of_more_rows():
     costs = costs_of({1: 1.0, 4: 1.1})
 
     for _ in range(300):
@@ -136,7 +136,7 @@ def test_more_rows_are_never_cheaper_whatever_was_measured(points):
     assert min(curve) > 0
 
 
-# --- a key never measured ------------------------------------------------------------------------------------------------
+# --- a key never measured -------------------------------------------------------------------------
 
 
 def test_a_key_never_measured_borrows_the_most_alike_one_scaled_by_pixels():
@@ -145,7 +145,8 @@ def test_a_key_never_measured_borrows_the_most_alike_one_scaled_by_pixels():
     borrowed = a_key(256)
 
     assert not costs.is_measured(borrowed)
-    assert costs.step_s(borrowed, 2) == 2 / 4  # 512 is nearer than 64, and has four times the pixels
+    # 512 is nearer than 64, and has four times the pixels
+    assert costs.step_s(borrowed, 2) == 2 / 4
     assert costs.decode_s(borrowed) == 0.5 / 4
     assert costs.encode_s(borrowed) == 0.1  # a prompt has no pixels
 
@@ -179,7 +180,7 @@ def test_another_checkpoint_tells_nothing():
     assert costs.decode_s(stranger) == 3 * ROW_S_PER_MEGAPIXEL
 
 
-def test_what_is_measured_later_replaces_what_was_borrowed():
+def test_a_measurement_replaces_a_borrowed_curve():
     costs = measured_costs(saturated)
     assert costs.step_s(a_key(128), 1) == 4.0
 
@@ -219,7 +220,7 @@ def test_a_key_in_use_is_not_forgotten_however_long_it_has_been_known():
     assert len(costs.measured_keys()) == MAX_KEYS
 
 
-# --- growth --------------------------------------------------------------------------------------------------------------
+# --- growth ---------------------------------------------------------------------------------------
 
 
 def curve_with_knee_at(knee: int):
@@ -261,7 +262,8 @@ def test_growth_is_judged_by_what_each_row_gained_costs_against_a_single_row_ste
 def test_growth_into_padding_is_paid_by_the_rows_that_use_it():
     curve = costs_of({4: 2.0, 8: 3.0, 1: 1.0}).curve(KEY)
 
-    assert not curve.is_worth_growing(4, 8, used_rows=1)  # a second for one row, though the forward gains four
+    # a second for one row, though the forward gains four
+    assert not curve.is_worth_growing(4, 8, used_rows=1)
     assert curve.is_worth_growing(4, 8, used_rows=2)
 
 
@@ -292,7 +294,7 @@ def test_a_size_found_too_dear_is_tried_again_after_many_forwards_but_nothing_la
     assert not curve.is_worth_growing(1, 2, used_rows=1)
 
 
-# --- bytes ---------------------------------------------------------------------------------------------------------------
+# --- bytes ----------------------------------------------------------------------------------------
 
 
 def test_rows_are_admitted_beside_what_is_fixed_and_one_decode():
@@ -313,7 +315,7 @@ def test_without_a_measurement_or_a_budget_memory_sets_no_limit():
     assert costs.row_limit(a_key(128), 2000) is None
 
 
-# --- as data -------------------------------------------------------------------------------------------------------------
+# --- as data --------------------------------------------------------------------------------------
 
 
 def known_costs() -> CostModel:
@@ -323,14 +325,16 @@ def known_costs() -> CostModel:
     return costs
 
 
-def test_what_is_written_as_json_and_loaded_elsewhere_says_the_same():
+def test_costs_written_as_json_and_loaded_elsewhere_say_the_same():
     costs, elsewhere = known_costs(), CostModel()
 
     elsewhere.adopt(from_data(json.loads(json.dumps(to_data(costs)))))
 
     assert to_data(elsewhere) == to_data(costs)
     assert elsewhere.is_measured(KEY)
-    assert [elsewhere.step_s(KEY, rows) for rows in range(1, 33)] == [costs.step_s(KEY, rows) for rows in range(1, 33)]
+    assert [elsewhere.step_s(KEY, rows) for rows in range(1, 33)] == [
+        costs.step_s(KEY, rows) for rows in range(1, 33)
+    ]
     assert (elsewhere.encode_s(KEY), elsewhere.decode_s(KEY)) == (0.1, 0.5)
     assert elsewhere.row_limit(KEY, 2000) == 6
 
@@ -370,17 +374,43 @@ def broken(change) -> object:
         (lambda data: data.update(keys={}), r"keys: \{\} is not a list"),
         (lambda data: data["keys"][1].pop("key") and None, r"keys\[1\]: key is missing"),
         (lambda data: data["keys"][1].update(colour=1), r"keys\[1\]: 'colour' is not known"),
-        (lambda data: data["keys"][0]["key"].update(width_px=0), r"keys\[0\]\.key\.width_px: 0 is not a whole number from 1 up"),
-        (lambda data: data["keys"][0]["key"].update(checkpoint=3), r"keys\[0\]\.key\.checkpoint: 3 is not a string"),
-        (lambda data: data["keys"][0].update(steps=[[1]]), r"keys\[0\]\.steps\[0\]: \[1\] is not a list of 2"),
-        (lambda data: data["keys"][0].update(steps=[[True, 1.0]]), r"keys\[0\]\.steps\[0\]\[0\]: True is not a whole number from 1 up"),
-        (lambda data: data["keys"][0].update(steps=[[1, 0.0]]), r"keys\[0\]\.steps\[0\]\[1\]: 0.0 is not a number of seconds"),
-        (lambda data: data["keys"][0].update(decode_s="1"), r"keys\[0\]\.decode_s: '1' is not a number of seconds"),
-        (lambda data: data["keys"][0].update(encode_s=float("nan")), r"keys\[0\]\.encode_s: nan is not a number of seconds"),
-        (lambda data: data["keys"][0].update(memory={"fixed_bytes": 1}), r"keys\[0\]\.memory: per_row_bytes is missing"),
+        (
+            lambda data: data["keys"][0]["key"].update(width_px=0),
+            r"keys\[0\]\.key\.width_px: 0 is not a whole number from 1 up",
+        ),
+        (
+            lambda data: data["keys"][0]["key"].update(checkpoint=3),
+            r"keys\[0\]\.key\.checkpoint: 3 is not a string",
+        ),
+        (
+            lambda data: data["keys"][0].update(steps=[[1]]),
+            r"keys\[0\]\.steps\[0\]: \[1\] is not a list of 2",
+        ),
+        (
+            lambda data: data["keys"][0].update(steps=[[True, 1.0]]),
+            r"keys\[0\]\.steps\[0\]\[0\]: True is not a whole number from 1 up",
+        ),
+        (
+            lambda data: data["keys"][0].update(steps=[[1, 0.0]]),
+            r"keys\[0\]\.steps\[0\]\[1\]: 0.0 is not a number of seconds",
+        ),
+        (
+            lambda data: data["keys"][0].update(decode_s="1"),
+            r"keys\[0\]\.decode_s: '1' is not a number of seconds",
+        ),
+        (
+            lambda data: data["keys"][0].update(encode_s=float("nan")),
+            r"keys\[0\]\.encode_s: nan is not a number of seconds",
+        ),
+        (
+            lambda data: data["keys"][0].update(memory={"fixed_bytes": 1}),
+            r"keys\[0\]\.memory: per_row_bytes is missing",
+        ),
     ],
 )
-def test_a_malformed_file_is_refused_by_the_place_that_is_wrong_and_nothing_is_taken_over(change, complaint):
+def test_a_malformed_file_is_refused_by_the_place_that_is_wrong_and_nothing_is_taken_over(
+    change, complaint
+):
     costs = CostModel()
 
     with pytest.raises(ValueError, match=complaint):

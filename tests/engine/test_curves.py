@@ -1,4 +1,6 @@
-"""Measured curves are data: written by a calibration, loaded by the workers they are for, ignored by all others."""
+"""Measured curves are data: written by a calibration, loaded by the workers they are for, ignored
+by all others.
+"""
 
 import json
 from dataclasses import replace
@@ -28,7 +30,7 @@ def known() -> CostModel:
     return costs
 
 
-def test_what_was_measured_here_is_known_at_the_next_start(tmp_path):
+def test_curves_measured_here_are_known_at_the_next_start(tmp_path):
     save_curves(known(), tmp_path, "tiny", HERE)
     costs = CostModel()
 
@@ -37,7 +39,7 @@ def test_what_was_measured_here_is_known_at_the_next_start(tmp_path):
     assert (costs.step_s(KEY, 8), costs.decode_s(KEY)) == (0.06, 0.1)
 
 
-def test_what_was_measured_on_another_device_is_not_used(tmp_path):
+def test_curves_measured_on_another_device_are_not_used(tmp_path):
     save_curves(known(), tmp_path, "tiny", THERE)
     costs = CostModel()
 
@@ -45,7 +47,10 @@ def test_what_was_measured_on_another_device_is_not_used(tmp_path):
     assert not costs.is_measured(KEY)
 
 
-@pytest.mark.parametrize("contents", ["", "{", "[]", '{"curves": {}}', '{"curves": {"version": 99, "keys": []}}', '{"curves": 5}'])
+@pytest.mark.parametrize(
+    "contents",
+    ["", "{", "[]", '{"curves": {}}', '{"curves": {"version": 99, "keys": []}}', '{"curves": 5}'],
+)
 def test_a_file_that_cannot_be_used_is_as_good_as_none(tmp_path, contents):
     curve_file(tmp_path, "tiny", HERE).write_text(contents)
 
@@ -78,7 +83,9 @@ def test_a_calibration_is_what_a_worker_starts_with(checkpoint, tmp_path):
         engine.submit(a_request("a")).result(60)
 
     assert [(point.width_px, point.height_px, point.rows) for point in points] == [
-        (width_px, height_px, rows) for width_px, height_px in a_spec(checkpoint).sizes for rows in (1, 2, 4)
+        (width_px, height_px, rows)
+        for width_px, height_px in a_spec(checkpoint).sizes
+        for rows in (1, 2, 4)
     ]
     assert all(point.step_s > 0 for point in points)
     steps = [[entry["steps"] for entry in data["keys"]] for data in (saved, known_at_start)]

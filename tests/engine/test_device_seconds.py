@@ -42,7 +42,8 @@ def test_booking_waits_for_no_more_forwards_than_are_too_many():
 
     ledger.book(1)
 
-    assert [watch.is_ready for watch in watches] == [True, True, False]  # the GPU is fed by the last
+    # the GPU is fed by the last
+    assert [watch.is_ready for watch in watches] == [True, True, False]
     assert [ids(work) for work, _ in charged] == [["a"], ["b"]]
     assert ledger.forward_s == 2.0
 

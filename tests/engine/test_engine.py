@@ -45,7 +45,7 @@ def held_at(step):
     return on_event, reached, go
 
 
-# --- a request's life ----------------------------------------------------------------------------------------------------
+# --- a request's life -----------------------------------------------------------------------------
 
 
 def test_events_come_in_order_and_all_before_the_result(engine):
@@ -53,7 +53,14 @@ def test_events_come_in_order_and_all_before_the_result(engine):
 
     image = engine.submit(a_request("a", num_steps=3), events.append).result(60)
 
-    assert [type(event) for event in events] == [Queued, Started, Stepped, Stepped, Stepped, Finished]
+    assert [type(event) for event in events] == [
+        Queued,
+        Started,
+        Stepped,
+        Stepped,
+        Stepped,
+        Finished,
+    ]
     assert [(event.step, event.num_steps) for event in events[2:5]] == [(1, 3), (2, 3), (3, 3)]
     assert all(event.eta_s is not None and event.eta_s >= 0 for event in events[2:5])
     assert events[-1].image is image
@@ -137,7 +144,10 @@ def test_a_higher_rank_goes_first(checkpoint):
         bulk = engine.submit(a_request("bulk", rank=2), on_event)
         assert reached.wait(30)
         handles = [
-            engine.submit(a_request(f"rank {rank}", rank=rank), lambda event, rank=rank: order.append((rank, type(event))))
+            engine.submit(
+                a_request(f"rank {rank}", rank=rank),
+                lambda event, rank=rank: order.append((rank, type(event))),
+            )
             for rank in (2, 1, 0)
         ]
         go.set()
@@ -147,7 +157,9 @@ def test_a_higher_rank_goes_first(checkpoint):
     assert [rank for rank, event in order if event is Finished] == [0, 1, 2]
 
 
-def test_a_newcomer_of_a_better_rank_waits_for_the_forward_in_progress_and_no_further_one(checkpoint, monkeypatch):
+def test_a_newcomer_of_a_better_rank_waits_for_the_forward_in_progress_and_no_further_one(
+    checkpoint, monkeypatch
+):
     begun, urgent = [], []
     with Engine(EngineConfig(max_inflight=4), [a_spec(checkpoint)]) as engine:
         family = family_of(engine)
@@ -158,18 +170,28 @@ def test_a_newcomer_of_a_better_rank_waits_for_the_forward_in_progress_and_no_fu
             start(image, recall)
 
         def predicting(images, bucket_rows):
-            if images[0].step == 3 and not urgent:  # it comes while this forward of the others is in progress
+            # it comes while this forward of the others is in progress
+            if images[0].step == 3 and not urgent:
                 begun.clear()
                 urgent.append(engine.submit(a_request("urgent", rank=0, num_steps=2)))
-            begun.append("forward of " + " ".join(sorted({image.id.split()[0] for image in images})))
+            begun.append(
+                "forward of " + " ".join(sorted({image.id.split()[0] for image in images}))
+            )
             return predict(images, bucket_rows)
 
         monkeypatch.setattr(family, "start", starting)
         monkeypatch.setattr(family, "predict", predicting)
-        for handle in [engine.submit(a_request(f"bulk {n}", rank=2, num_steps=8)) for n in range(8)]:
+        for handle in [
+            engine.submit(a_request(f"bulk {n}", rank=2, num_steps=8)) for n in range(8)
+        ]:
             handle.result(60)
 
-    assert begun[:4] == ["forward of bulk", "encode urgent", "forward of urgent", "forward of urgent"]
+    assert begun[:4] == [
+        "forward of bulk",
+        "encode urgent",
+        "forward of urgent",
+        "forward of urgent",
+    ]
     assert urgent[0].result().record.shared_forwards == 0
 
 
@@ -192,7 +214,7 @@ def test_an_image_holds_nothing_on_the_device_when_its_end_is_told(engine, end):
     assert held == [(Started, True), (end, False)]
 
 
-# --- deadlines -----------------------------------------------------------------------------------------------------------
+# --- deadlines ------------------------------------------------------------------------------------
 
 
 def test_an_image_not_finished_in_its_time_fails_at_the_next_step_boundary(engine, monkeypatch):
@@ -217,7 +239,9 @@ def test_it_fails_as_well_while_it_waits(checkpoint, state):
     with Engine(EngineConfig(max_inflight=1), [a_spec(checkpoint)]) as engine:
         if state is ImageState.PARKED:
             on_event, reached, go = held_at(1)
-            waiting = engine.submit(a_request("waiting", rank=1, num_steps=50), on_event, within_s=0.5)
+            waiting = engine.submit(
+                a_request("waiting", rank=1, num_steps=50), on_event, within_s=0.5
+            )
             assert reached.wait(30)
             busy = engine.submit(a_request("busy", rank=0, num_steps=500))
             go.set()
@@ -256,25 +280,38 @@ def test_a_time_that_is_no_number_is_refused_and_nothing_is_taken(engine, within
     assert engine.submit(a_request("a")).result(60)
 
 
-# --- accounts ------------------------------------------------------------------------------------------------------------
+# --- accounts -------------------------------------------------------------------------------------
 
 
 def test_the_shares_of_a_batch_add_up_to_its_forwards(engine):
     before = engine.stats()
-    handles = [engine.submit(a_request(f"image {n}", seed=n, num_steps=3 + n, guidance=[1.0, 4.0][n % 2])) for n in range(5)]
+    handles = [
+        engine.submit(a_request(f"image {n}", seed=n, num_steps=3 + n, guidance=[1.0, 4.0][n % 2]))
+        for n in range(5)
+    ]
     handles.append(engine.submit(reproducible("pinned")))
 
     records = [handle.result(60).record for handle in handles]
 
     after = engine.stats()
-    for name, stage in (("denoise_s", "forward_s"), ("encode_s", "encode_s"), ("decode_s", "decode_s")):
-        assert sum(getattr(record, name) for record in records) == pytest.approx(after[stage] - before[stage], rel=1e-9)
+    for name, stage in (
+        ("denoise_s", "forward_s"),
+        ("encode_s", "encode_s"),
+        ("decode_s", "decode_s"),
+    ):
+        assert sum(getattr(record, name) for record in records) == pytest.approx(
+            after[stage] - before[stage], rel=1e-9
+        )
     for record in records:
-        assert record.device_seconds == pytest.approx(record.encode_s + record.denoise_s + record.decode_s)
+        assert record.device_seconds == pytest.approx(
+            record.encode_s + record.denoise_s + record.decode_s
+        )
         assert record.waited_s >= 0
     by_rank = sum(after["seconds_by_rank"].values()) - sum(before["seconds_by_rank"].values())
     assert by_rank == pytest.approx(sum(record.device_seconds for record in records))
-    assert after["image_steps"] - before["image_steps"] == sum(record.num_steps for record in records)
+    assert after["image_steps"] - before["image_steps"] == sum(
+        record.num_steps for record in records
+    )
     assert after["steps"] - before["steps"] < after["image_steps"] - before["image_steps"]
 
 
@@ -321,7 +358,9 @@ def test_weights_are_loaded_once_and_stay(checkpoint, monkeypatch):
 
     loads = []
     load = module.load_checkpoint
-    monkeypatch.setattr(module, "load_checkpoint", lambda *given: loads.append(given) or load(*given))
+    monkeypatch.setattr(
+        module, "load_checkpoint", lambda *given: loads.append(given) or load(*given)
+    )
 
     with Engine(EngineConfig(), [a_spec(checkpoint)]) as engine:
         weights = family_of(engine)._unet.conv_in.weight.data_ptr()
@@ -354,7 +393,7 @@ def test_a_prompt_is_encoded_anew_for_a_request_admitted_under_other_rules(engin
     assert engine.stats()["cache_misses"] == before + 2  # the prompt and the empty negative one
 
 
-# --- cancel --------------------------------------------------------------------------------------------------------------
+# --- cancel ---------------------------------------------------------------------------------------
 
 
 def test_a_cancel_takes_effect_at_the_next_step_boundary(engine):
@@ -405,7 +444,8 @@ def test_a_cancel_is_harmless_before_the_first_step_twice_and_after_the_end(engi
     first.cancel()
 
     assert first.result(60) is image
-    assert engine.submit(a_request("first")).result(60).request.id == "first"  # the id is free again
+    # the id is free again
+    assert engine.submit(a_request("first")).result(60).request.id == "first"
 
 
 def test_cancels_at_any_moment_leave_nobody_waiting(engine):
@@ -435,7 +475,8 @@ def test_a_cancel_in_the_last_event_of_an_image_touches_no_later_one_of_its_id(e
     on_event, reached, go = held_at(1)
     engine.submit(a_request("ahead"), on_event)
     assert reached.wait(30)
-    engine.submit(a_request("a"), cancel_once_more, within_s=-2)  # these two end between the same two turns, in this order
+    # these two end between the same two turns, in this order
+    engine.submit(a_request("a"), cancel_once_more, within_s=-2)
     handle = engine.submit(a_request("b"), use_its_id_again, within_s=-1)
     go.set()
     with pytest.raises(DeadlinePassed):
@@ -505,7 +546,7 @@ def test_pixels_of_a_canceled_image_are_not_handed_to_a_later_one_of_its_id(engi
     assert (later.request.seed, later.record.forwards) == (99, 4)
 
 
-# --- when things go wrong ------------------------------------------------------------------------------------------------
+# --- when things go wrong -------------------------------------------------------------------------
 
 
 def poisoned(begin):
@@ -513,7 +554,9 @@ def poisoned(begin):
 
     def beginning(request, *arguments):
         given = begin(request, *arguments)
-        return replace(given, latents=given.latents * float("nan")) if request.seed == 666 else given
+        return (
+            replace(given, latents=given.latents * float("nan")) if request.seed == 666 else given
+        )
 
     return beginning
 
@@ -533,7 +576,9 @@ def test_an_image_that_turns_to_nan_fails_alone(engine, monkeypatch):
     assert np.array_equal(good.result().pixels, alone.pixels)
 
 
-def test_a_row_that_breaks_the_forward_fails_its_own_image_and_the_step_is_repeated_without_it(engine, monkeypatch):
+def test_a_row_that_breaks_the_forward_fails_its_own_image_and_the_step_is_repeated_without_it(
+    engine, monkeypatch
+):
     family = family_of(engine)
     denoise = family.denoise
 
@@ -564,9 +609,15 @@ def test_an_error_names_the_stage_and_carries_what_was_raised(engine, monkeypatc
     def broken(*_given, **_more):
         raise raised
 
-    monkeypatch.setattr(family_of(engine), {"encode": "start", "denoise": "predict", "decode": "decode"}[stage], broken)
+    monkeypatch.setattr(
+        family_of(engine),
+        {"encode": "start", "denoise": "predict", "decode": "decode"}[stage],
+        broken,
+    )
 
-    with pytest.raises(EngineError, match=f"{stage} failed: ArithmeticError: no such number") as failed:
+    with pytest.raises(
+        EngineError, match=f"{stage} failed: ArithmeticError: no such number"
+    ) as failed:
         engine.submit(a_request("a")).result(60)
     assert failed.value.__cause__ is raised
 
@@ -584,7 +635,9 @@ def test_a_preview_that_fails_is_tried_once_and_harms_no_image(engine, monkeypat
 
     monkeypatch.setattr(engine._runner, "preview", broken)
 
-    assert np.array_equal(engine.submit(reproducible("a"), watch_at_first).result(60).pixels, unseen.pixels)
+    assert np.array_equal(
+        engine.submit(reproducible("a"), watch_at_first).result(60).pixels, unseen.pixels
+    )
     assert tried == [1]
 
 
@@ -622,7 +675,9 @@ def test_a_sampler_that_raises_fails_its_own_image(engine, monkeypatch):
     assert good.result(60).record.shared_forwards == 2
 
 
-def test_when_memory_runs_out_the_batch_shrinks_and_only_what_does_not_fit_alone_fails(checkpoint, monkeypatch):
+def test_when_memory_runs_out_the_batch_shrinks_and_only_what_does_not_fit_alone_fails(
+    checkpoint, monkeypatch
+):
     with Engine(EngineConfig(), [a_spec(checkpoint)]) as engine:
         family = family_of(engine)
         denoise = family.denoise
@@ -665,10 +720,13 @@ def test_when_memory_runs_out_the_batch_shrinks_and_only_what_does_not_fit_alone
         ("bucket_rows", {"determinism": "reproducible", "bucket_rows": 17}),
     ],
 )
-def test_what_cannot_be_rendered_is_refused_at_once_by_its_field(engine, field, changes):
+def test_a_request_that_cannot_be_rendered_is_refused_at_once_by_its_field(engine, field, changes):
     from engine.request import Determinism
 
-    changes = {**changes, **({"determinism": Determinism.REPRODUCIBLE} if "determinism" in changes else {})}
+    changes = {
+        **changes,
+        **({"determinism": Determinism.REPRODUCIBLE} if "determinism" in changes else {}),
+    }
 
     with pytest.raises(UnsupportedRequest) as refused:
         engine.submit(a_request("a", **changes))
@@ -682,11 +740,21 @@ def test_a_determinism_nobody_knows_is_refused_and_a_plain_string_is_understood(
         engine.submit(a_request("a", determinism="mostly"))
 
     assert refused.value.field == "determinism"
-    assert engine.submit(a_request("a", determinism="reproducible", bucket_rows=4)).result(60).record.bucket_rows == 4
+    assert (
+        engine.submit(a_request("a", determinism="reproducible", bucket_rows=4))
+        .result(60)
+        .record.bucket_rows
+        == 4
+    )
 
 
 @pytest.mark.parametrize(
-    ("field", "changes"), [("sampler", {"samplers": ("ddim", "magic")}), ("width_px", {"sizes": ((65, 64),)}), ("sizes", {"sizes": ()})]
+    ("field", "changes"),
+    [
+        ("sampler", {"samplers": ("ddim", "magic")}),
+        ("width_px", {"sizes": ((65, 64),)}),
+        ("sizes", {"sizes": ()}),
+    ],
 )
 def test_a_catalog_that_offers_what_cannot_be_rendered_stops_the_start(checkpoint, field, changes):
     with pytest.raises(UnsupportedRequest) as refused:
@@ -713,7 +781,7 @@ def test_an_id_in_flight_cannot_be_used_again(engine):
     handle.result(60)
 
 
-# --- the end -------------------------------------------------------------------------------------------------------------
+# --- the end --------------------------------------------------------------------------------------
 
 
 def test_stopping_leaves_nobody_waiting(checkpoint):
@@ -766,7 +834,7 @@ def test_many_threads_may_submit_at_once(engine):
     assert len({image.pixels.tobytes() for image in images.values()}) == 12
 
 
-# --- what one caller does wrong is his own trouble ------------------------------------------------------------------------
+# --- what one caller does wrong is his own trouble ------------------------------------------------
 
 
 def is_alive(engine) -> bool:
@@ -829,7 +897,9 @@ def test_an_image_that_cannot_be_let_go_of_still_ends_for_its_caller(engine, mon
     assert is_alive(engine)
 
 
-def test_after_a_forward_ran_out_of_memory_the_next_ones_have_half_its_rows_at_most(checkpoint, monkeypatch):
+def test_after_a_forward_ran_out_of_memory_the_next_ones_have_half_its_rows_at_most(
+    checkpoint, monkeypatch
+):
     with Engine(EngineConfig(growth_ceiling=1e9), [a_spec(checkpoint)]) as engine:
         family, sizes = family_of(engine), []
         denoise = family.denoise
@@ -899,8 +969,13 @@ def test_an_image_alone_is_tried_again_when_memory_was_short_for_a_moment(engine
 
 
 def test_two_precisions_of_one_checkpoint_share_an_engine_and_no_encoding(checkpoint):
-    specs = [a_spec(checkpoint, name=precision, precision=precision, sizes=((64, 64),)) for precision in ("fp32", "bf16")]
+    specs = [
+        a_spec(checkpoint, name=precision, precision=precision, sizes=((64, 64),))
+        for precision in ("fp32", "bf16")
+    ]
     with Engine(EngineConfig(max_batch_rows=2, previews_per_s=0), specs) as engine:
-        images = [engine.submit(a_request(spec.name, checkpoint=spec.name)).result(60) for spec in specs]
+        images = [
+            engine.submit(a_request(spec.name, checkpoint=spec.name)).result(60) for spec in specs
+        ]
 
     assert images[0].record.fingerprint != images[1].record.fingerprint

@@ -1,4 +1,6 @@
-"""One engine, every family: the same promises for all of them, with everything a request can ask for at once."""
+"""One engine, every family: the same promises for all of them, with everything a request can ask
+for at once.
+"""
 
 from dataclasses import replace
 from typing import get_args
@@ -32,26 +34,47 @@ SIZES = {"sizes": ((64, 64),)}
 
 @pytest.fixture(scope="module")
 def specs(checkpoint, tmp_path_factory, request):
-    """A checkpoint of every family, each with an adapter over its denoiser; the transformers with a block cache."""
+    """A checkpoint of every family, each with an adapter over its denoiser; the transformers with a
+    block cache.
+    """
     folder = tmp_path_factory.mktemp("families")
     sdxl = save_tiny_sdxl(folder / "sdxl", EulerDiscreteScheduler(beta_schedule="scaled_linear"))
     bare = {
         "sd": a_spec(checkpoint, name="sd", samplers=NOISE, **SIZES),
         "sdxl": a_spec(sdxl, name="sdxl", family="sdxl", samplers=NOISE, **SIZES),
-        "sd3": a_spec(save_tiny_sd3(folder / "sd3"), name="sd3", family="sd3", samplers=FLOW, **SIZES),
-        "flux": a_spec(save_tiny_flux(folder / "flux"), name="flux", family="flux", samplers=FLOW, **SIZES),
+        "sd3": a_spec(
+            save_tiny_sd3(folder / "sd3"), name="sd3", family="sd3", samplers=FLOW, **SIZES
+        ),
+        "flux": a_spec(
+            save_tiny_flux(folder / "flux"), name="flux", family="flux", samplers=FLOW, **SIZES
+        ),
     }
     full = {}
     for name, spec in bare.items():
         networks = load_checkpoint(spec, Device("cpu", num_threads=1)).family.networks()
         denoiser = "unet" if "unet" in networks else "transformer"
-        only = lora_tensors(networks[denoiser], prefix=denoiser, seed=1, only=lambda layer: "attn" in layer and "to_" in layer)
+        only = lora_tensors(
+            networks[denoiser],
+            prefix=denoiser,
+            seed=1,
+            only=lambda layer: "attn" in layer and "to_" in layer,
+        )
         changes = {"adapters": (a_file(folder / f"{name}.safetensors", only),)}
-        full[name] = a_spec(spec.path, **{"name": name, "family": spec.family, "samplers": spec.samplers, **SIZES, **changes})
+        full[name] = a_spec(
+            spec.path,
+            **{"name": name, "family": spec.family, "samplers": spec.samplers, **SIZES, **changes},
+        )
         if denoiser == "transformer":
             full[name] = a_spec(
                 spec.path,
-                **{"name": name, "family": spec.family, "samplers": spec.samplers, **SIZES, **changes, "block_cache_threshold": 0.9},
+                **{
+                    "name": name,
+                    "family": spec.family,
+                    "samplers": spec.samplers,
+                    **SIZES,
+                    **changes,
+                    "block_cache_threshold": 0.9,
+                },
             )
     return full
 
@@ -65,7 +88,9 @@ def engine(specs):
 
 def asked(family, id="image", **changes):
     sampler = SAMPLERS_OF[family][0]
-    return reproducible(id, **{"checkpoint": family, "sampler": sampler, "num_steps": 4, "bucket_rows": 4} | changes)
+    return reproducible(
+        id, **{"checkpoint": family, "sampler": sampler, "num_steps": 4, "bucket_rows": 4} | changes
+    )
 
 
 def test_the_engine_has_the_families_that_the_catalogue_may_name(specs):
@@ -95,7 +120,9 @@ def test_an_image_is_the_same_alone_in_company_and_after_a_move(engine, family, 
 
     def on_event(event):
         if isinstance(event, Stepped) and event.step == 1:
-            neighbours.append(engine.submit(asked(family, "neighbour", seed=99, num_steps=2, guidance=1.0)))
+            neighbours.append(
+                engine.submit(asked(family, "neighbour", seed=99, num_steps=2, guidance=1.0))
+            )
             blobs.append(engine.snapshot(request.id))
 
     accompanied = engine.submit(request, on_event).result(60)
@@ -171,7 +198,11 @@ def test_best_effort_images_may_skip_blocks_beside_strangers_with_adapters(engin
 
     def on_event(event):
         if isinstance(event, Stepped) and event.step == 2:
-            strangers.append(engine.submit(a_request("stranger", **sampler, adapters=(AdapterUse(family),), seed=5)))
+            strangers.append(
+                engine.submit(
+                    a_request("stranger", **sampler, adapters=(AdapterUse(family),), seed=5)
+                )
+            )
 
     image = engine.submit(a_request("image", **sampler), on_event).result(60)
     strangers[0].result(60)
@@ -240,7 +271,12 @@ def test_a_checkpoint_that_only_repaints_starts_and_serves(checkpoint, tmp_path)
 
 
 def test_a_fill_checkpoint_starts_and_serves(tmp_path):
-    spec = a_spec(save_tiny_flux(tmp_path / "fill", context_channels=4 + 64), family="flux", samplers=FLOW, **SIZES)
+    spec = a_spec(
+        save_tiny_flux(tmp_path / "fill", context_channels=4 + 64),
+        family="flux",
+        samplers=FLOW,
+        **SIZES,
+    )
     with Engine(EngineConfig(max_batch_rows=4), [spec]) as engine:
         filled = a_request("a", sampler="flow_euler", init_image=a_picture(), mask=a_mask())
 
@@ -260,7 +296,9 @@ def test_images_of_any_pipeline_share_forwards_and_move_in_the_engine(name, tmp_
 
         def on_event(event):
             if isinstance(event, Stepped) and event.step == 1:
-                neighbours.append(engine.submit(a_pipeline_request(name, "neighbour", **asked | {"seed": 99})))
+                neighbours.append(
+                    engine.submit(a_pipeline_request(name, "neighbour", **asked | {"seed": 99}))
+                )
                 blobs.append(engine.snapshot("image"))
 
         accompanied = engine.submit(a_pipeline_request(name, "image", **asked), on_event).result(60)
@@ -295,7 +333,9 @@ def test_a_plain_pipeline_takes_turns_with_others_and_is_canceled_between_steps(
 
 def test_a_plain_pipeline_takes_no_adapters(tmp_path):
     path = save_tiny_pipeline("sd", tmp_path / "plain")
-    spec = a_pipeline_spec("sd", path, family="plain", adapters=(a_file(tmp_path / "adapter.safetensors", {}),))
+    spec = a_pipeline_spec(
+        "sd", path, family="plain", adapters=(a_file(tmp_path / "adapter.safetensors", {}),)
+    )
 
     with pytest.raises(UnsupportedRequest) as refused:
         Engine(EngineConfig(), [spec]).start()

@@ -49,7 +49,11 @@ OTHER = {
 # How an image shares forwards, not what it shows: tests/engine/test_company.py has both.
 OF_THE_BATCH = {"determinism", "bucket_rows"}
 
-FIELDS = [param.engine_field for param in PARAMS if param.engine_field and not param.picture and param.name not in OF_THE_BATCH]
+FIELDS = [
+    param.engine_field
+    for param in PARAMS
+    if param.engine_field and not param.picture and param.name not in OF_THE_BATCH
+]
 
 # Neither seen nor refused, and why.
 WITHOUT_EFFECT = {
@@ -69,14 +73,22 @@ def engine(checkpoint, tmp_path_factory):
         "flux": save_tiny_flux(folder / "flux"),
     }
     sizes = {"sizes": ((64, 64), (96, 64), (64, 96))}
-    specs = [a_spec(paths[name], name=name, family=name, samplers=SAMPLERS_OF[name], **sizes) for name in NATIVE_FAMILIES]
-    text, picture = save_tiny_pipeline("sd", folder / "text"), save_tiny_pipeline("sd-img2img", folder / "picture")
+    specs = [
+        a_spec(paths[name], name=name, family=name, samplers=SAMPLERS_OF[name], **sizes)
+        for name in NATIVE_FAMILIES
+    ]
+    text, picture = (
+        save_tiny_pipeline("sd", folder / "text"),
+        save_tiny_pipeline("sd-img2img", folder / "picture"),
+    )
     sizes = {"sizes": ((32, 32), (96, 32), (32, 96))}
     for family in OPEN_FAMILIES:
         specs.append(replace(a_pipeline_spec("sd", text, family=family, **sizes), name=family))
         from_a_picture = a_pipeline_spec("sd-img2img", picture, family=family, **sizes)
         specs.append(replace(from_a_picture, name=f"{family} with a picture"))
-    with Engine(EngineConfig(max_batch_rows=4), [_with_adapter(spec, folder) for spec in specs]) as engine:
+    with Engine(
+        EngineConfig(max_batch_rows=4), [_with_adapter(spec, folder) for spec in specs]
+    ) as engine:
         yield engine
 
 
@@ -86,7 +98,12 @@ def _with_adapter(spec, folder):
         return spec
     networks = a_family(spec).networks()
     denoiser = "unet" if "unet" in networks else "transformer"
-    tensors = lora_tensors(networks[denoiser], prefix=denoiser, seed=1, only=lambda layer: "attn" in layer and "to_" in layer)
+    tensors = lora_tensors(
+        networks[denoiser],
+        prefix=denoiser,
+        seed=1,
+        only=lambda layer: "attn" in layer and "to_" in layer,
+    )
     (folder / spec.name).mkdir(exist_ok=True)
     return replace(spec, adapters=(a_file(folder / spec.name / "ink.safetensors", tensors),))
 

@@ -1,7 +1,9 @@
-"""On a GPU: the same bits in company, after a resume, from recorded forwards and beside another stream; flat memory, and too little of it.
+"""On a GPU: the same bits in company, after a resume, from recorded forwards and beside another
+stream; flat memory, and too little of it.
 
-Networks are small, with random weights, and take the kernels of large ones. Everything is compared to the bit. Run it alone where
-nothing but the engine's own requirements is installed: `python -m pytest tests/engine/test_gpu.py --confcutdir=tests/engine`.
+Networks are small, with random weights, and take the kernels of large ones. Everything is compared
+to the bit. Run it alone where nothing but the engine's own requirements is installed:
+`python -m pytest tests/engine/test_gpu.py --confcutdir=tests/engine`.
 """
 
 import contextlib
@@ -15,7 +17,14 @@ import torch
 from engine_builders import ALWAYS
 
 from benchmarks.gpu.checkpoints import a_request, write_checkpoint
-from benchmarks.gpu.invariance import BUCKET_ROWS, FAMILIES, KERNELS, PRECISIONS, apart_after_resume, apart_in_company
+from benchmarks.gpu.invariance import (
+    BUCKET_ROWS,
+    FAMILIES,
+    KERNELS,
+    PRECISIONS,
+    apart_after_resume,
+    apart_in_company,
+)
 from benchmarks.gpu.random_networks import forget
 from benchmarks.gpu.stepper import Stepper
 from engine.config import EngineConfig
@@ -26,7 +35,10 @@ from engine.scheduler import Batch
 
 DEVICE = "cuda:0"
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 every_precision_and_kernel = pytest.mark.parametrize(
     ("family", "precision", "kernel"),
@@ -47,7 +59,9 @@ def networks_of_its_own():
 
 
 def an_engine(*specs, **changes) -> Engine:
-    return Engine(EngineConfig(**{"device": DEVICE, "max_batch_rows": BUCKET_ROWS} | changes), specs)
+    return Engine(
+        EngineConfig(**{"device": DEVICE, "max_batch_rows": BUCKET_ROWS} | changes), specs
+    )
 
 
 def rendered(engine, requests) -> list:
@@ -63,14 +77,18 @@ def as_pixels(decoded) -> np.ndarray:
 
 
 @every_precision_and_kernel
-def test_an_image_is_the_same_alone_and_in_company_wherever_its_rows_lie(tmp_path, family, precision, kernel):
+def test_an_image_is_the_same_alone_and_in_company_wherever_its_rows_lie(
+    tmp_path, family, precision, kernel
+):
     spec = write_checkpoint(tmp_path, family, "small", precision=precision)
 
     assert apart_in_company(Stepper(spec, DEVICE, attention=kernel), spec) == 0
 
 
 @every_precision_and_kernel
-def test_a_second_engine_goes_on_from_a_snapshot_with_the_same_bits(tmp_path, family, precision, kernel):
+def test_a_second_engine_goes_on_from_a_snapshot_with_the_same_bits(
+    tmp_path, family, precision, kernel
+):
     spec = write_checkpoint(tmp_path, family, "small", precision=precision)
 
     assert apart_after_resume(spec, DEVICE, kernel) == 0
@@ -91,9 +109,18 @@ def test_a_recorded_forward_gives_the_bits_of_a_plain_one(tmp_path, family, prec
     plain, recorded = Stepper(spec, DEVICE), Stepper(replace(spec, cuda_graphs=True), DEVICE)
     images = [plain.started(a_request(spec, str(n), seed=n, guidance=1.0)) for n in range(4)]
 
-    for seeds, bucket_rows in [([0], 1), ([1, 2], 4), ([0, 1, 2, 3], 4), ([3], 1), ([2, 0], 2), ([1, 2], 4)]:
+    for seeds, bucket_rows in [
+        ([0], 1),
+        ([1, 2], 4),
+        ([0, 1, 2, 3], 4),
+        ([3], 1),
+        ([2, 0], 2),
+        ([1, 2], 4),
+    ]:
         batch = Batch(tuple(images[seed] for seed in seeds), bucket_rows)
-        for expected, found in zip(plain.runner.predict(batch), recorded.runner.predict(batch), strict=True):
+        for expected, found in zip(
+            plain.runner.predict(batch), recorded.runner.predict(batch), strict=True
+        ):
             assert torch.equal(expected, found)
 
 
@@ -128,14 +155,24 @@ def test_reproducible_images_keep_their_bits_while_strangers_come_go_and_are_dec
     specs = [write_checkpoint(tmp_path, family, "small") for family in ("sdxl", "flux")]
     wishes = [
         replace(
-            a_request(spec, f"{spec.name} {seed}", num_steps=6 + seed, sampler=spec.samplers[-1], seed=seed),
+            a_request(
+                spec,
+                f"{spec.name} {seed}",
+                num_steps=6 + seed,
+                sampler=spec.samplers[-1],
+                seed=seed,
+            ),
             determinism=Determinism.REPRODUCIBLE,
             bucket_rows=BUCKET_ROWS,
         )
         for spec in specs
         for seed in range(4)
     ]
-    strangers = [a_request(spec, f"{spec.name} stranger {n}", num_steps=2 + n, seed=50 + n) for spec in specs for n in range(8)]
+    strangers = [
+        a_request(spec, f"{spec.name} stranger {n}", num_steps=2 + n, seed=50 + n)
+        for spec in specs
+        for n in range(8)
+    ]
     with an_engine(*specs, max_inflight=6) as engine:
         alone = {wish.id: engine.submit(wish).result(300).pixels for wish in wishes}
 
@@ -173,7 +210,13 @@ def test_memory_is_flat_over_two_hundred_images(tmp_path):
             for n in range(20):
                 spec = specs[n % 2]
                 width_px, height_px = spec.sizes[n % len(spec.sizes)]
-                changes = {"width_px": width_px, "height_px": height_px, "num_steps": 2 + n % 5, "guidance": 1.0 + n % 3, "seed": n}
+                changes = {
+                    "width_px": width_px,
+                    "height_px": height_px,
+                    "num_steps": 2 + n % 5,
+                    "guidance": 1.0 + n % 3,
+                    "seed": n,
+                }
                 handles.append(engine.submit(a_request(spec, f"{wave} {n}", **changes)))
             handles[wave].cancel()
             for handle in handles:
@@ -209,7 +252,9 @@ def test_a_forward_that_does_not_fit_lowers_the_cap_and_every_image_is_rendered(
         unlimited = rendered(engine, wishes)
         torch.cuda.empty_cache()
         limit = torch.cuda.memory_reserved() + (fits + all_rows) // 2
-        torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(DEVICE).total_memory)
+        torch.cuda.set_per_process_memory_fraction(
+            limit / torch.cuda.get_device_properties(DEVICE).total_memory
+        )
         try:
             first, second = rendered(engine, wishes), rendered(engine, wishes)
         finally:

@@ -51,7 +51,9 @@ def test_latents_are_found_by_their_owner_alone():
     store = KeptLatents(10 * KILOBYTE)
     store.keep(latents_of("a"))
 
-    with pytest.raises(UnsupportedRequest, match="no latents of image 'a' are kept after step 1") as refused:
+    with pytest.raises(
+        UnsupportedRequest, match="no latents of image 'a' are kept after step 1"
+    ) as refused:
         store.find("globex", Fork("a", 1))
 
     assert refused.value.field == "fork"

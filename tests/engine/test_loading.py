@@ -131,4 +131,7 @@ def test_a_file_rewritten_in_place_does_not_change_running_weights(folder):
     with file.open("r+b") as stream:
         stream.write(b"\0" * file.stat().st_size)
 
-    assert all(torch.equal(one, other) for one, other in zip(before, family._unet.parameters(), strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(before, family._unet.parameters(), strict=True)
+    )

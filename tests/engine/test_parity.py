@@ -1,4 +1,7 @@
-"""Alone and unpadded, an image is the bits of diffusers' own `pipe(...)`: SD and SDXL, from noise, from a picture, and repainted."""
+"""Alone and unpadded, an image is the bits of diffusers' own `pipe(...)`.
+
+SD and SDXL, from noise, from a picture, and repainted.
+"""
 
 import json
 import shutil
@@ -12,14 +15,24 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from engine_builders import SAMPLERS as TESTED
 from engine_builders import a_request, a_spec
-from tiny_checkpoints import a_family, a_mask, a_picture, decoded, save_repainting, save_tiny_sdxl, started, stepped
+from tiny_checkpoints import (
+    a_family,
+    a_mask,
+    a_picture,
+    decoded,
+    save_repainting,
+    save_tiny_sdxl,
+    started,
+    stepped,
+)
 
 from engine.families.inpainting import mask_tensor, picture_tensor
 from engine.loading import PRECISIONS
 from engine.request import Picture
 from engine.samplers import SAMPLERS, fresh_sampler
 
-# One that is memoryless, one that draws, one that does both and remembers, one of three orders, one distilled.
+# One that is memoryless, one that draws, one that does both and remembers, one of three orders, one
+# distilled.
 FOR_PICTURES = ("ddim", "euler_a", "dpmpp_2m_sde", "unipc", "lcm")
 MEAN_AND_STD = {"latents_mean": [-1.6, 1.2, 0.3, -0.5], "latents_std": [0.8, 1.1, 0.9, 1.3]}
 
@@ -30,13 +43,22 @@ class Pair:
     def __init__(self, path, family="sd", precision="fp32"):
         self.family = a_family(a_spec(path, family=family, precision=precision))
         name = {"sd": "StableDiffusion", "sdxl": "StableDiffusionXL"}[family]
-        options = {"sd": {"safety_checker": None, "requires_safety_checker": False}, "sdxl": {"add_watermarker": False}}[family]
-        text_to_image = getattr(diffusers, f"{name}Pipeline").from_pretrained(path, dtype=PRECISIONS[precision], **options)
+        options = {
+            "sd": {"safety_checker": None, "requires_safety_checker": False},
+            "sdxl": {"add_watermarker": False},
+        }[family]
+        text_to_image = getattr(diffusers, f"{name}Pipeline").from_pretrained(
+            path, dtype=PRECISIONS[precision], **options
+        )
         self.config = text_to_image.scheduler.config
         self.pipes = {"text": text_to_image}
         for kind in ("Img2Img", "Inpaint"):
-            more = {"requires_safety_checker": False} if family == "sd" else {"add_watermarker": False}
-            self.pipes[kind] = getattr(diffusers, f"{name}{kind}Pipeline")(**text_to_image.components, **more)
+            more = (
+                {"requires_safety_checker": False} if family == "sd" else {"add_watermarker": False}
+            )
+            self.pipes[kind] = getattr(diffusers, f"{name}{kind}Pipeline")(
+                **text_to_image.components, **more
+            )
         for pipe in self.pipes.values():
             pipe.set_progress_bar_config(disable=True)
 
@@ -47,11 +69,16 @@ class Pair:
         if request.init_image is None:
             kind, more = "text", size
         else:
-            kind, more = "Img2Img", {"image": unit_tensor(request.init_image), "strength": request.strength}
+            kind, more = (
+                "Img2Img",
+                {"image": unit_tensor(request.init_image), "strength": request.strength},
+            )
         if request.mask is not None:
             kind, more = "Inpaint", {**size, **more, "mask_image": unit_tensor(request.mask)}
         pipe = self.pipes[kind]
-        pipe.scheduler = getattr(diffusers, recipe.scheduler_class).from_config(self.config, **recipe.overrides)
+        pipe.scheduler = getattr(diffusers, recipe.scheduler_class).from_config(
+            self.config, **recipe.overrides
+        )
         return pipe(
             prompt=request.prompt,
             negative_prompt=request.negative_prompt or None,
@@ -74,7 +101,9 @@ def unit_tensor(picture: Picture) -> torch.Tensor:
 def pair(checkpoint, epsilon_checkpoint, tmp_path_factory):
     """pair(name, precision): each loaded once."""
     folder = tmp_path_factory.mktemp("parity")
-    sdxl = diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
+    sdxl = diffusers.EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+    )
     makers = {
         "sd": lambda path: epsilon_checkpoint,
         "sd v": lambda path: checkpoint,
@@ -110,7 +139,9 @@ def assert_same_latents(pair, request):
 @pytest.mark.parametrize("sampler", TESTED)
 @pytest.mark.parametrize("name", ["sd", "sd v", "sdxl"])
 def test_latents_are_the_bits_of_the_pipeline(pair, name, sampler, guidance):
-    request = a_request(sampler=sampler, guidance=guidance, num_steps=5, negative_prompt="a green star", seed=11)
+    request = a_request(
+        sampler=sampler, guidance=guidance, num_steps=5, negative_prompt="a green star", seed=11
+    )
 
     assert_same_latents(pair(name), request)
 
@@ -119,7 +150,9 @@ def test_latents_are_the_bits_of_the_pipeline(pair, name, sampler, guidance):
 @pytest.mark.parametrize("sampler", TESTED)
 @pytest.mark.parametrize("name", ["sd v", "sdxl"])
 def test_latents_are_the_bits_of_the_pipeline_in_bf16_too(pair, name, sampler, guidance):
-    assert_same_latents(pair(name, "bf16"), a_request(sampler=sampler, guidance=guidance, num_steps=3))
+    assert_same_latents(
+        pair(name, "bf16"), a_request(sampler=sampler, guidance=guidance, num_steps=3)
+    )
 
 
 def test_every_allowed_sampler_is_tested():
@@ -153,14 +186,21 @@ def test_an_init_image_is_noised_and_denoised_as_the_pipeline_does(pair, name, s
 
 @pytest.mark.parametrize("name", ["sd v", "sdxl"])
 def test_an_init_image_gives_the_same_bits_in_bf16_too(pair, name):
-    assert_same_latents(pair(name, "bf16"), a_request(sampler="dpmpp_2m_sde", init_image=a_picture(), strength=0.5))
+    assert_same_latents(
+        pair(name, "bf16"), a_request(sampler="dpmpp_2m_sde", init_image=a_picture(), strength=0.5)
+    )
 
 
 def test_an_init_image_leaves_only_the_steps_of_its_strength(pair):
     family = pair("sd").family
 
-    assert started(family, a_request(num_steps=10, init_image=a_picture(), strength=0.35)).num_steps == 3
-    assert started(family, a_request(num_steps=10, init_image=a_picture(), strength=0.35)).tensors.timesteps.shape == (3,)
+    assert (
+        started(family, a_request(num_steps=10, init_image=a_picture(), strength=0.35)).num_steps
+        == 3
+    )
+    assert started(
+        family, a_request(num_steps=10, init_image=a_picture(), strength=0.35)
+    ).tensors.timesteps.shape == (3,)
 
 
 # --- repainted ---
@@ -170,14 +210,23 @@ def test_an_init_image_leaves_only_the_steps_of_its_strength(pair):
 @pytest.mark.parametrize("sampler", FOR_PICTURES)
 @pytest.mark.parametrize("name", ["sd", "sd 9", "sdxl", "sdxl 9"])
 def test_a_mask_is_repainted_as_the_pipeline_does(pair, name, sampler, strength):
-    request = a_request(sampler=sampler, num_steps=5, init_image=a_picture(), mask=a_mask(), strength=strength)
+    request = a_request(
+        sampler=sampler, num_steps=5, init_image=a_picture(), mask=a_mask(), strength=strength
+    )
 
     assert_same_latents(pair(name), request)
 
 
 @pytest.mark.parametrize("name", ["sd", "sd 9", "sdxl", "sdxl 9"])
 def test_a_mask_is_repainted_without_guidance_as_the_pipeline_does(pair, name):
-    request = a_request(guidance=1.0, sampler="euler", width_px=96, init_image=a_picture(96), mask=a_mask(96), strength=0.7)
+    request = a_request(
+        guidance=1.0,
+        sampler="euler",
+        width_px=96,
+        init_image=a_picture(96),
+        mask=a_mask(96),
+        strength=0.7,
+    )
 
     assert_same_latents(pair(name), request)
 
@@ -190,11 +239,17 @@ def test_a_mask_gives_the_same_bits_in_bf16_too(pair, name):
 
 
 def test_the_numbers_of_pictures_are_those_diffusers_makes_of_pil_images():
-    picture, mask = a_picture(96, 64), Picture(np.random.default_rng(1).integers(0, 256, (64, 96), dtype=np.uint8))
+    picture, mask = (
+        a_picture(96, 64),
+        Picture(np.random.default_rng(1).integers(0, 256, (64, 96), dtype=np.uint8)),
+    )
     for_pictures = VaeImageProcessor()
     for_masks = VaeImageProcessor(do_normalize=False, do_binarize=True, do_convert_grayscale=True)
 
-    assert torch.equal(picture_tensor(picture, torch.float32, torch.device("cpu")), for_pictures.preprocess(as_pil(picture)))
+    assert torch.equal(
+        picture_tensor(picture, torch.float32, torch.device("cpu")),
+        for_pictures.preprocess(as_pil(picture)),
+    )
     assert torch.equal(mask_tensor(mask), for_masks.preprocess(as_pil(mask)))
 
 
@@ -245,7 +300,8 @@ def test_decoded_pixels_are_the_bits_of_the_pipeline(pair, name, precision, chan
     pixels = decoded(both.family, stepped(both.family, request))
 
     pixels, expected = (pixels * 0.5 + 0.5).clamp(0, 1), both.piped(request, output_type="pt")
-    if precision == "fp16":  # a processor without units for it takes kernels by where things lie in memory: less than a shade
+    # a processor without units for it takes kernels by where things lie: less than a shade
+    if precision == "fp16":
         assert torch.allclose(pixels, expected, rtol=0, atol=1 / 255)
     else:
         assert torch.equal(pixels, expected)

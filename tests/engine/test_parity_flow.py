@@ -1,4 +1,6 @@
-"""SD3 and FLUX: alone and unpadded, an image is the bits of diffusers' own `pipe(...)`, from noise, from a picture and under a mask."""
+"""SD3 and FLUX: alone and unpadded, an image is the bits of diffusers' own `pipe(...)`, from noise,
+from a picture and under a mask.
+"""
 
 import json
 from dataclasses import replace
@@ -9,7 +11,17 @@ import numpy as np
 import pytest
 import torch
 from engine_builders import a_request, a_spec
-from tiny_checkpoints import a_family, a_mask, a_picture, a_recall, decoded, denoise, in_flight, started, stepped
+from tiny_checkpoints import (
+    a_family,
+    a_mask,
+    a_picture,
+    a_recall,
+    decoded,
+    denoise,
+    in_flight,
+    started,
+    stepped,
+)
 from tiny_flow_checkpoints import DEV_SCHEDULER, SCHNELL_SCHEDULER, save_tiny_flux, save_tiny_sd3
 
 from engine.errors import CheckpointCorrupt, UnsupportedRequest
@@ -22,16 +34,28 @@ AS_FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 # Every allowed sampler as diffusers' own documentation makes it from a flow checkpoint's scheduler.
 TESTED = {
     "flow_euler": lambda config: diffusers.FlowMatchEulerDiscreteScheduler.from_config(config),
-    "flow_euler_karras": lambda config: diffusers.FlowMatchEulerDiscreteScheduler.from_config(config, use_karras_sigmas=True),
-    "flow_euler_exponential": lambda config: diffusers.FlowMatchEulerDiscreteScheduler.from_config(config, use_exponential_sigmas=True),
+    "flow_euler_karras": lambda config: diffusers.FlowMatchEulerDiscreteScheduler.from_config(
+        config, use_karras_sigmas=True
+    ),
+    "flow_euler_exponential": lambda config: diffusers.FlowMatchEulerDiscreteScheduler.from_config(
+        config, use_exponential_sigmas=True
+    ),
     "flow_lcm": lambda config: diffusers.FlowMatchLCMScheduler.from_config(config),
-    "flow_dpmpp_2m": lambda config: diffusers.DPMSolverMultistepScheduler.from_config(config, flow_shift=config["shift"], **AS_FLOW),
-    "flow_unipc": lambda config: diffusers.UniPCMultistepScheduler.from_config(config, flow_shift=config["shift"], **AS_FLOW),
+    "flow_dpmpp_2m": lambda config: diffusers.DPMSolverMultistepScheduler.from_config(
+        config, flow_shift=config["shift"], **AS_FLOW
+    ),
+    "flow_unipc": lambda config: diffusers.UniPCMultistepScheduler.from_config(
+        config, flow_shift=config["shift"], **AS_FLOW
+    ),
 }
 NOISE_ONLY = {"flow_dpmpp_2m", "flow_unipc"}
 FROM_PICTURES = [name for name in TESTED if name not in NOISE_ONLY]
 KINDS = {  # by family: the pipelines for text, a picture, a picture and a mask
-    "sd3": (diffusers.StableDiffusion3Pipeline, diffusers.StableDiffusion3Img2ImgPipeline, diffusers.StableDiffusion3InpaintPipeline),
+    "sd3": (
+        diffusers.StableDiffusion3Pipeline,
+        diffusers.StableDiffusion3Img2ImgPipeline,
+        diffusers.StableDiffusion3InpaintPipeline,
+    ),
     "flux": (diffusers.FluxPipeline, diffusers.FluxImg2ImgPipeline, diffusers.FluxInpaintPipeline),
     "fill": (None, None, diffusers.FluxFillPipeline),
 }
@@ -46,13 +70,17 @@ class Checkpoint:
         self._parts = cache(self._read)
 
     def _family(self, precision="fp32"):
-        return a_family(a_spec(self.path, family=self.family_name.replace("fill", "flux"), precision=precision))
+        return a_family(
+            a_spec(self.path, family=self.family_name.replace("fill", "flux"), precision=precision)
+        )
 
     def _read(self, precision):
         text_to_image = KINDS[self.family_name.replace("fill", "flux")][0]
         optional = ("text_encoder_3", "tokenizer_3") if self.family_name == "sd3" else ()
         left_out = {folder: None for folder in optional if not (self.path / folder).is_dir()}
-        return text_to_image.from_pretrained(self.path, dtype=DTYPES[precision], **left_out).components
+        return text_to_image.from_pretrained(
+            self.path, dtype=DTYPES[precision], **left_out
+        ).components
 
     def piped(self, request, precision="fp32", output_type="latent", **more):
         """The same request through diffusers: latents, or pixels."""
@@ -74,11 +102,20 @@ class Checkpoint:
             height=request.height_px,
             num_inference_steps=request.num_steps,
             guidance_scale=request.guidance,
-            # Without one, it and its scheduler draw from the process's generator, in the order that ours draws from the image's.
-            generator=None if request.sampler == "flow_lcm" else torch.Generator().manual_seed(request.seed),
+            # Without one, it and its scheduler draw from the process's generator, in the order that
+            # ours draws from the image's.
+            generator=None
+            if request.sampler == "flow_lcm"
+            else torch.Generator().manual_seed(request.seed),
             output_type=output_type,
-            max_sequence_length=request.options.get("max_sequence_length", 256 if self.family_name == "sd3" else 512),
-            **({"negative_prompt": request.negative_prompt, "clip_skip": request.clip_skip or None} if self.family_name == "sd3" else {}),
+            max_sequence_length=request.options.get(
+                "max_sequence_length", 256 if self.family_name == "sd3" else 512
+            ),
+            **(
+                {"negative_prompt": request.negative_prompt, "clip_skip": request.clip_skip or None}
+                if self.family_name == "sd3"
+                else {}
+            ),
             **more,
         ).images
 
@@ -89,22 +126,43 @@ def checkpoints(tmp_path_factory, one_torch_thread):
     return {
         "sd3": Checkpoint(save_tiny_sd3(folder / "sd3"), "sd3"),
         "sd3, no T5, shifted by size": Checkpoint(
-            save_tiny_sd3(folder / "no_t5", with_t5=False, scheduler={"use_dynamic_shifting": True, "base_shift": 0.4}), "sd3"
+            save_tiny_sd3(
+                folder / "no_t5",
+                with_t5=False,
+                scheduler={"use_dynamic_shifting": True, "base_shift": 0.4},
+            ),
+            "sd3",
         ),
         "dev": Checkpoint(save_tiny_flux(folder / "dev"), "flux"),
-        "schnell": Checkpoint(save_tiny_flux(folder / "schnell", guidance_embeds=False, scheduler=SCHNELL_SCHEDULER), "flux"),
-        "fill": Checkpoint(save_tiny_flux(folder / "fill", context_channels=4 + 64, scheduler=DEV_SCHEDULER), "fill"),
+        "schnell": Checkpoint(
+            save_tiny_flux(folder / "schnell", guidance_embeds=False, scheduler=SCHNELL_SCHEDULER),
+            "flux",
+        ),
+        "fill": Checkpoint(
+            save_tiny_flux(folder / "fill", context_channels=4 + 64, scheduler=DEV_SCHEDULER),
+            "fill",
+        ),
     }
 
 
 def as_unit(picture):
-    """A picture or a mask as a tensor in 0..1, [1, channels, h, w]: see engine/families/inpainting.py for why not as a PIL image."""
+    """A picture or a mask as a tensor in 0..1, [1, channels, h, w].
+
+    See engine/families/inpainting.py for why not as a PIL image.
+    """
     pixels = torch.from_numpy(picture.pixels.astype(np.float32) / 255)
     return pixels.permute(2, 0, 1)[None].contiguous() if pixels.dim() == 3 else pixels[None, None]
 
 
 def a_flow_request(id="image", **changes):
-    given = {"sampler": "flow_euler", "num_steps": 3, "negative_prompt": "a green star", "guidance": 4.0, "seed": 11, "options": SHORT}
+    given = {
+        "sampler": "flow_euler",
+        "num_steps": 3,
+        "negative_prompt": "a green star",
+        "guidance": 4.0,
+        "seed": 11,
+        "options": SHORT,
+    }
     return a_request(id, **given | changes)
 
 
@@ -201,16 +259,26 @@ def test_sd3_leaves_out_layers_of_clip_for_the_prompt_alone(checkpoints):
 
 @pytest.mark.parametrize(
     ("name", "request_", "scale"),
-    [("dev", {"guidance": 3.5, "options": SHORT | {"true_cfg_scale": 2.5}}, 2.5), ("schnell", {"guidance": 2.5}, 2.5)],
+    [
+        ("dev", {"guidance": 3.5, "options": SHORT | {"true_cfg_scale": 2.5}}, 2.5),
+        ("schnell", {"guidance": 2.5}, 2.5),
+    ],
     ids=["dev", "schnell"],
 )
-def test_flux_with_true_guidance_is_the_pipeline_within_a_last_digit(checkpoints, name, request_, scale):
-    """In fp32 within 1e-5 of the largest latent, not bit for bit: it makes two forwards where this house makes one of two rows."""
+def test_flux_with_true_guidance_is_the_pipeline_within_a_last_digit(
+    checkpoints, name, request_, scale
+):
+    """In fp32 within 1e-5 of the largest latent, not bit for bit.
+
+    It makes two forwards where this house makes one of two rows.
+    """
     request = a_flow_request(**request_)
 
     image = stepped(checkpoints[name].family(), request)
 
-    expected = checkpoints[name].piped(request, true_cfg_scale=scale, negative_prompt=request.negative_prompt)
+    expected = checkpoints[name].piped(
+        request, true_cfg_scale=scale, negative_prompt=request.negative_prompt
+    )
     unguided = checkpoints[name].piped(request)
     assert image.rows == 2
     assert (image.tensors.latents - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -259,7 +327,9 @@ def test_inpainting_is_the_bits_of_the_pipeline(checkpoints, name, precision, st
 @pytest.mark.parametrize("sampler", FROM_PICTURES)
 @pytest.mark.parametrize("name", ["sd3", "dev", "fill"])
 def test_every_sampler_that_can_start_from_a_picture_does(checkpoints, name, sampler):
-    request = an_inpainting(sampler=sampler, width_px=96, init_image=a_picture(width_px=96), mask=a_mask(width_px=96))
+    request = an_inpainting(
+        sampler=sampler, width_px=96, init_image=a_picture(width_px=96), mask=a_mask(width_px=96)
+    )
 
     assert torch.equal(rendered(checkpoints[name], request), checkpoints[name].piped(request))
     if name != "fill":
@@ -268,7 +338,10 @@ def test_every_sampler_that_can_start_from_a_picture_does(checkpoints, name, sam
 
 
 def test_sd3_undoes_the_shift_of_the_vae_after_inpainting_too(checkpoints):
-    """Where diffusers 0.42's own inpainting pipeline forgets to: its pixels are those of latents off by the shift."""
+    """Where diffusers 0.42's own inpainting pipeline forgets to.
+
+    Its pixels are those of latents off by the shift.
+    """
     family, request = checkpoints["sd3"].family(), an_inpainting()
     image = stepped(family, request)
 
@@ -276,20 +349,43 @@ def test_sd3_undoes_the_shift_of_the_vae_after_inpainting_too(checkpoints):
 
     vae = family._vae
     with torch.inference_mode():
-        expected = vae.decode(image.tensors.latents / vae.config.scaling_factor + vae.config.shift_factor).sample
+        expected = vae.decode(
+            image.tensors.latents / vae.config.scaling_factor + vae.config.shift_factor
+        ).sample
         forgotten = vae.decode(image.tensors.latents / vae.config.scaling_factor).sample
     assert torch.equal(pixels, expected)
-    assert torch.equal((forgotten * 0.5 + 0.5).clamp(0, 1), checkpoints["sd3"].piped(request, output_type="pt"))
+    assert torch.equal(
+        (forgotten * 0.5 + 0.5).clamp(0, 1), checkpoints["sd3"].piped(request, output_type="pt")
+    )
 
 
 # --- in company ---
 
 
 def company(name):
-    """Strangers of one batch key for a bucket of 4 rows, all unlike the request they meet: by two, their rows."""
-    guided = [a_flow_request("a", prompt="a small square", guidance=7.0, seed=1, options=SHORT | TRUE_CFG[name], num_steps=9)]
+    """Strangers of one batch key for a bucket of 4 rows, all unlike the request they meet: by two,
+    their rows.
+    """
+    guided = [
+        a_flow_request(
+            "a",
+            prompt="a small square",
+            guidance=7.0,
+            seed=1,
+            options=SHORT | TRUE_CFG[name],
+            num_steps=9,
+        )
+    ]
     single = [
-        a_flow_request("b", prompt="the star", guidance=1.0, negative_prompt="", sampler="flow_unipc", seed=2, num_steps=2),
+        a_flow_request(
+            "b",
+            prompt="the star",
+            guidance=1.0,
+            negative_prompt="",
+            sampler="flow_unipc",
+            seed=2,
+            num_steps=2,
+        ),
         image_to_image(prompt="blue", guidance=1.0, negative_prompt="", sampler="flow_lcm", seed=3),
     ]
     return guided, single
@@ -304,7 +400,9 @@ def test_in_a_fixed_bucket_neighbours_change_no_bit(checkpoints, name, precision
     family = checkpoints[name].family(precision)
     request = a_flow_request("mine", options=SHORT | TRUE_CFG[name])
     mine = started(family, request)
-    guided, single = ([started(family, stranger) for stranger in strangers] for strangers in company(name))
+    guided, single = (
+        [started(family, stranger) for stranger in strangers] for strangers in company(name)
+    )
     assert [image.rows for image in [mine, *guided, *single]] == [2, 2, 1, 1]
 
     with torch.inference_mode():
@@ -344,11 +442,17 @@ def test_a_whole_image_is_the_same_alone_and_in_company(checkpoints, name):
 @pytest.mark.parametrize(
     ("name", "request_"),
     [
-        *[(name, a_flow_request(sampler=sampler, num_steps=4)) for name in ("sd3", "dev") for sampler in TESTED],
+        *[
+            (name, a_flow_request(sampler=sampler, num_steps=4))
+            for name in ("sd3", "dev")
+            for sampler in TESTED
+        ],
         *[(name, an_inpainting()) for name in ("sd3", "dev", "fill")],
         *[(name, an_inpainting(sampler="flow_lcm")) for name in ("sd3", "dev")],
     ],
-    ids=lambda value: value if isinstance(value, str) else f"{value.sampler}{'-inpaint' if value.mask else ''}",
+    ids=lambda value: (
+        value if isinstance(value, str) else f"{value.sampler}{'-inpaint' if value.mask else ''}"
+    ),
 )
 def test_an_image_goes_on_elsewhere_with_the_same_bits(checkpoints, name, request_):
     family = checkpoints[name].family("bf16")
@@ -382,7 +486,9 @@ def test_a_fork_goes_on_from_kept_latents(checkpoints, name):
     with torch.inference_mode():
         family.fork(fork, family.latents(image), a_recall())
 
-    assert torch.equal(denoise(family, fork).tensors.latents, denoise(family, image).tensors.latents)
+    assert torch.equal(
+        denoise(family, fork).tensors.latents, denoise(family, image).tensors.latents
+    )
 
 
 @pytest.mark.parametrize(("name", "channels"), [("sd3", 16), ("dev", 4)])
@@ -395,7 +501,8 @@ def test_a_preview_is_given_unpacked_clean_latents(checkpoints, name, channels):
 
     clean = family.clean_latents(image)
     assert clean.shape == (1, channels, 8, 12)
-    assert torch.equal(clean, family.picture_latents(image, image.tensors.latents))  # the last step goes all the way
+    # the last step goes all the way
+    assert torch.equal(clean, family.picture_latents(image, image.tensors.latents))
 
 
 def test_a_text_is_encoded_once_by_each_encoder(checkpoints):
@@ -410,7 +517,11 @@ def test_a_text_is_encoded_once_by_each_encoder(checkpoints):
         for name in ("sd3", "schnell"):
             checkpoints[name].family().encode(request, recall)
 
-    encoders = ["text_encoder clip_skip=0", "text_encoder_2 clip_skip=0", "text_encoder_3 length=24"] * 2
+    encoders = [
+        "text_encoder clip_skip=0",
+        "text_encoder_2 clip_skip=0",
+        "text_encoder_3 length=24",
+    ] * 2
     encoders += ["text_encoder"] * 2 + ["text_encoder_2 length=24"] * 2
     assert asked == [f"{encoder} a star" for encoder in encoders]
 
@@ -435,7 +546,7 @@ def test_every_allowed_flow_sampler_makes_one_forward_per_step(checkpoints, name
 
 @pytest.mark.parametrize("sampler", sorted(NOISE_ONLY))
 def test_a_first_timestep_that_is_there_twice_skips_no_noise_level(checkpoints, sampler):
-    """As it does in diffusers' own SD3 pipeline, which then has one noise level too few, and fails."""
+    """As in diffusers' own SD3 pipeline, which then has one noise level too few, and fails."""
     made = checkpoints["sd3"].family().sampler(a_flow_request(sampler=sampler, num_steps=700))
     latents = torch.zeros(1, 16, 8, 8)
 
@@ -474,7 +585,7 @@ def test_a_first_timestep_that_is_there_twice_skips_no_noise_level(checkpoints, 
         ("sd3", {"options": {"sigmas": "1,0"}}, "options"),
     ],
 )
-def test_what_cannot_be_rendered_is_refused_by_field(checkpoints, name, changes, field):
+def test_a_request_that_cannot_be_rendered_is_refused_by_field(checkpoints, name, changes, field):
     with pytest.raises(UnsupportedRequest) as refusal:
         checkpoints[name].family().check(a_flow_request(**changes))
 
@@ -512,7 +623,11 @@ def test_a_network_of_another_task_is_refused(tmp_path):
 
 
 def test_the_checkpoint_s_own_spacing_does_not_leak_into_another_sampler():
-    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "use_exponential_sigmas": True}
+    config = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "shift": 3.0,
+        "use_exponential_sigmas": True,
+    }
 
     assert fresh_sampler("flow_euler_karras", config).config.use_exponential_sigmas is False
     assert fresh_sampler("flow_unipc", config).config.use_exponential_sigmas is False

@@ -1,4 +1,7 @@
-"""Any diffusers pipeline, unmodified, batched with strangers step by step: the list in tiny_pipelines.py, each in every respect."""
+"""Any diffusers pipeline, unmodified, batched with strangers step by step.
+
+The list in tiny_pipelines.py, each in every respect.
+"""
 
 import copy
 import gc
@@ -41,7 +44,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @pytest.fixture(scope="session")
 def loaded(tmp_path_factory, one_torch_thread):
-    """loaded(name, precision, family): a pipeline of the list on disk, and a family that has loaded it."""
+    """loaded(name, precision, family): a pipeline of the list on disk, loaded by a family."""
 
     @cache
     def folder(name):
@@ -58,18 +61,23 @@ def loaded(tmp_path_factory, one_torch_thread):
 
 @pytest.fixture(scope="session")
 def piped(loaded):
-    """piped(name, request): the pixels, 0..1, that diffusers' own `pipe(...)` gives, [1, 3, h, w]."""
+    """piped(name, request): the pixels, 0..1, of diffusers' own `pipe(...)`, [1, 3, h, w]."""
 
     @cache
     def pipe(name, precision):
-        built = diffusers.DiffusionPipeline.from_pretrained(loaded.folder(name), dtype=DTYPES[precision])
+        built = diffusers.DiffusionPipeline.from_pretrained(
+            loaded.folder(name), dtype=DTYPES[precision]
+        )
         built.set_progress_bar_config(disable=True)
         return built
 
     def call(name, request, precision="fp32"):
         pictures = {"init_image": "image", "mask": "mask_image", "control_image": "image"}
         tiny = PIPELINES[name]
-        given = {pictures[field]: Image.fromarray(getattr(request, field).pixels) for field in tiny.pictures}
+        given = {
+            pictures[field]: Image.fromarray(getattr(request, field).pixels)
+            for field in tiny.pictures
+        }
         if name != "sd-img2img":
             given |= {"height": request.height_px, "width": request.width_px}
         if request.init_image is not None:
@@ -91,7 +99,9 @@ def piped(loaded):
 def in_flight(family, request) -> InFlight:
     """The request as the engine would queue it for this family."""
     family.check(request)
-    key = BatchKey(request.checkpoint, request.height_px, request.width_px, family.text_length(request))
+    key = BatchKey(
+        request.checkpoint, request.height_px, request.width_px, family.text_length(request)
+    )
     return InFlight(request=request, batch_key=key, rows=family.rows(request))
 
 
@@ -104,12 +114,17 @@ def started(family, request) -> InFlight:
 
 @torch.inference_mode()
 def step_together(family, images, until=lambda: False) -> list[tuple[list[str], int]]:
-    """Denoise all images, whoever agrees on a forward in one, and a pinned one always in its bucket. Who was in each, in how many rows."""
+    """Denoise all images, whoever agrees on a forward in one, a pinned one always in its bucket.
+
+    The result says who was in each forward, in how many rows.
+    """
     forwards = []
     while not until() and (waiting := [image for image in images if not image.is_denoised]):
         key = waiting[len(forwards) % len(waiting)].batch_key
         sharing = [image for image in waiting if image.batch_key == key]
-        rows = max([image.request.pinned_rows or 0 for image in sharing]) or sum(image.rows for image in sharing)
+        rows = max([image.request.pinned_rows or 0 for image in sharing]) or sum(
+            image.rows for image in sharing
+        )
         assert sum(image.rows for image in sharing) <= rows
         parts = family.predict(sharing, rows)
         forwards.append(([image.id for image in sharing], rows))
@@ -134,27 +149,38 @@ def rendered(family, request) -> torch.Tensor:
 
 
 def strangers(name, **changes):
-    """Two requests that have as little in common as may share a forward: other prompt, steps, guidance, seed and pictures."""
+    """Two requests that have as little in common as may share a forward.
+
+    Other prompt, steps, guidance, seed and pictures.
+    """
     one = a_pipeline_request(name, "one", **changes)
     pictures = {"init_image": a_picture(11), "control_image": a_picture(12)}
-    other = a_pipeline_request(name, "other", prompt=OTHER_PROMPT, num_steps=5, guidance=6.0, seed=8, **changes)
-    return one, replace(other, **{field: pictures[field] for field in PIPELINES[name].pictures if field in pictures})
+    other = a_pipeline_request(
+        name, "other", prompt=OTHER_PROMPT, num_steps=5, guidance=6.0, seed=8, **changes
+    )
+    return one, replace(
+        other, **{field: pictures[field] for field in PIPELINES[name].pictures if field in pictures}
+    )
 
 
 def pinned(request, bucket_rows=4):
     return replace(request, determinism=Determinism.REPRODUCIBLE, bucket_rows=bucket_rows)
 
 
-# --- every pipeline of the list -----------------------------------------------------------------------------------------------------
+# --- every pipeline of the list -------------------------------------------------------------------
 
 
 # The three other Stable Diffusion pipelines call the same network.
 IN_BF16 = [name for name in PIPELINES if not name.startswith("sd-")]
-IN_BOTH = [pytest.param(name, "fp32", id=name) for name in PIPELINES] + [pytest.param(name, "bf16", id=f"{name} bf16") for name in IN_BF16]
+IN_BOTH = [pytest.param(name, "fp32", id=name) for name in PIPELINES] + [
+    pytest.param(name, "bf16", id=f"{name} bf16") for name in IN_BF16
+]
 
 
 def assert_same_bits(name, pixels, expected) -> None:
-    """Sana's last bits differ from its pipeline's on some processors (seen on an AMD EPYC), also with MKL in its strict mode."""
+    """Sana's last bits differ from its pipeline's on some processors (seen on an AMD EPYC), also
+    with MKL in its strict mode.
+    """
     if name == "sana":
         assert torch.allclose(pixels, expected, rtol=0, atol=1e-4)
     else:
@@ -163,7 +189,10 @@ def assert_same_bits(name, pixels, expected) -> None:
 
 @pytest.mark.parametrize(("name", "precision"), IN_BOTH)
 def test_alone_an_image_is_the_bits_of_its_pipeline(loaded, piped, name, precision):
-    for request in (a_pipeline_request(name), a_pipeline_request(name, guidance=PIPELINES[name].unguided, num_steps=2, seed=3)):
+    for request in (
+        a_pipeline_request(name),
+        a_pipeline_request(name, guidance=PIPELINES[name].unguided, num_steps=2, seed=3),
+    ):
         pixels = rendered(loaded(name, precision), request)
 
         expected = piped(name, request, precision)
@@ -174,7 +203,10 @@ def test_alone_an_image_is_the_bits_of_its_pipeline(loaded, piped, name, precisi
 @pytest.mark.parametrize("name", PIPELINES)
 def test_strangers_share_forwards_and_get_what_they_would_get_alone(loaded, piped, name):
     family, tiny = loaded(name), PIPELINES[name]
-    requests = [*strangers(name), a_pipeline_request(name, "unguided", guidance=tiny.unguided, num_steps=4, seed=9)]
+    requests = [
+        *strangers(name),
+        a_pipeline_request(name, "unguided", guidance=tiny.unguided, num_steps=4, seed=9),
+    ]
 
     images = [started(family, request) for request in requests]
     assert [image.rows for image in images] == [tiny.rows[1], tiny.rows[1], tiny.rows[0]]
@@ -188,7 +220,9 @@ def test_strangers_share_forwards_and_get_what_they_would_get_alone(loaded, pipe
 
 
 @pytest.mark.parametrize(("name", "precision"), IN_BOTH)
-def test_in_a_pinned_bucket_an_image_has_the_same_bits_alone_and_in_company(loaded, name, precision):
+def test_in_a_pinned_bucket_an_image_has_the_same_bits_alone_and_in_company(
+    loaded, name, precision
+):
     family = loaded(name, precision)
     one, other = strangers(name)
     alone = rendered(family, pinned(one))
@@ -219,15 +253,24 @@ def test_an_image_goes_on_elsewhere_with_the_same_bits_from_wherever_it_was(load
         resumed.step, resumed.is_denoised = step, step == image.num_steps
         with torch.inference_mode():
             elsewhere.restore(resumed, state, None)
-        assert (resumed.step, resumed.num_steps, resumed.is_denoised) == (step, image.num_steps, step == image.num_steps)
+        assert (resumed.step, resumed.num_steps, resumed.is_denoised) == (
+            step,
+            image.num_steps,
+            step == image.num_steps,
+        )
         step_together(elsewhere, [resumed])
         assert torch.equal(decoded(elsewhere, resumed), expected)
 
 
 def through_a_file(state: State) -> State:
     """What is left of it when it has been written and read."""
-    assert all(tensor.device.type == "cpu" and not tensor.is_meta for tensor in state.tensors.values())
-    return State({name: tensor.clone() for name, tensor in state.tensors.items()}, json.loads(json.dumps(state.facts)))
+    assert all(
+        tensor.device.type == "cpu" and not tensor.is_meta for tensor in state.tensors.values()
+    )
+    return State(
+        {name: tensor.clone() for name, tensor in state.tensors.items()},
+        json.loads(json.dumps(state.facts)),
+    )
 
 
 def test_a_sampler_that_writes_into_its_answers_spoils_no_snapshot(loaded, monkeypatch):
@@ -259,7 +302,7 @@ def test_a_sampler_that_writes_into_its_answers_spoils_no_snapshot(loaded, monke
     family.release(resumed)
 
 
-# --- what is shared, and who shares it ----------------------------------------------------------------------------------------------
+# --- what is shared, and who shares it ------------------------------------------------------------
 
 
 def test_flux_with_true_guidance_is_batched_too(loaded, piped):
@@ -274,7 +317,9 @@ def test_flux_with_true_guidance_is_batched_too(loaded, piped):
         assert torch.allclose(decoded(family, image), piped("flux", request), rtol=0, atol=1e-5)
 
 
-def test_prompts_of_different_length_share_a_forward_of_z_image_unless_the_bits_count(loaded, piped):
+def test_prompts_of_different_length_share_a_forward_of_z_image_unless_the_bits_count(
+    loaded, piped
+):
     family = loaded("z-image")
     short = a_pipeline_request("z-image", "short", prompt="a star")
     long = a_pipeline_request("z-image", "long", prompt="a small star on the large red background")
@@ -284,7 +329,9 @@ def test_prompts_of_different_length_share_a_forward_of_z_image_unless_the_bits_
 
     assert all(len(ids) == 2 for ids, _ in forwards)
     for image in images:
-        assert torch.allclose(decoded(family, image), piped("z-image", image.request), rtol=0, atol=1e-5)
+        assert torch.allclose(
+            decoded(family, image), piped("z-image", image.request), rtol=0, atol=1e-5
+        )
     pinned_images = [started(family, pinned(short)), started(family, pinned(long))]
     assert pinned_images[0].batch_key != pinned_images[1].batch_key
     for image in pinned_images:
@@ -293,7 +340,10 @@ def test_prompts_of_different_length_share_a_forward_of_z_image_unless_the_bits_
 
 def test_a_pipeline_whose_rows_cannot_be_told_apart_is_served_each_call_alone(loaded, piped):
     family = loaded("ddim")
-    requests = [a_pipeline_request("ddim", id, guidance=1.0, seed=seed, num_steps=2) for id, seed in (("one", 1), ("other", 2))]
+    requests = [
+        a_pipeline_request("ddim", id, guidance=1.0, seed=seed, num_steps=2)
+        for id, seed in (("one", 1), ("other", 2))
+    ]
 
     images = [started(family, request) for request in requests]
     assert [image.batch_key.call for image in images] == ["unet alone one", "unet alone other"]
@@ -309,7 +359,9 @@ def drawn(loaded, request):
     pipe = diffusers.DDIMPipeline.from_pretrained(loaded.folder("ddim"))
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(request.seed)
-    pixels = pipe(generator=generator, num_inference_steps=request.num_steps, output_type="np").images
+    pixels = pipe(
+        generator=generator, num_inference_steps=request.num_steps, output_type="np"
+    ).images
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
@@ -357,7 +409,9 @@ def test_an_image_can_be_canceled_wherever_it_is_and_the_others_do_not_notice(lo
     image = started(family, one)
     for steps in range(4):
         canceled = started(family, other)
-        step_together(family, [canceled], until=lambda canceled=canceled, steps=steps: canceled.step == steps)
+        step_together(
+            family, [canceled], until=lambda canceled=canceled, steps=steps: canceled.step == steps
+        )
         if not image.is_denoised:
             step_together(family, [image], until=lambda start=image.step: image.step > start)
         family.release(canceled)
@@ -379,7 +433,9 @@ def test_no_thread_is_left_of_two_hundred_images_canceled_at_random_moments(load
     for _ in range(200):
         chosen = dice.choice([family, plain])
         image = started(chosen, a_pipeline_request("ddim", guidance=1.0, num_steps=2))
-        step_together(chosen, [image], until=lambda image=image, steps=dice.randrange(4): image.step == steps)
+        step_together(
+            chosen, [image], until=lambda image=image, steps=dice.randrange(4): image.step == steps
+        )
         if image.is_denoised and dice.random() < 0.5:
             decoded(chosen, image)
         chosen.release(image)
@@ -402,7 +458,10 @@ def test_a_released_image_leaves_nothing_on_the_device(loaded):
 
 
 def test_the_thread_of_a_call_brings_no_threads_of_its_own(loaded):
-    """Until torch is told otherwise in it, a new thread convolves on all cores: slower on a busy machine, and other bits."""
+    """Until torch is told otherwise in it, a new thread convolves on all cores.
+
+    Slower on a busy machine, and other bits.
+    """
 
     pixels, weights = torch.ones(8, 64, 64, 64), torch.ones(64, 64, 3, 3)
 
@@ -435,7 +494,10 @@ def test_a_decoder_cast_for_one_image_is_cast_back_when_that_image_fails(tmp_pat
     spec = a_pipeline_spec("sdxl", save_tiny_pipeline("sdxl", tmp_path / "sdxl"), precision="fp16")
     family = load_checkpoint(spec, Device("cpu", num_threads=1)).family
     vae = family._pipe.vae
-    images = [started(family, a_pipeline_request("sdxl", "failing")), started(family, a_pipeline_request("sdxl", "sound"))]
+    images = [
+        started(family, a_pipeline_request("sdxl", "failing")),
+        started(family, a_pipeline_request("sdxl", "sound")),
+    ]
     step_together(family, images)
     assert vae.dtype == torch.float16
 
@@ -466,7 +528,7 @@ def test_the_control_networks_answers_are_most_of_the_bytes_and_not_saved(loaded
     assert [tuple(tensor.shape) for tensor in after.values()] == [(2, 4, SIZE // 2, SIZE // 2)]
 
 
-# --- progress -----------------------------------------------------------------------------------------------------------------------
+# --- progress -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("strength", "steps"), [(1.0, 6), (0.5, 3)])
@@ -549,8 +611,11 @@ def test_a_deep_copy_of_an_images_sampler_steps_on_its_own(loaded):
     family.release(image)
 
 
-def test_what_a_pipeline_gives_reaches_the_runner_without_the_loss_of_a_bit(loaded):
-    """A VAE's pixels come from -1..1 and survive the way back in any case; a pipeline may have done more to them than that."""
+def test_pixels_of_a_pipeline_reach_the_runner_without_the_loss_of_a_bit(loaded):
+    """A VAE's pixels come from -1..1 and survive the way back in any case.
+
+    A pipeline may have done more to them than that.
+    """
     given = torch.rand((1, 3, 256, 256), generator=torch.Generator().manual_seed(7)) / 3
     image = in_flight(loaded("sd3"), a_pipeline_request("sd3"))
     image.held = RunningCall(Coroutine(lambda ask: None), returned=Returned((given,)))
@@ -558,7 +623,7 @@ def test_what_a_pipeline_gives_reaches_the_runner_without_the_loss_of_a_bit(load
     assert torch.equal(decoded(loaded("sd3"), image), given)
 
 
-# --- the last resort ----------------------------------------------------------------------------------------------------------------
+# --- the last resort ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["sd-img2img", "sd-controlnet", "flux", "sana", "z-image"])
@@ -597,7 +662,10 @@ def test_a_plain_call_can_be_canceled_between_its_steps(loaded):
     assert threading.active_count() == threads
 
 
-@pytest.mark.parametrize(("name", "field"), [("sd-img2img", "init_image"), ("sd-inpaint", "mask"), ("sd-controlnet", "control_image")])
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [("sd-img2img", "init_image"), ("sd-inpaint", "mask"), ("sd-controlnet", "control_image")],
+)
 def test_a_plain_call_is_known_to_need_its_pictures(loaded, name, field):
     with pytest.raises(UnsupportedRequest) as refused:
         loaded(name, family="plain").check(a_pipeline_request(name, **{field: None}))
@@ -616,7 +684,7 @@ def test_a_plain_call_cannot_be_saved(loaded):
     family.release(image)
 
 
-# --- what is refused ----------------------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -645,7 +713,7 @@ def test_a_plain_call_cannot_be_saved(loaded):
         ("sd", "keep_steps", {"keep_steps": (1,)}),
     ],
 )
-def test_what_a_pipeline_cannot_render_is_refused_by_field(loaded, name, field, changes):
+def test_a_request_that_a_pipeline_cannot_render_is_refused_by_field(loaded, name, field, changes):
     with pytest.raises(UnsupportedRequest) as refused:
         loaded(name).check(a_pipeline_request(name, **changes))
 
@@ -672,7 +740,7 @@ def test_an_option_of_a_request_goes_before_the_catalogs(loaded, piped):
     assert torch.equal(unsaid, piped("sd", replace(request, options=options)))
 
 
-def test_what_the_index_alone_says_of_a_pipeline_is_in_its_facts(folder):
+def test_facts_hold_what_the_index_alone_says_of_a_pipeline(folder):
     before = load(folder).facts()
     index = json.loads((folder / INDEX).read_text())
     (folder / INDEX).write_text(json.dumps(index | {"requires_aesthetics_score": True}))
@@ -680,12 +748,14 @@ def test_what_the_index_alone_says_of_a_pipeline_is_in_its_facts(folder):
     assert load(folder).facts() != before
 
 
-def test_what_sets_a_pipeline_apart_is_in_its_facts(loaded):
+def test_facts_hold_what_sets_a_pipeline_apart(loaded):
     facts = loaded("sana").facts()
 
     assert facts["pipeline"] == "SanaPipeline"
     assert facts["options"] == dict(PIPELINES["sana"].options)
-    assert facts["attention"] == {"transformer": ["SanaAttnProcessor2_0", "SanaLinearAttnProcessor2_0"]}
+    assert facts["attention"] == {
+        "transformer": ["SanaAttnProcessor2_0", "SanaLinearAttnProcessor2_0"]
+    }
     assert json.loads(json.dumps(facts)) == facts
 
 
@@ -699,12 +769,20 @@ def folder(loaded, tmp_path):
 
 
 def load(folder, **changes):
-    return load_checkpoint(a_pipeline_spec("sana", folder, **changes), Device("cpu", num_threads=1)).family
+    return load_checkpoint(
+        a_pipeline_spec("sana", folder, **changes), Device("cpu", num_threads=1)
+    ).family
 
 
 @pytest.mark.parametrize(
     "place",
-    [["own_code", "SanaTransformer2DModel"], ["os", "system"], ["diffusers", "NoSuchModel"], ["diffusers", "utils"], ["diffusers"]],
+    [
+        ["own_code", "SanaTransformer2DModel"],
+        ["os", "system"],
+        ["diffusers", "NoSuchModel"],
+        ["diffusers", "utils"],
+        ["diffusers"],
+    ],
 )
 def test_parts_from_elsewhere_than_diffusers_and_transformers_are_refused(folder, place):
     index = json.loads((folder / INDEX).read_text())
@@ -716,7 +794,16 @@ def test_parts_from_elsewhere_than_diffusers_and_transformers_are_refused(folder
     assert refused.value.file == INDEX
 
 
-@pytest.mark.parametrize("name", ["OwnPipeline", "UNet2DModel", ["pipeline", "OwnPipeline"], "KandinskyV22CombinedPipeline", None])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "OwnPipeline",
+        "UNet2DModel",
+        ["pipeline", "OwnPipeline"],
+        "KandinskyV22CombinedPipeline",
+        None,
+    ],
+)
 def test_a_class_that_is_no_single_pipeline_of_diffusers_is_refused(folder, name):
     index = json.loads((folder / INDEX).read_text())
     (folder / INDEX).write_text(json.dumps(index | {"_class_name": name}))
@@ -730,7 +817,10 @@ def test_a_class_that_is_no_single_pipeline_of_diffusers_is_refused(folder, name
 
 def test_the_catalog_may_name_another_class_than_the_folder(loaded, piped):
     family = load_checkpoint(
-        a_pipeline_spec("sd-img2img", loaded.folder("sd"), pipeline_class="StableDiffusionImg2ImgPipeline"), Device("cpu", num_threads=1)
+        a_pipeline_spec(
+            "sd-img2img", loaded.folder("sd"), pipeline_class="StableDiffusionImg2ImgPipeline"
+        ),
+        Device("cpu", num_threads=1),
     ).family
 
     assert family.facts()["pipeline"] == "StableDiffusionImg2ImgPipeline"
@@ -774,6 +864,10 @@ def test_a_lacking_tensor_is_an_error_and_not_a_random_one(folder):
 def test_the_safety_checker_is_not_read(loaded, tmp_path):
     folder = shutil.copytree(loaded.folder("sd"), tmp_path / "sd")
     index = json.loads((folder / INDEX).read_text())
-    (folder / INDEX).write_text(json.dumps(index | {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}))
+    (folder / INDEX).write_text(
+        json.dumps(index | {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]})
+    )
 
-    assert load_checkpoint(a_pipeline_spec("sd", folder), Device("cpu", num_threads=1)).family.networks().keys() == {"unet", "text_encoder"}
+    assert load_checkpoint(
+        a_pipeline_spec("sd", folder), Device("cpu", num_threads=1)
+    ).family.networks().keys() == {"unet", "text_encoder"}

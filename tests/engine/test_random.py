@@ -1,4 +1,6 @@
-"""Everything at once: strangers join, leave, are parked, canceled, moved and changed in rank, and no reproducible image notices."""
+"""Everything at once: strangers join, leave, are parked, canceled, moved and changed in rank, and
+no reproducible image notices.
+"""
 
 import random
 from collections import Counter
@@ -33,9 +35,12 @@ def engine(checkpoint, tmp_path_factory):
     for number in range(5):
         tensors = lora_tensors(unet, prefix="unet", seed=number, rank=2 + number)
         if number % 2:
-            tensors |= lora_tensors(text_encoder, prefix="text_encoder", seed=number, only=lambda name: "_proj" in name)
+            tensors |= lora_tensors(
+                text_encoder, prefix="text_encoder", seed=number, only=lambda name: "_proj" in name
+            )
         specs.append(a_file(folder / f"adapter-{number}.safetensors", tensors))
-    spec = a_spec(checkpoint, adapters=tuple(specs), adapter_slots=3)  # fewer slots than adapters: they are loaded again and again
+    # fewer slots than adapters: they are loaded again and again
+    spec = a_spec(checkpoint, adapters=tuple(specs), adapter_slots=3)
     with Engine(EngineConfig(growth_ceiling=ALWAYS, max_inflight=6), [spec]) as engine:
         yield engine
 
@@ -79,16 +84,26 @@ class Company:
         if self.happens("stranger") and len(self.strangers) < STRANGERS:
             number = len(self.strangers)
             steps = self.dice.randint(1, 6)
-            self.strangers.append(self.engine.submit(a_request(f"stranger {number}", seed=number, num_steps=steps), self.stir))
+            self.strangers.append(
+                self.engine.submit(
+                    a_request(f"stranger {number}", seed=number, num_steps=steps), self.stir
+                )
+            )
         if self.happens("cancel") and self.strangers:
             self.dice.choice(self.strangers).cancel()
         if self.happens("rank"):
             self.engine.set_rank(event.request_id, self.dice.randint(0, 2))
-        if isinstance(event, Stepped) and event.request_id.startswith("wish") and self.happens("move"):
+        if (
+            isinstance(event, Stepped)
+            and event.request_id.startswith("wish")
+            and self.happens("move")
+        ):
             self.engine.snapshot(event.request_id).add_done_callback(self.move)
 
     def move(self, asked):
-        """Between two turns: the image goes on from its snapshot under another id, its former self is canceled."""
+        """Between two turns: the image goes on from its snapshot under another id, its former self
+        is canceled.
+        """
         if asked.exception() is not None:
             return  # that step was its last
         blob = asked.result()
@@ -109,7 +124,10 @@ class Company:
 
 
 def finished_latents(engine, monkeypatch) -> dict[str, torch.Tensor]:
-    """The last latents of every image by its name: stricter than pixels, where rounding hides the last bits."""
+    """The last latents of every image by its name.
+
+    Stricter than pixels, where rounding hides the last bits.
+    """
     seen = {}
     decode = engine._runner.decode
 
@@ -121,7 +139,9 @@ def finished_latents(engine, monkeypatch) -> dict[str, torch.Tensor]:
     return seen
 
 
-def test_reproducible_images_have_the_bits_they_have_alone_whatever_happens_around_them(engine, monkeypatch):
+def test_reproducible_images_have_the_bits_they_have_alone_whatever_happens_around_them(
+    engine, monkeypatch
+):
     dice = random.Random(2026)
     latents = finished_latents(engine, monkeypatch)
     asked = wishes(dice)
@@ -149,7 +169,13 @@ def test_reproducible_images_have_the_bits_they_have_alone_whatever_happens_arou
 
     records = [image.record for image in finished]
     assert len(finished) == WISHES
-    assert min(company.done[what] for what in ("parked", "resumed", "moved", "canceled", "strangers")) >= 5, company.done
-    assert sum(record.shared_forwards for record in records) > sum(record.forwards for record in records) / 2
+    assert (
+        min(company.done[what] for what in ("parked", "resumed", "moved", "canceled", "strangers"))
+        >= 5
+    ), company.done
+    assert (
+        sum(record.shared_forwards for record in records)
+        > sum(record.forwards for record in records) / 2
+    )
     assert engine.stats()["adapter_misses"] > 10
     assert [name for name in alone if not torch.equal(alone[name], latents[name])] == []

@@ -32,14 +32,25 @@ def test_a_picture_and_a_mask_on_the_command_line_are_repainted(checkpoint, tmp_
     black_but_for_a_corner = np.zeros((64, 64), np.uint8)
     black_but_for_a_corner[:16, :16] = 255
     Image.fromarray(black_but_for_a_corner).save(mask)
-    wish = ["a green star", "--checkpoint", str(checkpoint), "--steps", "4", "--init-image", str(picture)]
+    wish = [
+        "a green star",
+        "--checkpoint",
+        str(checkpoint),
+        "--steps",
+        "4",
+        "--init-image",
+        str(picture),
+    ]
 
     statuses = [
         main([*wish, "--strength", "0.5", "--out", str(tmp_path / "whole.png")]),
         main([*wish, "--mask", str(mask), "--out", str(out)]),
     ]
 
-    whole, corner = (np.asarray(Image.open(path)).astype(int) for path in (tmp_path / "whole.png", out))
+    whole, corner = (
+        np.asarray(Image.open(path)).astype(int) for path in (tmp_path / "whole.png", out)
+    )
     assert statuses == [0, 0]
-    assert json.loads(capsys.readouterr().out.splitlines()[0])["num_steps"] == 2  # half of the steps are skipped
+    # half of the steps are skipped
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["num_steps"] == 2
     assert np.abs(whole - corner).max() > 8

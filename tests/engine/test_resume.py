@@ -18,7 +18,13 @@ from PIL import Image
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.errors import DeadlinePassed, EngineStopped, ImageCanceled, SnapshotRefused, UnsupportedRequest
+from engine.errors import (
+    DeadlinePassed,
+    EngineStopped,
+    ImageCanceled,
+    SnapshotRefused,
+    UnsupportedRequest,
+)
 from engine.events import Failed, Finished, Parked, Previewed, Resumed, Started, Stepped
 from engine.inflight import ImageState
 from engine.request import Fork, Picture
@@ -35,7 +41,10 @@ def elsewhere(checkpoint):
 
 
 def snapshots_at_every_step(engine, request):
-    """(finished image, {step: snapshot}): asked for from the engine's own thread, so each is of exactly its step."""
+    """The finished image and {step: snapshot}.
+
+    Snapshots are asked for from the engine's own thread, so each is of exactly its step.
+    """
     asked = {}
 
     def on_event(event):
@@ -57,14 +66,22 @@ def test_an_image_goes_on_elsewhere_at_any_step_with_the_same_bits(engine, elsew
     request = reproducible("moved", sampler=sampler, num_steps=5)
     expected, blobs = snapshots_at_every_step(engine, request)
 
-    resumed = {step: elsewhere.restore(blob, request=replace(request, id=f"from {step}")).result(60) for step, blob in blobs.items()}
+    resumed = {
+        step: elsewhere.restore(blob, request=replace(request, id=f"from {step}")).result(60)
+        for step, blob in blobs.items()
+    }
 
     assert sorted(resumed) == [0, 1, 2, 3, 4, 5]
-    assert [step for step, image in resumed.items() if not np.array_equal(image.pixels, expected.pixels)] == []
-    assert [image.record.forwards for image in resumed.values()] == [5, 4, 3, 2, 1, 0]  # nothing is denoised twice
+    assert [
+        step for step, image in resumed.items() if not np.array_equal(image.pixels, expected.pixels)
+    ] == []
+    # nothing is denoised twice
+    assert [image.record.forwards for image in resumed.values()] == [5, 4, 3, 2, 1, 0]
 
 
-def test_a_fresh_process_resumes_every_sampler_at_every_step_with_the_same_bits(engine, checkpoint, tmp_path):
+def test_a_fresh_process_resumes_every_sampler_at_every_step_with_the_same_bits(
+    engine, checkpoint, tmp_path
+):
     expected = {}
     for sampler in SAMPLERS:
         request = reproducible(sampler, sampler=sampler, num_steps=4)
@@ -84,11 +101,22 @@ with Engine(EngineConfig(), [a_spec(Path({str(checkpoint)!r}))]) as engine:
         np.save(f"{{blob}}.npy", engine.restore(blob.read_bytes()).result(60).pixels)
 """
 
-    run = subprocess.run([sys.executable, "-c", script], cwd=REPO, env=os.environ, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=REPO,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
     assert run.returncode == 0, run.stderr
     assert len(expected) == len(SAMPLERS) * 5
-    assert [name for name, pixels in expected.items() if not np.array_equal(np.load(tmp_path / f"{name}.npy"), pixels)] == []
+    assert [
+        name
+        for name, pixels in expected.items()
+        if not np.array_equal(np.load(tmp_path / f"{name}.npy"), pixels)
+    ] == []
 
 
 def test_a_restored_image_says_so_and_keeps_its_place(engine, elsewhere):
@@ -105,7 +133,9 @@ def test_a_restored_image_says_so_and_keeps_its_place(engine, elsewhere):
 
 def test_a_snapshot_of_an_image_that_has_not_started_starts_it(engine, elsewhere):
     release = threading.Event()
-    first = engine.submit(a_request("first"), lambda event: release.wait(30) if isinstance(event, Stepped) else None)
+    first = engine.submit(
+        a_request("first"), lambda event: release.wait(30) if isinstance(event, Stepped) else None
+    )
     second = engine.submit(reproducible("second"))
     asked = engine.snapshot("second")
     release.set()
@@ -162,7 +192,7 @@ def test_a_stopped_engine_gives_no_snapshot(checkpoint):
             ask("a").result(30)
 
 
-# --- withdrawing ---------------------------------------------------------------------------------------------------------
+# --- withdrawing ----------------------------------------------------------------------------------
 
 
 def test_a_snapshot_asked_for_as_the_engine_stops_is_answered(checkpoint):
@@ -191,13 +221,18 @@ def test_a_snapshot_asked_for_as_the_engine_stops_is_answered(checkpoint):
 
 
 @pytest.mark.parametrize("step", [0, 1, 3, 5])
-def test_a_withdrawn_image_ends_here_at_the_step_it_goes_on_from_elsewhere_with_the_same_bits(engine, elsewhere, step):
+def test_a_withdrawn_image_ends_here_at_the_step_it_goes_on_from_elsewhere_with_the_same_bits(
+    engine, elsewhere, step
+):
     expected = engine.submit(reproducible("a", num_steps=5)).result(60)
     events, asked = [], []
 
     def on_event(event):
         events.append(event)
-        if isinstance(event, Started if step == 0 else Stepped) and getattr(event, "step", 0) == step:
+        if (
+            isinstance(event, Started if step == 0 else Stepped)
+            and getattr(event, "step", 0) == step
+        ):
             asked.append(engine.withdraw("a"))
 
     handle = engine.submit(reproducible("a", num_steps=5), on_event)
@@ -207,7 +242,9 @@ def test_a_withdrawn_image_ends_here_at_the_step_it_goes_on_from_elsewhere_with_
     blob = asked[0].result(30)
     assert peek(blob).step == handle.progress().step == step
     assert isinstance(events[-1].error, ImageCanceled)
-    assert [event.step for event in events if isinstance(event, Stepped)] == list(range(1, step + 1))
+    assert [event.step for event in events if isinstance(event, Stepped)] == list(
+        range(1, step + 1)
+    )
     moved = elsewhere.restore(blob).result(60)
     assert moved.record.forwards == 5 - step
     assert np.array_equal(moved.pixels, expected.pixels)
@@ -242,7 +279,10 @@ def test_an_image_of_which_there_is_no_snapshot_is_left_in_flight(engine):
 def test_an_image_that_has_ended_meanwhile_cannot_be_withdrawn(engine):
     asked = []
 
-    image = engine.submit(a_request("a"), lambda event: asked.append(engine.withdraw("a")) if isinstance(event, Finished) else None)
+    image = engine.submit(
+        a_request("a"),
+        lambda event: asked.append(engine.withdraw("a")) if isinstance(event, Finished) else None,
+    )
 
     assert image.result(60)
     with pytest.raises(SnapshotRefused, match="no longer"):
@@ -300,15 +340,19 @@ def test_a_restored_image_has_a_deadline_of_its_own(engine, elsewhere):
         elsewhere.restore(blobs[2], within_s=0).result(60)
 
 
-# --- forks ---------------------------------------------------------------------------------------------------------------
+# --- forks ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m", "unipc"])
 def test_a_fork_under_the_same_prompt_ends_where_its_origin_did(engine, sampler):
     # Memoryless samplers to the bit; a multi-step one starts its order again, and ends close by.
-    origin = engine.submit(reproducible("origin", owner="acme", sampler=sampler, num_steps=8, keep_steps=(2,))).result(60)
+    origin = engine.submit(
+        reproducible("origin", owner="acme", sampler=sampler, num_steps=8, keep_steps=(2,))
+    ).result(60)
 
-    fork = engine.submit(reproducible("fork", owner="acme", sampler=sampler, num_steps=8, fork=Fork("origin", 2))).result(60)
+    fork = engine.submit(
+        reproducible("fork", owner="acme", sampler=sampler, num_steps=8, fork=Fork("origin", 2))
+    ).result(60)
 
     away = np.abs(fork.pixels.astype(int) - origin.pixels.astype(int)).max()
     assert fork.record.forwards == 6
@@ -316,8 +360,12 @@ def test_a_fork_under_the_same_prompt_ends_where_its_origin_did(engine, sampler)
 
 
 def test_a_fork_takes_another_prompt_from_that_step_on(engine):
-    origin = engine.submit(reproducible("origin", owner="acme", num_steps=6, keep_steps=(1, 3))).result(60)
-    edited = reproducible("edited", owner="acme", num_steps=6, prompt="a green star", fork=Fork("origin", 3))
+    origin = engine.submit(
+        reproducible("origin", owner="acme", num_steps=6, keep_steps=(1, 3))
+    ).result(60)
+    edited = reproducible(
+        "edited", owner="acme", num_steps=6, prompt="a green star", fork=Fork("origin", 3)
+    )
 
     early = engine.submit(replace(edited, id="early", fork=Fork("origin", 1))).result(60)
     late = engine.submit(edited).result(60)
@@ -350,16 +398,24 @@ def test_a_fork_must_have_the_schedule_of_its_origin(engine, changes, field):
     engine.submit(a_request("origin", owner="acme", num_steps=4, keep_steps=(2,))).result(60)
 
     with pytest.raises(UnsupportedRequest) as refused:
-        engine.submit(a_request("fork", **{"owner": "acme", "num_steps": 4, "fork": Fork("origin", 2)} | changes))
+        engine.submit(
+            a_request(
+                "fork", **{"owner": "acme", "num_steps": 4, "fork": Fork("origin", 2)} | changes
+            )
+        )
     assert refused.value.field == field
 
 
 def test_a_snapshot_can_be_forked_too(engine, elsewhere):
-    expected = engine.submit(reproducible("origin", owner="acme", num_steps=6, keep_steps=(3,))).result(60)
+    expected = engine.submit(
+        reproducible("origin", owner="acme", num_steps=6, keep_steps=(3,))
+    ).result(60)
     _, blobs = snapshots_at_every_step(engine, reproducible("origin", owner="acme", num_steps=6))
 
     same = elsewhere.fork(blobs[3], reproducible("same", num_steps=6)).result(60)
-    other = elsewhere.fork(blobs[3], reproducible("other", num_steps=6, prompt="a green star")).result(60)
+    other = elsewhere.fork(
+        blobs[3], reproducible("other", num_steps=6, prompt="a green star")
+    ).result(60)
 
     assert np.array_equal(same.pixels, expected.pixels)
     assert not np.array_equal(other.pixels, expected.pixels)
@@ -387,7 +443,9 @@ def test_kept_latents_are_bounded_and_the_oldest_go_first(checkpoint):
 
 
 def queued_behind(engine, first_step):
-    """Hold the engine at a step of another image, so that what is submitted meanwhile waits; call the result to let go."""
+    """Hold the engine at a step of another image, so that what is submitted meanwhile waits; call
+    the result to let go.
+    """
     reached, go = threading.Event(), threading.Event()
 
     def on_event(event):
@@ -440,8 +498,12 @@ def test_a_fork_that_still_waits_has_no_snapshot(engine):
 
 
 def test_a_fork_has_a_fingerprint_of_its_own_which_goes_with_it(engine, elsewhere):
-    plain = engine.submit(reproducible("origin", owner="acme", num_steps=4, keep_steps=(1,))).result(60)
-    fork = reproducible("fork", owner="acme", num_steps=4, prompt="a green star", fork=Fork("origin", 1))
+    plain = engine.submit(
+        reproducible("origin", owner="acme", num_steps=4, keep_steps=(1,))
+    ).result(60)
+    fork = reproducible(
+        "fork", owner="acme", num_steps=4, prompt="a green star", fork=Fork("origin", 1)
+    )
     expected, blobs = snapshots_at_every_step(engine, fork)
 
     moved = elsewhere.restore(blobs[3]).result(60)
@@ -459,7 +521,7 @@ def test_an_image_that_starts_from_a_picture_keeps_no_latents(engine):
     assert refused.value.field == "keep_steps"
 
 
-# --- ranks ---------------------------------------------------------------------------------------------------------------
+# --- ranks ----------------------------------------------------------------------------------------
 
 
 def test_a_better_rank_parks_an_image_which_then_goes_on_with_the_same_bits(checkpoint):
@@ -499,7 +561,7 @@ def test_a_rank_can_be_changed_in_flight(checkpoint):
     assert order[0] == "third"
 
 
-# --- previews ------------------------------------------------------------------------------------------------------------
+# --- previews -------------------------------------------------------------------------------------
 
 
 def test_previews_come_while_somebody_watches(checkpoint):
@@ -522,7 +584,10 @@ def test_previews_come_while_somebody_watches(checkpoint):
 def test_previews_change_no_bit(engine):
     unseen = engine.submit(reproducible("a", sampler="dpmpp_2m_sde", num_steps=5)).result(60)
 
-    handle = engine.submit(reproducible("a", sampler="dpmpp_2m_sde", num_steps=5), lambda event: engine.watch("a", True))
+    handle = engine.submit(
+        reproducible("a", sampler="dpmpp_2m_sde", num_steps=5),
+        lambda event: engine.watch("a", True),
+    )
 
     assert np.array_equal(handle.result(60).pixels, unseen.pixels)
     assert handle.progress().state is ImageState.FINISHED

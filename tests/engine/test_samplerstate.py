@@ -1,4 +1,6 @@
-"""A sampler goes on in a fresh object from any step as if nothing had happened, whatever it has to remember."""
+"""A sampler goes on in a fresh object from any step as if nothing had happened, whatever it has to
+remember.
+"""
 
 import json
 from functools import partial
@@ -13,16 +15,28 @@ from engine.samplers import FLOW_SAMPLERS, SAMPLERS, fresh_sampler, step_argumen
 from engine.samplerstate import load_generator, load_sampler, save_generator, save_sampler
 
 NUM_STEPS = 6
-SHARED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False, "steps_offset": 1}
+SHARED = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "steps_offset": 1,
+}
 TRAINED = {
     "epsilon": SHARED | {"set_alpha_to_one": False, "skip_prk_steps": True},
-    "v_prediction": SHARED | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+    "v_prediction": SHARED
+    | {
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+    },
     "flow": {"shift": 3.0},
     "shifted": {"shift": 3.0, "use_dynamic_shifting": True},
 }
 OTHERS = {
     "heun": ("HeunDiscreteScheduler", SHARED),
-    "kdpm2": ("KDPM2DiscreteScheduler", SHARED | {"num_train_timesteps": 100}),  # takes 80 ms to make one of 1000
+    # takes 80 ms to make one of 1000
+    "kdpm2": ("KDPM2DiscreteScheduler", SHARED | {"num_train_timesteps": 100}),
     "kdpm2_a": ("KDPM2AncestralDiscreteScheduler", SHARED | {"num_train_timesteps": 100}),
     "deis": ("DEISMultistepScheduler", SHARED),
     "pndm": ("PNDMScheduler", SHARED | {"skip_prk_steps": True}),
@@ -41,7 +55,9 @@ EVERY = [*ALLOWED, *OTHERS]
 
 
 def made(name):
-    """A fresh sampler: how it was trained/its name in the engine, or one that the engine does not offer."""
+    """A fresh sampler: how it was trained/its name in the engine, or one that the engine does not
+    offer.
+    """
     if name in OTHERS:
         scheduler_class, config = OTHERS[name]
         return getattr(diffusers, scheduler_class).from_config(config)
@@ -52,7 +68,8 @@ def made(name):
 def begun(name, num_steps=NUM_STEPS):
     """A sampler with its timesteps set."""
     sampler = made(name)
-    shift = {"mu": 0.7} if sampler.config.get("use_dynamic_shifting") else {}  # as a pipeline does by the size of the image
+    # as a pipeline does by the size of the image
+    shift = {"mu": 0.7} if sampler.config.get("use_dynamic_shifting") else {}
     sampler.set_timesteps(num_steps, **shift)
     return sampler
 
@@ -67,7 +84,11 @@ def an_image(sampler, dtype=torch.float32, shape=(1, 4, 4, 4)):
 def step_on(sampler, step, latents, generator):
     """One denoise step, with a denoiser that is quick and bends."""
     timestep = sampler.timesteps[step]
-    scaled = sampler.scale_model_input(latents, timestep) if hasattr(sampler, "scale_model_input") else latents
+    scaled = (
+        sampler.scale_model_input(latents, timestep)
+        if hasattr(sampler, "scale_model_input")
+        else latents
+    )
     prediction = torch.tanh(scaled * 1.5) + scaled.roll(1, -1) * 0.3
     return sampler.step(prediction, timestep, latents, **step_arguments(sampler, generator))[0]
 
@@ -91,12 +112,20 @@ def is_same(left, right):
     if type(left) is not type(right):
         return False
     if isinstance(left, torch.Tensor):
-        about = [(tensor.dtype, tensor.device, tensor.shape, tensor.stride()) for tensor in (left, right)]
-        return about[0] == about[1] and torch.equal(left.isnan(), right.isnan()) and torch.equal(left.nan_to_num(), right.nan_to_num())
+        about = [
+            (tensor.dtype, tensor.device, tensor.shape, tensor.stride()) for tensor in (left, right)
+        ]
+        return (
+            about[0] == about[1]
+            and torch.equal(left.isnan(), right.isnan())
+            and torch.equal(left.nan_to_num(), right.nan_to_num())
+        )
     if isinstance(left, np.ndarray):
         return left.dtype == right.dtype and np.array_equal(left, right)
     if isinstance(left, dict):
-        return left.keys() == right.keys() and all(is_same(left[name], right[name]) for name in left)
+        return left.keys() == right.keys() and all(
+            is_same(left[name], right[name]) for name in left
+        )
     if isinstance(left, list | tuple):
         return len(left) == len(right) and all(map(is_same, left, right))
     return left == right
@@ -133,7 +162,7 @@ def test_every_field_comes_back_as_it_was(name):
     assert is_same(vars(restored), vars(sampler))
 
 
-def test_what_a_sampler_held_before_is_gone():
+def test_loading_a_sampler_leaves_nothing_of_what_it_held_before():
     sampler, other = begun("epsilon/unipc"), begun("epsilon/unipc", num_steps=9)
     go_on(other, 0, *an_image(other))
     other.of_another_life = torch.ones(3)
@@ -158,11 +187,39 @@ def test_a_saved_state_shares_no_memory():
 
 def test_all_plain_data_can_be_a_field():
     sampler = begun("epsilon/ddim")
-    plain = [None, True, 3, 0.1, -1e-320, float("inf"), "é", [], (), (1, [2.5, (None,)]), {"a": (1,), 2: [torch.ones(2)]}]
+    plain = [
+        None,
+        True,
+        3,
+        0.1,
+        -1e-320,
+        float("inf"),
+        "é",
+        [],
+        (),
+        (1, [2.5, (None,)]),
+        {"a": (1,), 2: [torch.ones(2)]},
+    ]
     sampler.size = torch.Size([2, 3])
-    numbers = [np.float64(0.1), np.int64(3), np.bool_(True), np.arange(6).reshape(2, 3).T, np.array(2.5), np.zeros((0, 2), np.float16)]
-    tensors = [torch.tensor(1.5), torch.zeros(0, 4), torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last), torch.eye(3)[:, :1]]
-    sampler.plain, sampler.numbers, sampler.tensors = plain, numbers, [tensor.clone() for tensor in tensors]
+    numbers = [
+        np.float64(0.1),
+        np.int64(3),
+        np.bool_(True),
+        np.arange(6).reshape(2, 3).T,
+        np.array(2.5),
+        np.zeros((0, 2), np.float16),
+    ]
+    tensors = [
+        torch.tensor(1.5),
+        torch.zeros(0, 4),
+        torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        torch.eye(3)[:, :1],
+    ]
+    sampler.plain, sampler.numbers, sampler.tensors = (
+        plain,
+        numbers,
+        [tensor.clone() for tensor in tensors],
+    )
 
     restored = carried("epsilon/ddim", *save_sampler(sampler))
 
@@ -170,9 +227,11 @@ def test_all_plain_data_can_be_a_field():
 
 
 @pytest.mark.parametrize(
-    "foreign", [len, object(), {1, 2}, torch.Generator(), np.array([object()])], ids=lambda value: type(value).__name__
+    "foreign",
+    [len, object(), {1, 2}, torch.Generator(), np.array([object()])],
+    ids=lambda value: type(value).__name__,
 )
-def test_what_is_no_plain_data_is_refused(foreign):
+def test_a_field_that_is_no_plain_data_is_refused(foreign):
     sampler = begun("epsilon/ddim")
     sampler.memory = [1, foreign]
 
@@ -188,7 +247,9 @@ def test_a_sampler_that_holds_a_function_is_refused():
 def test_a_state_fits_its_own_class_only():
     saved = save_sampler(begun("epsilon/ddim"))
 
-    with pytest.raises(SnapshotRefused, match="the sampler is DDIMScheduler there, EulerDiscreteScheduler here"):
+    with pytest.raises(
+        SnapshotRefused, match="the sampler is DDIMScheduler there, EulerDiscreteScheduler here"
+    ):
         load_sampler(made("epsilon/euler"), *saved, "cpu")
 
 
@@ -197,7 +258,13 @@ def test_a_state_fits_its_own_config_only():
     other = made("v_prediction/ddim")
     before = dict(vars(other))
 
-    with pytest.raises(SnapshotRefused, match="prediction_type epsilon there, v_prediction here; rescale_betas_zero_snr false there, true"):
+    with pytest.raises(
+        SnapshotRefused,
+        match=(
+            "prediction_type epsilon there, v_prediction here; "
+            "rescale_betas_zero_snr false there, true"
+        ),
+    ):
         load_sampler(other, *saved, "cpu")
 
     assert is_same(vars(other), before)
@@ -223,7 +290,7 @@ def test_a_generator_goes_on_drawing_where_it_was():
     assert torch.equal(draw(generator=load_generator(state)), draw(generator=generator))
 
 
-def test_what_lay_beside_the_latents_goes_to_the_device():
+def test_tensors_that_lay_beside_the_latents_go_to_the_device():
     sampler = begun("epsilon/unipc")
     latents, generator = an_image(sampler)
     for step in range(2):
@@ -234,7 +301,10 @@ def test_what_lay_beside_the_latents_goes_to_the_device():
     restored = carried("epsilon/unipc", tensors, facts, device="meta")
 
     assert restored.last_sample.device.type == "meta"
-    assert {tensor.device.type for tensor in [restored.sigmas, restored.timesteps, *restored.model_outputs]} == {"cpu"}
+    assert {
+        tensor.device.type
+        for tensor in [restored.sigmas, restored.timesteps, *restored.model_outputs]
+    } == {"cpu"}
 
 
 @pytest.mark.gpu
@@ -251,5 +321,9 @@ def test_a_sampler_goes_on_from_every_step_on_a_gpu(name):
 
     for step, (tensors, facts, latents_then, generator_then) in enumerate(saved):
         restored = carried(name, tensors, facts, device="cuda")
-        assert torch.equal(go_on(restored, step, latents_then, load_generator(generator_then)), latents)
-    assert is_same(vars(carried(name, *save_sampler(sampler), device=latents.device)), vars(sampler))
+        assert torch.equal(
+            go_on(restored, step, latents_then, load_generator(generator_then)), latents
+        )
+    assert is_same(
+        vars(carried(name, *save_sampler(sampler), device=latents.device)), vars(sampler)
+    )

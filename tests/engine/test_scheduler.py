@@ -22,7 +22,10 @@ SIZES = (64, 128, 192)
 
 def a_scheduler(curve=flat, costs=None, **changes) -> Scheduler:
     """Every size costs the same, unless `costs` says otherwise."""
-    return Scheduler(costs or measured_costs(curve, sizes=SIZES), **{"max_inflight": 8, "max_batch_rows": 16} | changes)
+    return Scheduler(
+        costs or measured_costs(curve, sizes=SIZES),
+        **{"max_inflight": 8, "max_batch_rows": 16} | changes,
+    )
 
 
 def do(scheduler, work):
@@ -64,7 +67,7 @@ def turns(scheduler, count) -> list[str]:
     return [turn(scheduler) for _ in range(count)]
 
 
-# --- who shares a forward ------------------------------------------------------------------------------------------------
+# --- who shares a forward -------------------------------------------------------------------------
 
 
 def test_a_newcomer_joins_at_the_next_step_boundary():
@@ -89,7 +92,8 @@ def test_steps_guidance_samplers_and_seeds_share_a_forward():
     batch = scheduler.next_work(0)
 
     assert ids(batch) == ["a", "b"]
-    assert batch.bucket_rows == batch.used_rows == 3  # two rows for the guided one, one for the other
+    # two rows for the guided one, one for the other
+    assert batch.bucket_rows == batch.used_rows == 3
 
 
 def test_asked_again_before_anything_is_settled_it_says_the_same():
@@ -130,7 +134,7 @@ def test_images_ride_with_those_whose_next_forward_has_their_key():
     assert step(scheduler) == ["a", "c", "b", "d"]
 
 
-# --- order ---------------------------------------------------------------------------------------------------------------
+# --- order ----------------------------------------------------------------------------------------
 
 
 def test_short_remaining_work_goes_first():
@@ -162,11 +166,12 @@ def test_remaining_counts_the_rows_of_the_pinned_bucket_the_encode_and_the_decod
     assert ids(scheduler.in_order()) == ["other size", "pinned", "encoded", "queued"]
 
 
-def test_who_waited_long_enough_is_passed_by_no_newcomer():
+def test_an_image_that_waited_long_enough_is_passed_by_no_newcomer():
     scheduler = a_scheduler(saturated, ageing=0.5)
     scheduler.add(an_image("long", num_steps=14, guidance=1.0), now_s=0)  # 14.5 s remaining
 
-    scheduler.add(an_image("in time", num_steps=4, guidance=1.0), now_s=19.9)  # 4.5 s: ten less, as long as 20 s of ageing
+    # 4.5 s: ten less, as long as 20 s of ageing
+    scheduler.add(an_image("in time", num_steps=4, guidance=1.0), now_s=19.9)
     scheduler.add(an_image("too late", num_steps=4, guidance=1.0), now_s=20.1)
 
     assert ids(scheduler.in_order()) == ["in time", "long", "too late"]
@@ -182,7 +187,7 @@ def test_among_equals_the_first_to_arrive_goes_first_and_stays_ahead():
     assert [step(scheduler) for _ in range(4)] == [["a", "b"], ["a", "b"], ["c"], ["c"]]
 
 
-# --- ranks ---------------------------------------------------------------------------------------------------------------
+# --- ranks ----------------------------------------------------------------------------------------
 
 
 def test_a_better_rank_goes_first():
@@ -213,7 +218,13 @@ def test_an_encode_of_a_better_rank_goes_before_a_forward_and_a_decode_of_a_wors
 
     scheduler.add(an_image("interactive", rank=0, num_steps=1, encoded=False), now_s=0)
 
-    assert turns(scheduler, 5) == ["encode interactive", "denoise interactive", "decode interactive", "decode done", "denoise bulk"]
+    assert turns(scheduler, 5) == [
+        "encode interactive",
+        "denoise interactive",
+        "decode interactive",
+        "decode done",
+        "denoise bulk",
+    ]
 
 
 def test_a_new_rank_counts_from_the_next_step_boundary():
@@ -237,7 +248,9 @@ def test_a_worse_rank_never_makes_a_forward_larger():
     assert step(scheduler) == ["interactive"]
 
 
-@pytest.mark.parametrize("interactive", [an_image("interactive"), a_pinned_image("interactive", bucket_rows=4)])
+@pytest.mark.parametrize(
+    "interactive", [an_image("interactive"), a_pinned_image("interactive", bucket_rows=4)]
+)
 def test_a_worse_rank_rides_in_rows_that_are_padding_anyway(interactive):
     scheduler = a_scheduler(saturated, row_buckets=(1, 4))
     scheduler.add(interactive, now_s=0)
@@ -270,7 +283,7 @@ def test_free_rows_stay_empty_where_a_guest_s_encode_would_hold_up_the_forward()
     assert step(scheduler) == ["interactive"]
 
 
-# --- shares --------------------------------------------------------------------------------------------------------------
+# --- shares ---------------------------------------------------------------------------------------
 
 
 def an_urgent_and_a_patient_crowd(**changes) -> Scheduler:
@@ -288,7 +301,13 @@ def test_without_shares_a_worse_rank_waits_as_long_as_a_better_one_has_work():
 def test_a_rank_with_a_share_gets_a_turn_whenever_its_credit_covers_its_next_piece_of_work():
     scheduler = an_urgent_and_a_patient_crowd(rank_shares={1: 0.25})
 
-    assert turns(scheduler, 10) == [*["denoise rank 0"] * 4, "denoise rank 1", *["denoise rank 0"] * 3, "denoise rank 1", "denoise rank 0"]
+    assert turns(scheduler, 10) == [
+        *["denoise rank 0"] * 4,
+        "denoise rank 1",
+        *["denoise rank 0"] * 3,
+        "denoise rank 1",
+        "denoise rank 0",
+    ]
 
 
 def test_being_served_when_nobody_better_is_here_costs_no_credit_and_earns_none():
@@ -359,10 +378,14 @@ def test_in_a_turn_it_is_owed_a_rank_fills_its_forward_with_its_own_images_first
     scheduler = a_scheduler(saturated, rank_shares={1: 0.5})
     for rank in (0, 1):
         for n in range(3):
-            scheduler.add(a_pinned_image(f"{rank}-{n}", bucket_rows=8, rank=rank, num_steps=99), now_s=0)
+            scheduler.add(
+                a_pinned_image(f"{rank}-{n}", bucket_rows=8, rank=rank, num_steps=99), now_s=0
+            )
 
     # It has a quarter of each forward as a guest, and so earns another quarter.
-    assert [step(scheduler) for _ in range(5)] == [["0-0", "0-1", "0-2", "1-0"]] * 4 + [["1-0", "1-1", "1-2", "0-0"]]
+    assert [step(scheduler) for _ in range(5)] == [["0-0", "0-1", "0-2", "1-0"]] * 4 + [
+        ["1-0", "1-1", "1-2", "0-0"]
+    ]
 
 
 def test_a_share_is_of_a_rank_s_own_rows_also_where_others_ride_in_its_forwards():
@@ -383,7 +406,7 @@ def test_shares_that_are_no_parts_of_a_whole_are_refused(rank_shares):
         a_scheduler(rank_shares=rank_shares)
 
 
-# --- owners --------------------------------------------------------------------------------------------------------------
+# --- owners ---------------------------------------------------------------------------------------
 
 
 def a_dump(scheduler, count=8, before=20, **changes):
@@ -394,7 +417,7 @@ def a_dump(scheduler, count=8, before=20, **changes):
         step(scheduler)
 
 
-def test_one_image_of_another_owner_goes_before_the_many_of_one_that_had_more_and_they_have_the_rest():
+def test_an_owner_s_only_image_goes_before_the_many_of_an_owner_that_had_more():
     scheduler = a_scheduler(saturated)
     a_dump(scheduler)
 
@@ -423,7 +446,10 @@ def test_the_images_of_who_is_ahead_take_seats_after_those_of_the_others():
         scheduler.add(an_image(id, owner="light", num_steps=30), now_s=0)
     scheduler.next_work(0)
 
-    assert [image.id for image in scheduler.in_order() if image.state is ImageState.RUNNING] == ["a", "b"]
+    assert [image.id for image in scheduler.in_order() if image.state is ImageState.RUNNING] == [
+        "a",
+        "b",
+    ]
 
 
 def test_two_owners_who_both_have_many_images_get_the_same_seconds():
@@ -457,7 +483,7 @@ def test_an_owner_alone_in_its_rank_is_never_ahead():
     assert not any(ticket.owner.is_ahead for ticket in scheduler._tickets.values())
 
 
-def test_who_comes_back_at_once_is_not_taken_for_a_newcomer():
+def test_an_owner_that_comes_back_at_once_is_not_taken_for_a_newcomer():
     scheduler = a_scheduler(saturated)
     a_dump(scheduler, count=40)
     served = []
@@ -505,7 +531,7 @@ def test_of_owners_that_left_those_who_left_first_are_forgotten():
     assert back == {0: -CREDIT_S, 1: -CREDIT_S, 2: 500.0, MAX_GONE + 1: 500.0}
 
 
-# --- seats ---------------------------------------------------------------------------------------------------------------
+# --- seats ----------------------------------------------------------------------------------------
 
 
 def test_no_more_images_than_seats_advance():
@@ -533,7 +559,7 @@ def test_a_better_rank_parks_a_seated_image_which_comes_back_with_its_steps():
     assert (scheduler.take_parked(), scheduler.take_resumed()) == ([], [])
 
 
-def test_a_much_shorter_newcomer_takes_the_seat_of_an_encoded_image_and_a_slightly_shorter_one_does_not():
+def test_a_seat_goes_to_a_much_shorter_newcomer_and_not_to_a_slightly_shorter_one():
     scheduler = a_scheduler(max_inflight=1)
     scheduler.add(an_image("seated", num_steps=20), now_s=0)
     step(scheduler)
@@ -543,7 +569,8 @@ def test_a_much_shorter_newcomer_takes_the_seat_of_an_encoded_image_and_a_slight
 
     scheduler.add(an_image("much shorter", num_steps=4), now_s=0)
     assert step(scheduler) == ["much shorter"]
-    assert ids(scheduler.take_parked()) == ["slightly shorter", "seated"]  # it was encoded too, and has had no seat yet
+    # it was encoded too, and has had no seat yet
+    assert ids(scheduler.take_parked()) == ["slightly shorter", "seated"]
 
 
 def test_an_image_not_encoded_gives_its_seat_to_a_shorter_one_without_being_parked():
@@ -626,21 +653,29 @@ def test_an_image_parked_twice_keeps_the_seat_it_regains_beside_the_others():
 
     scheduler.add(an_image("urgent", rank=0, num_steps=1), now_s=0)
 
-    assert turns(scheduler, 3) == ["denoise urgent", "decode urgent", "denoise bulk"]  # a seat says nothing of turns
+    # a seat says nothing of turns
+    assert turns(scheduler, 3) == ["denoise urgent", "decode urgent", "denoise bulk"]
     assert scheduler.take_parked() == []
 
 
 @pytest.mark.parametrize("max_inflight", [1, 2, 16])
-def test_a_rank_with_a_share_has_a_seat_though_better_ranks_could_fill_the_house_and_so_has_the_best_image(max_inflight):
+def test_seats_are_kept_for_every_rank_with_a_share_and_for_the_best_image(
+    max_inflight,
+):
     scheduler = a_scheduler(saturated, max_inflight=max_inflight, rank_shares={1: 0.15, 2: 0.05})
     for rank in (2, 1, 0):
         for n in range(30):
             scheduler.add(an_image(f"{rank}-{n}", rank=rank, num_steps=99), now_s=0)
     scheduler.next_work(0)
 
-    seats = Counter(image.rank for image in scheduler.in_order() if image.state is ImageState.RUNNING)
+    seats = Counter(
+        image.rank for image in scheduler.in_order() if image.state is ImageState.RUNNING
+    )
 
-    assert seats == {1: {0: 1, 1: 1, 2: 1}, 2: {0: 1, 1: 1, 2: 1}, 16: {0: 13, 1: 2, 2: 1}}[max_inflight]
+    assert (
+        seats
+        == {1: {0: 1, 1: 1, 2: 1}, 2: {0: 1, 1: 1, 2: 1}, 16: {0: 13, 1: 2, 2: 1}}[max_inflight]
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -649,7 +684,9 @@ def test_nobody_is_parked_or_resumed_while_nobody_comes_or_goes_however_the_cost
     costs = measured_costs(flat, sizes=SIZES)
     scheduler = a_scheduler(costs=costs, max_inflight=3)
     for n in range(9):
-        scheduler.add(an_image(str(n), size=rng.choice(SIZES), num_steps=1000 + rng.randrange(3)), now_s=0)
+        scheduler.add(
+            an_image(str(n), size=rng.choice(SIZES), num_steps=1000 + rng.randrange(3)), now_s=0
+        )
     scheduler.next_work(0)
     scheduler.take_parked()
 
@@ -680,7 +717,7 @@ def test_two_images_that_cost_about_the_same_do_not_swap_seats_at_every_arrival(
     assert moves == 0
 
 
-# --- encode and decode ---------------------------------------------------------------------------------------------------
+# --- encode and decode ----------------------------------------------------------------------------
 
 
 def test_prompts_are_encoded_in_order_before_the_forward_their_images_ride_in():
@@ -699,7 +736,13 @@ def test_newcomers_hold_up_who_is_ready_by_a_few_encodes_at_most():
     for id in "abc":
         scheduler.add(an_image(id, num_steps=9, encoded=False), now_s=0)
 
-    assert turns(scheduler, 5) == ["encode a", "encode b", "denoise ready a b", "encode c", "denoise ready a b c"]
+    assert turns(scheduler, 5) == [
+        "encode a",
+        "encode b",
+        "denoise ready a b",
+        "encode c",
+        "denoise ready a b c",
+    ]
 
 
 def test_with_nobody_ready_everybody_who_would_ride_is_encoded_first():
@@ -725,7 +768,13 @@ def test_a_shorter_newcomer_is_encoded_at_once():
 
     scheduler.add(an_image("short", num_steps=2, encoded=False), now_s=0)
 
-    assert turns(scheduler, 5) == ["encode short", "denoise short", "denoise short", "decode short", "denoise long"]
+    assert turns(scheduler, 5) == [
+        "encode short",
+        "denoise short",
+        "denoise short",
+        "decode short",
+        "denoise long",
+    ]
 
 
 def test_an_image_that_needs_no_step_after_its_encode_goes_to_decode():
@@ -745,17 +794,28 @@ def test_settling_the_last_step_hands_the_image_to_decode():
     scheduler.add(an_image("short", num_steps=1), now_s=0)
     scheduler.add(an_image("long", num_steps=2), now_s=0)
 
-    assert turns(scheduler, 4) == ["denoise short long", "decode short", "denoise long", "decode long"]
+    assert turns(scheduler, 4) == [
+        "denoise short long",
+        "decode short",
+        "denoise long",
+        "decode long",
+    ]
     assert scheduler.next_work(0) is None
 
 
-def test_whatever_is_denoised_is_decoded_before_the_next_forward_of_its_rank_the_longest_wait_first():
+def test_decoding_comes_before_the_next_forward_of_its_rank_the_longest_wait_first():
     scheduler = a_scheduler()
     for id, now_s in (("a", 0), ("b", 1), ("c", 2)):
         scheduler.add(an_image(id, num_steps=1), now_s=now_s)
     scheduler.add(an_image("long", num_steps=2), now_s=0)
 
-    assert turns(scheduler, 5) == ["denoise a b c long", "decode a", "decode b", "decode c", "denoise long"]
+    assert turns(scheduler, 5) == [
+        "denoise a b c long",
+        "decode a",
+        "decode b",
+        "decode c",
+        "denoise long",
+    ]
 
 
 def test_decodes_between_two_forwards_can_be_limited():
@@ -764,7 +824,13 @@ def test_decodes_between_two_forwards_can_be_limited():
         scheduler.add(an_image(id, num_steps=1), now_s=0)
     scheduler.add(an_image("long", num_steps=2), now_s=0)
 
-    assert turns(scheduler, 5) == ["denoise a b long", "decode a", "denoise long", "decode b", "decode long"]
+    assert turns(scheduler, 5) == [
+        "denoise a b long",
+        "decode a",
+        "denoise long",
+        "decode b",
+        "decode long",
+    ]
 
 
 def test_decodes_between_two_forwards_are_limited_anew_after_each_forward():
@@ -790,7 +856,7 @@ def test_a_decoded_image_is_not_offered_again_while_it_is_still_here():
     assert "a" in scheduler
 
 
-# --- lanes ---------------------------------------------------------------------------------------------------------------
+# --- lanes ----------------------------------------------------------------------------------------
 
 
 def test_sizes_do_not_share_a_forward_and_take_turns():
@@ -843,7 +909,8 @@ def test_a_lane_is_charged_for_its_encodes_and_decodes_too():
 
     seen = turns(scheduler, 12)
 
-    assert seen.count("denoise few steps") == 6  # two forwards for each forward and decode of the other lane
+    # two forwards for each forward and decode of the other lane
+    assert seen.count("denoise few steps") == 6
 
 
 def test_an_odd_size_is_not_starved_by_a_stream_of_newcomers():
@@ -887,10 +954,11 @@ def test_each_rank_has_turns_of_its_own():
     for _ in range(6):
         assert step(scheduler) == ["interactive"]
 
-    assert [step(scheduler) for _ in range(4)] == [["a"], ["b"], ["a"], ["b"]]  # a's size owes nothing for the better rank
+    # a's size owes nothing for the better rank
+    assert [step(scheduler) for _ in range(4)] == [["a"], ["b"], ["a"], ["b"]]
 
 
-# --- pinned buckets ------------------------------------------------------------------------------------------------------
+# --- pinned buckets -------------------------------------------------------------------------------
 
 
 def test_a_pinned_image_alone_still_gets_its_whole_bucket():
@@ -903,7 +971,7 @@ def test_a_pinned_image_alone_still_gets_its_whole_bucket():
         assert (batch.used_rows, batch.bucket_rows, batch.is_pinned) == (rows, 8, True)
 
 
-def test_four_guided_images_share_a_bucket_of_eight_though_growth_would_not_pay_and_the_fifth_waits():
+def test_a_pinned_bucket_of_eight_holds_four_guided_images_though_growth_would_not_pay():
     scheduler = a_scheduler(saturated)
     for id in "abcde":
         scheduler.add(a_pinned_image(id, bucket_rows=8, num_steps=1), now_s=0)
@@ -932,7 +1000,10 @@ def test_different_buckets_never_meet_and_take_turns():
         batches.append(scheduler.next_work(0))
         do(scheduler, batches[-1])
 
-    assert [(ids(batch), batch.bucket_rows) for batch in batches] == [(["eight"], 8), (["four"], 4)] * 2
+    assert [(ids(batch), batch.bucket_rows) for batch in batches] == [
+        (["eight"], 8),
+        (["four"], 4),
+    ] * 2
 
 
 def test_a_pinned_image_never_rides_in_a_best_effort_forward():
@@ -954,7 +1025,7 @@ def test_best_effort_images_beyond_the_bucket_get_turns_of_their_own():
     assert seen.count({"pinned", "a"}) == seen.count({"a", "b", "c"}) == 4
 
 
-# --- growth --------------------------------------------------------------------------------------------------------------
+# --- growth ---------------------------------------------------------------------------------------
 
 
 def rows_of_forward(scheduler, images) -> tuple[int, int]:
@@ -998,7 +1069,10 @@ def test_the_ceiling_can_be_set():
         return 1 + 0.8 * (rows - 1)
 
     assert rows_of_forward(a_scheduler(four_fifths_a_row), singles(8)) == (8, 8)
-    assert rows_of_forward(a_scheduler(four_fifths_a_row, growth_ceiling=0.75), singles(8)) == (1, 1)
+    assert rows_of_forward(a_scheduler(four_fifths_a_row, growth_ceiling=0.75), singles(8)) == (
+        1,
+        1,
+    )
 
 
 def test_no_forward_has_more_rows_than_allowed_but_small_images_fill_the_gap():
@@ -1061,7 +1135,7 @@ def test_a_forward_has_no_more_rows_than_fit_into_memory_beside_one_decode():
     assert rows_of_forward(scheduler, singles(8)) == (3, 3)
 
 
-def test_a_forward_holds_no_more_different_adapters_than_allowed_and_who_brings_none_may_still_join():
+def test_a_forward_holds_only_so_many_adapters_and_images_without_any_still_join():
     scheduler = a_scheduler(max_adapters=2)
     for id, names in (("a", ["x"]), ("b", ["y", "x"]), ("c", ["z"]), ("d", []), ("e", ["x"])):
         scheduler.add(an_image(id, adapters=tuple(AdapterUse(name) for name in names)), now_s=0)
@@ -1069,7 +1143,7 @@ def test_a_forward_holds_no_more_different_adapters_than_allowed_and_who_brings_
     assert step(scheduler) == ["a", "b", "d", "e"]
 
 
-def test_what_is_charged_is_what_growth_is_decided_by():
+def test_growth_is_decided_by_what_is_charged():
     scheduler = a_scheduler(flat)
     for id in "ab":
         scheduler.add(an_image(id, num_steps=400), now_s=0)
@@ -1085,7 +1159,7 @@ def test_what_is_charged_is_what_growth_is_decided_by():
     assert seen[-100:] == [2] * 100
 
 
-# --- coming and going ----------------------------------------------------------------------------------------------------
+# --- coming and going -----------------------------------------------------------------------------
 
 
 def test_a_removed_image_is_in_no_later_batch_and_settling_ignores_it():
@@ -1111,7 +1185,15 @@ def test_two_images_cannot_have_one_id():
         scheduler.add(an_image("a"), now_s=0)
 
 
-@pytest.mark.parametrize("limits", [{"max_inflight": 0}, {"max_batch_rows": 0}, {"max_encodes_between_steps": 0}, {"row_buckets": (4, 2)}])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_inflight": 0},
+        {"max_batch_rows": 0},
+        {"max_encodes_between_steps": 0},
+        {"row_buckets": (4, 2)},
+    ],
+)
 def test_limits_that_make_no_sense_are_refused(limits):
     with pytest.raises(ValueError, match=r"at least 1|not ascending"):
         a_scheduler(**limits)
@@ -1132,7 +1214,7 @@ def test_nothing_is_kept_of_keys_that_were_one_images_own():
     assert sum(type(thing) is _Kind for thing in gc.get_objects()) < 20
 
 
-# --- whatever happens ----------------------------------------------------------------------------------------------------
+# --- whatever happens -----------------------------------------------------------------------------
 
 a_wish = st.fixed_dictionaries(
     {
@@ -1143,13 +1225,19 @@ a_wish = st.fixed_dictionaries(
         "guidance": st.sampled_from([1.0, 4.0]),
         "encoded": st.booleans(),
         "bucket_rows": st.sampled_from([None, 2, 4]),
-        "adapters": st.sampled_from([(), (AdapterUse("x"),), (AdapterUse("y"),), (AdapterUse("x"), AdapterUse("z"))]),
+        "adapters": st.sampled_from(
+            [(), (AdapterUse("x"),), (AdapterUse("y"),), (AdapterUse("x"), AdapterUse("z"))]
+        ),
     }
 )
 
 
 def wished(id, bucket_rows, **changes):
-    return an_image(id, **changes) if bucket_rows is None else a_pinned_image(id, bucket_rows, **changes)
+    return (
+        an_image(id, **changes)
+        if bucket_rows is None
+        else a_pinned_image(id, bucket_rows, **changes)
+    )
 
 
 @settings(max_examples=150, deadline=None)
@@ -1161,9 +1249,17 @@ def wished(id, bucket_rows, **changes):
     max_inflight=st.integers(1, 6),
     shares=st.sampled_from([{}, {1: 0.2, 2: 0.1}]),
 )
-def test_whatever_comes_goes_or_is_moved_limits_hold_and_everybody_is_served(wishes, seed, curve, row_buckets, max_inflight, shares):
+def test_whatever_comes_goes_or_is_moved_limits_hold_and_everybody_is_served(
+    wishes, seed, curve, row_buckets, max_inflight, shares
+):
     rng = random.Random(seed)
-    limits = {"max_inflight": max_inflight, "max_batch_rows": 6, "max_adapters": 2, "row_buckets": row_buckets, "rank_shares": shares}
+    limits = {
+        "max_inflight": max_inflight,
+        "max_batch_rows": 6,
+        "max_adapters": 2,
+        "row_buckets": row_buckets,
+        "rank_shares": shares,
+    }
     scheduler, parks = a_scheduler(curve, **limits), Counter()
     waiting, finished, removed, encodes, turns_left = list(enumerate(wishes)), set(), set(), 0, 2000
 
@@ -1188,14 +1284,20 @@ def test_whatever_comes_goes_or_is_moved_limits_hold_and_everybody_is_served(wis
         running = [image for image in here if image.state is ImageState.RUNNING]
         assert sum(parks[image.id] < 2 for image in running) <= max(max_inflight, len(shares) + 1)
         group = {image.id: scheduler._tickets[image.id].group for image in here}
-        seated_or_done = [image for image in here if image.state in (ImageState.RUNNING, ImageState.DENOISED)]
+        seated_or_done = [
+            image for image in here if image.state in (ImageState.RUNNING, ImageState.DENOISED)
+        ]
         best_ready = min((image.rank for image in seated_or_done), default=3)
         lead = next(iter(work))
         assert isinstance(work, Encode) or lead.rank <= best_ready or lead.rank in shares
         if isinstance(work, Batch):
             encodes = 0
-            assert all(image.state is ImageState.RUNNING and image.batch_key == work.key for image in work)
-            assert lead.rank != best_ready or group[lead.id] == min(group[image.id] for image in work)
+            assert all(
+                image.state is ImageState.RUNNING and image.batch_key == work.key for image in work
+            )
+            assert lead.rank != best_ready or group[lead.id] == min(
+                group[image.id] for image in work
+            )
             assert len({group[image.id] for image in work}) == 1 or row_buckets or work.is_pinned
             assert len({image.id for image in work}) == len(work)
             assert work.used_rows <= work.bucket_rows
@@ -1214,6 +1316,9 @@ def test_whatever_comes_goes_or_is_moved_limits_hold_and_everybody_is_served(wis
 
 
 def test_scheduling_needs_no_torch():
-    code = "import sys, engine.scheduler, engine.costs, engine.request, engine.config; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, engine.scheduler, engine.costs, engine.request, engine.config; "
+        "sys.exit('torch' in sys.modules)"
+    )
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

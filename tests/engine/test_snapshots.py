@@ -1,4 +1,6 @@
-"""A snapshot carries everything, to anywhere, and whatever is not exactly what was written is refused with a reason."""
+"""A snapshot carries everything, to anywhere, and whatever is not exactly what was written is
+refused with a reason.
+"""
 
 import hashlib
 import json
@@ -52,7 +54,9 @@ FACTS = {
 
 def fingerprinted(**changes) -> Fingerprint:
     facts = FACTS | changes
-    return Fingerprint(facts, hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest())
+    return Fingerprint(
+        facts, hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    )
 
 
 def a_picture(*shape, seed=0) -> Picture:
@@ -71,7 +75,12 @@ def a_full_request(**changes) -> ImageRequest:
         "control_image": a_picture(64, 64, 3, seed=3),
         "clip_skip": 2,
         "adapters": (AdapterUse("ink", 0.7), AdapterUse("paper")),
-        "options": {"true_cfg_scale": 4.0, "max_sequence_length": 256, "use_resolution_binning": False, "clean": "no"},
+        "options": {
+            "true_cfg_scale": 4.0,
+            "max_sequence_length": 256,
+            "use_resolution_binning": False,
+            "clean": "no",
+        },
         "keep_steps": (1, 3),
         "fork": Fork("earlier", 3),
         "determinism": Determinism.REPRODUCIBLE,
@@ -90,19 +99,32 @@ def a_snapshot(**changes) -> Snapshot:
         "fingerprint_facts": bits.facts,
         "step": 3,
         "num_steps": 20,
-        "tensors": {"latents": torch.arange(16.0).reshape(1, 4, 2, 2), "generator": save_generator(torch.Generator().manual_seed(5))},
-        "facts": {"sampler": {"class": "DDIMScheduler", "fields": {"_step_index": None, "lambda": [{"float": "-inf"}, 0.1, -1e-320]}}},
+        "tensors": {
+            "latents": torch.arange(16.0).reshape(1, 4, 2, 2),
+            "generator": save_generator(torch.Generator().manual_seed(5)),
+        },
+        "facts": {
+            "sampler": {
+                "class": "DDIMScheduler",
+                "fields": {"_step_index": None, "lambda": [{"float": "-inf"}, 0.1, -1e-320]},
+            }
+        },
     }
     return Snapshot(**given | changes)
 
 
 def sealed_again(blob: bytes, change) -> bytes:
-    """What a hand other than the engine's could have written: the blob with `change(about)` made, under a seal that fits."""
+    """What a hand other than the engine's could have written.
+
+    The blob with `change(about)` made, under a seal that fits.
+    """
     header_end = 8 + int.from_bytes(blob[:8], "little")
     text = json.loads(blob[8:header_end])["__metadata__"]["darkroom-snapshot"]
     about = change(json.loads(text.split(" ", 3)[3]))
     text = f"{FORMAT:04d} {0:012d} {'0' * 64} {json.dumps(about)}"
-    return with_a_fitting_seal(safetensors.torch.save(safetensors.torch.load(blob), {"darkroom-snapshot": text}))
+    return with_a_fitting_seal(
+        safetensors.torch.save(safetensors.torch.load(blob), {"darkroom-snapshot": text})
+    )
 
 
 def with_a_fitting_seal(blob: bytes) -> bytes:
@@ -129,7 +151,9 @@ def test_everything_comes_back():
 
     read = from_bytes(to_bytes(snapshot))
 
-    assert [is_same(getattr(read, part.name), getattr(snapshot, part.name)) for part in fields(Snapshot)] == [True] * len(fields(Snapshot))
+    assert [
+        is_same(getattr(read, part.name), getattr(snapshot, part.name)) for part in fields(Snapshot)
+    ] == [True] * len(fields(Snapshot))
 
 
 def test_every_field_of_a_request_comes_back():
@@ -152,7 +176,9 @@ def test_every_field_of_a_request_comes_back():
 
 texts = st.text(st.characters(codec=None), max_size=20)  # lone surrogates too
 numbers = st.floats(allow_nan=False, allow_infinity=False)
-pictures = st.builds(a_picture, st.integers(1, 5), st.integers(1, 5), st.just(3), seed=st.integers(0, 9))
+pictures = st.builds(
+    a_picture, st.integers(1, 5), st.integers(1, 5), st.just(3), seed=st.integers(0, 9)
+)
 requests = st.builds(
     a_request,
     texts,
@@ -176,7 +202,18 @@ def test_any_request_comes_back_and_keeps_its_digest(request):
     assert request_digest(read) == request_digest(request)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.float64,
+        torch.int64,
+        torch.uint8,
+        torch.bool,
+    ],
+)
 def test_tensors_come_back_in_type_layout_and_bits(dtype):
     values = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5).to(dtype)
     tensors = {
@@ -208,7 +245,7 @@ def test_equal_snapshots_are_equal_bytes():
     assert to_bytes(from_bytes(written)) == written
 
 
-def test_what_was_read_shares_no_memory():
+def test_a_snapshot_that_was_read_shares_no_memory():
     tensors = {"latents": torch.zeros(4)}
     snapshot = a_snapshot(tensors=tensors, request=a_full_request())
     blob = to_bytes(snapshot)
@@ -234,12 +271,15 @@ def test_tensors_come_back_where_torch_would_have_put_them():
 def test_an_older_snapshot_lacks_the_newest_fields_and_has_their_defaults():
     request = a_full_request()
 
-    blob = sealed_again(to_bytes(a_snapshot(request=request)), lambda about: about["request"].pop("clip_skip") and about)
+    blob = sealed_again(
+        to_bytes(a_snapshot(request=request)),
+        lambda about: about["request"].pop("clip_skip") and about,
+    )
 
     assert from_bytes(blob).request == replace(request, clip_skip=0)
 
 
-def test_what_is_not_plain_cannot_be_written():
+def test_facts_that_are_not_plain_cannot_be_written():
     for facts in ({"a": torch.ones(1)}, {"a": float("nan")}, {("a",): 1}):
         with pytest.raises(SnapshotRefused, match="not plain enough"):
             to_bytes(a_snapshot(facts=facts))
@@ -252,7 +292,9 @@ def test_what_is_not_plain_cannot_be_written():
 
 @pytest.fixture(scope="module")
 def small() -> bytes:
-    return to_bytes(a_snapshot(tensors={"latents": torch.arange(4.0)}, fingerprint_facts={}, facts={}))
+    return to_bytes(
+        a_snapshot(tensors={"latents": torch.arange(4.0)}, fingerprint_facts={}, facts={})
+    )
 
 
 def test_every_flipped_bit_is_found(small):
@@ -268,7 +310,9 @@ def test_every_flipped_bit_is_found(small):
 
 def test_every_missing_byte_is_found(small):
     for length in range(len(small)):
-        with pytest.raises(SnapshotRefused, match=rf"truncated: {length} of {len(small)} bytes|no snapshot"):
+        with pytest.raises(
+            SnapshotRefused, match=rf"truncated: {length} of {len(small)} bytes|no snapshot"
+        ):
             from_bytes(small[:length])
 
 
@@ -279,7 +323,13 @@ def test_bytes_too_many_are_found(small):
 
 @pytest.mark.parametrize(
     "blob",
-    [b"", b"\0", b"\xff" * 100, b"not a snapshot at all" * 9, safetensors.torch.save({"a": torch.ones(2)}, {"format": "pt"})],
+    [
+        b"",
+        b"\0",
+        b"\xff" * 100,
+        b"not a snapshot at all" * 9,
+        safetensors.torch.save({"a": torch.ones(2)}, {"format": "pt"}),
+    ],
     ids=["nothing", "a byte", "a huge length", "text", "other tensors"],
 )
 def test_other_bytes_are_no_snapshot(blob):
@@ -306,18 +356,25 @@ def test_garbage_is_refused_whatever_it_looks_like(small, data):
 @properties
 @given(st.data())
 def test_a_seal_that_fits_does_not_make_it_a_snapshot(small, data):
-    """Only a forger gets this far; even then there is a reason or a request that the engine checks, never another exception."""
+    """Only a forger gets this far.
+
+    Even then there is a reason or a request that the engine checks, never another exception.
+    """
     header_end = 8 + int.from_bytes(small[:8], "little")
     place = data.draw(st.integers(0, len(small) - 1).filter(lambda place: not 8 <= place < 150))
     length = data.draw(st.integers(0, min(8, header_end - place) if place < header_end else 8))
     printable = st.text(string.printable, min_size=length, max_size=length).map(str.encode)
-    forged = with_a_fitting_seal(small[:place] + data.draw(printable | st.binary(max_size=12)) + small[place + length :])
+    forged = with_a_fitting_seal(
+        small[:place] + data.draw(printable | st.binary(max_size=12)) + small[place + length :]
+    )
 
     assert "" not in (refusal(from_bytes, forged), refusal(peek, forged))
 
 
 anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | numbers | texts, lambda inner: st.lists(inner) | st.dictionaries(texts, inner), max_leaves=5
+    st.none() | st.booleans() | st.integers() | numbers | texts,
+    lambda inner: st.lists(inner) | st.dictionaries(texts, inner),
+    max_leaves=5,
 )
 
 
@@ -327,20 +384,29 @@ def test_a_forged_fact_is_refused_or_handed_on_for_the_engine_to_check(small, na
     forged = sealed_again(small, lambda about: about | {name: value})
 
     for problem in (refusal(from_bytes, forged), refusal(peek, forged)):
-        assert problem is None or "not laid out as format 1" in problem or "what this engine does not know" in problem
+        assert (
+            problem is None
+            or "not laid out as format 1" in problem
+            or "what this engine does not know" in problem
+        )
 
 
 def test_another_format_is_refused_by_its_number(small):
     newer = small.replace(b"0001 ", b"0002 ", 1)
 
-    with pytest.raises(SnapshotRefused, match="the snapshot is of format 2, this engine reads format 1"):
+    with pytest.raises(
+        SnapshotRefused, match="the snapshot is of format 2, this engine reads format 1"
+    ):
         from_bytes(newer)
 
 
 def test_a_field_of_tomorrow_is_refused_by_its_name():
     blob = to_bytes(a_snapshot(request=a_full_request()))
 
-    for change in (lambda about: about["request"].update(aura=1), lambda about: about["request"]["fork"].update(aura=1)):
+    for change in (
+        lambda about: about["request"].update(aura=1),
+        lambda about: about["request"]["fork"].update(aura=1),
+    ):
         with pytest.raises(SnapshotRefused, match="has what this engine does not know: aura"):
             from_bytes(sealed_again(blob, lambda about, change=change: change(about) or about))
 
@@ -359,11 +425,15 @@ def test_a_header_beyond_measure_is_refused_unread(small):
 def test_a_label_can_be_read_without_torch():
     blob = to_bytes(a_snapshot(request=a_full_request(id="é")))
     look = (
-        "import sys, json, dataclasses; from engine.snapshots import peek; label = peek(sys.stdin.buffer.read());"
-        "assert not {'torch', 'numpy', 'diffusers'} & set(sys.modules); print(json.dumps(dataclasses.asdict(label)))"
+        "import sys, json, dataclasses; from engine.snapshots import peek; "
+        "label = peek(sys.stdin.buffer.read());"
+        "assert not {'torch', 'numpy', 'diffusers'} & set(sys.modules); "
+        "print(json.dumps(dataclasses.asdict(label)))"
     )
 
-    printed = subprocess.run([sys.executable, "-c", look], input=blob, cwd=REPO, capture_output=True, check=True).stdout
+    printed = subprocess.run(
+        [sys.executable, "-c", look], input=blob, cwd=REPO, capture_output=True, check=True
+    ).stdout
 
     assert json.loads(printed) == {
         "request_id": "é",
@@ -382,7 +452,10 @@ def test_a_snapshot_fits_its_own_fingerprint():
 
 def test_a_refusal_names_the_facts_that_differ():
     here = fingerprinted(
-        libraries={"torch": "2.12.1", "diffusers": "0.42.1", "numpy": "2.4.6"}, threads=2, bucket_rows=None, adapters=["ink"]
+        libraries={"torch": "2.12.1", "diffusers": "0.42.1", "numpy": "2.4.6"},
+        threads=2,
+        bucket_rows=None,
+        adapters=["ink"],
     )
     del here.facts["numerics"]
 
@@ -390,8 +463,9 @@ def test_a_refusal_names_the_facts_that_differ():
         check_fingerprint(from_bytes(to_bytes(a_snapshot())), here)
 
     assert str(refused.value) == (
-        'the snapshot was made where other bits come out: adapters [] there, ["ink"] here; bucket_rows 4 there, null here; '
-        "libraries.numpy unknown there, 2.4.6 here; libraries.torch 2.13.0 there, 2.12.1 here; numerics 1 there, unknown here; "
+        'the snapshot was made where other bits come out: adapters [] there, ["ink"] here; '
+        "bucket_rows 4 there, null here; libraries.numpy unknown there, 2.4.6 here; "
+        "libraries.torch 2.13.0 there, 2.12.1 here; numerics 1 there, unknown here; "
         "threads 1 there, 2 here"
     )
 
@@ -456,7 +530,15 @@ def an_image_in_flight(name, dtype=torch.float32, shape=(1, 4, 4, 4), num_steps=
         tensors, facts = save_sampler(sampler)
         tensors = {f"sampler.{field}": tensor for field, tensor in tensors.items()}
         tensors |= {"latents": latents, "generator": save_generator(generator)}
-        yield a_snapshot(step=step, num_steps=num_steps, tensors=tensors, facts={"name": name, "sampler": facts}), latents
+        yield (
+            a_snapshot(
+                step=step,
+                num_steps=num_steps,
+                tensors=tensors,
+                facts={"name": name, "sampler": facts},
+            ),
+            latents,
+        )
         latents = step_on(sampler, step, latents, generator)
     yield None, latents
 
@@ -465,9 +547,18 @@ def gone_on_with(blob: bytes) -> torch.Tensor:
     """The final latents of an image that another process began."""
     snapshot = from_bytes(blob)
     sampler = made(snapshot.facts["name"])
-    tensors = {name.removeprefix("sampler."): tensor for name, tensor in snapshot.tensors.items() if name.startswith("sampler.")}
+    tensors = {
+        name.removeprefix("sampler."): tensor
+        for name, tensor in snapshot.tensors.items()
+        if name.startswith("sampler.")
+    }
     load_sampler(sampler, tensors, snapshot.facts["sampler"], "cpu")
-    return go_on(sampler, snapshot.step, snapshot.tensors["latents"], load_generator(snapshot.tensors["generator"]))
+    return go_on(
+        sampler,
+        snapshot.step,
+        snapshot.tensors["latents"],
+        load_generator(snapshot.tensors["generator"]),
+    )
 
 
 def bits(latents: torch.Tensor) -> str:
@@ -487,12 +578,18 @@ def test_a_fresh_process_goes_on_from_every_step_with_every_sampler(tmp_path):
     assert len(set(expected.values())) > len(ALLOWED)  # they do not all come to the same
 
     go = (
-        "import sys, json, pathlib, torch; torch.set_num_threads(1); from test_snapshots import bits, gone_on_with;"
-        "print(json.dumps({file.name: bits(gone_on_with(file.read_bytes())) for file in pathlib.Path(sys.argv[1]).iterdir()}))"
+        "import sys, json, pathlib, torch; torch.set_num_threads(1); "
+        "from test_snapshots import bits, gone_on_with;"
+        "print(json.dumps({file.name: bits(gone_on_with(file.read_bytes())) "
+        "for file in pathlib.Path(sys.argv[1]).iterdir()}))"
     )
     environment = os.environ | {"PYTHONPATH": f"{REPO}{os.pathsep}{Path(__file__).parent}"}
     printed = subprocess.run(
-        [sys.executable, "-c", go, str(tmp_path)], env=environment, stdout=subprocess.PIPE, check=True, text=True
+        [sys.executable, "-c", go, str(tmp_path)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
     ).stdout
 
     assert json.loads(printed.splitlines()[-1]) == expected

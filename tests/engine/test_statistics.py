@@ -88,14 +88,23 @@ def test_stats_count_forwards_rows_and_padding(checkpoint):
 
 
 def test_stats_count_what_caches_gave_and_what_they_hold(checkpoint):
-    caches = ("cache_hits", "cache_misses", "latent_cache_hits", "latent_cache_misses", "latent_cache_bytes")
+    caches = (
+        "cache_hits",
+        "cache_misses",
+        "latent_cache_hits",
+        "latent_cache_misses",
+        "latent_cache_bytes",
+    )
     with Engine(EngineConfig(), [a_spec(checkpoint)]) as engine:
         before = engine.stats()
         for name in ("a", "b"):
-            engine.submit(a_request(name, num_steps=2, keep_steps=(1,), prompt="a large green star")).result(60)
+            engine.submit(
+                a_request(name, num_steps=2, keep_steps=(1,), prompt="a large green star")
+            ).result(60)
         stats = engine.stats()
 
-    assert [stats[name] - before[name] for name in caches] == [3, 1, 0, 0, 2 * 4 * 8 * 8 * 4]  # warm-up knew the empty prompt
+    # warm-up knew the empty prompt
+    assert [stats[name] - before[name] for name in caches] == [3, 1, 0, 0, 2 * 4 * 8 * 8 * 4]
     assert stats["cache_bytes"] > before["cache_bytes"]
     assert counted(stats, "adapter_hits", "adapter_bytes", "block_cache_rows_skipped") == {
         "adapter_hits": 0,

@@ -49,7 +49,13 @@ def test_steps_and_rows_are_asked_of_every_native_family():
 @pytest.mark.parametrize("checkpoint_name", list(FAMILY_OF))
 @pytest.mark.parametrize(("num_steps", "strength"), [(5, 0.5), (7, 0.3), (4, 0.75), (3, 1.0)])
 def test_steps_are_as_policy_says(engine, checkpoint_name, num_steps, strength):
-    request = asked(checkpoint_name, num_steps=num_steps, strength=strength, init_image=a_picture(seed=3), guidance=1.0)
+    request = asked(
+        checkpoint_name,
+        num_steps=num_steps,
+        strength=strength,
+        init_image=a_picture(seed=3),
+        guidance=1.0,
+    )
 
     made = engine.submit(request).result(60).record.num_steps
 
@@ -61,7 +67,10 @@ def test_steps_are_as_policy_says(engine, checkpoint_name, num_steps, strength):
 def test_steps_are_as_policy_says_for_any_strength_that_leaves_one(num_steps, strength):
     request = a_request(num_steps=num_steps, strength=strength)
 
-    for family, skipped in (("sd", sd._skipped_steps(request)), ("sd3", flow._skipped_steps(request))):
+    for family, skipped in (
+        ("sd", sd._skipped_steps(request)),
+        ("sd3", flow._skipped_steps(request)),
+    ):
         if skipped < num_steps:  # else the family refuses it
             assert num_steps - skipped == steps_made(family, num_steps=num_steps, strength=strength)
 
@@ -71,9 +80,13 @@ def test_steps_are_as_policy_says_for_any_strength_that_leaves_one(num_steps, st
 @pytest.mark.parametrize("checkpoint_name", list(FAMILY_OF))
 def test_rows_are_as_policy_says(engine, checkpoint_name, guidance, negative_prompt):
     own = {"guidance_distilled": False} if checkpoint_name == "schnell" else {}
-    changes = {f"models.pocket.{key}": value for key, value in own.items()} | {"models.pocket.family": FAMILY_OF[checkpoint_name]}
+    changes = {f"models.pocket.{key}": value for key, value in own.items()} | {
+        "models.pocket.family": FAMILY_OF[checkpoint_name]
+    }
     model = a_fleet(changes).models["pocket"]
-    request = asked(checkpoint_name, num_steps=2, guidance=guidance, negative_prompt=negative_prompt)
+    request = asked(
+        checkpoint_name, num_steps=2, guidance=guidance, negative_prompt=negative_prompt
+    )
 
     taken = engine.submit(request).result(60).record.max_rows
 
@@ -81,9 +94,18 @@ def test_rows_are_as_policy_says(engine, checkpoint_name, guidance, negative_pro
 
 
 @pytest.mark.parametrize("embeds", [True, False])
-def test_a_flux_network_that_takes_guidance_otherwise_than_declared_stops_the_start(tmp_path, embeds):
+def test_a_flux_network_that_takes_guidance_otherwise_than_declared_stops_the_start(
+    tmp_path, embeds
+):
     folder = save_tiny_flux(tmp_path / "flux", guidance_embeds=embeds)
-    spec = a_spec(folder, name="flux", family="flux", samplers=("flow_euler",), guidance_distilled=not embeds, **SIZES)
+    spec = a_spec(
+        folder,
+        name="flux",
+        family="flux",
+        samplers=("flow_euler",),
+        guidance_distilled=not embeds,
+        **SIZES,
+    )
 
     with pytest.raises(UnsupportedRequest, match="guidance_distilled: "):
         Engine(EngineConfig(), [spec]).start()

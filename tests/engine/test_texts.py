@@ -28,7 +28,13 @@ def engine(checkpoint, tmp_path_factory):
         a_spec(checkpoint, name="sd", samplers=NOISE, **SIZES),
         a_spec(sdxl, name="sdxl", family="sdxl", samplers=NOISE, **SIZES),
         a_spec(save_tiny_sd3(folder / "sd3"), name="sd3", family="sd3", samplers=FLOW, **SIZES),
-        a_spec(save_tiny_sd3(folder / "clip", with_t5=False), name="sd3 without T5", family="sd3", samplers=FLOW, **SIZES),
+        a_spec(
+            save_tiny_sd3(folder / "clip", with_t5=False),
+            name="sd3 without T5",
+            family="sd3",
+            samplers=FLOW,
+            **SIZES,
+        ),
         a_spec(save_tiny_flux(folder / "flux"), name="flux", family="flux", samplers=FLOW, **SIZES),
     ]
     with Engine(EngineConfig(growth_ceiling=ALWAYS, max_batch_rows=8), specs) as engine:
@@ -46,7 +52,7 @@ def told_of(engine, name, **changes):
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3 without T5"])
-def test_what_comes_after_the_last_token_is_told_and_has_no_effect(engine, name):
+def test_text_after_the_last_token_is_told_and_has_no_effect(engine, name):
     unread, pixels = told_of(engine, name, prompt=f"{LONG}circle")
     _, others = told_of(engine, name, prompt=f"{LONG}square")
 
@@ -103,7 +109,7 @@ def begun(submit):
     return handle, events
 
 
-def test_who_goes_on_from_a_snapshot_is_told_again(engine):
+def test_unread_text_is_told_again_when_an_image_goes_on_from_a_snapshot(engine):
     wish = {"checkpoint": "sd", "sampler": "euler", "num_steps": 400, "prompt": LONG}
     handle, _ = begun(partial(engine.submit, a_request("here", **wish)))
     snapshot = handle.snapshot(60)

@@ -1,4 +1,6 @@
-"""SD and SDXL beside parity: what they refuse, how a repainted image is saved and goes on, who may share its forwards."""
+"""SD and SDXL beside parity: what they refuse, how a repainted image is saved and goes on, who may
+share its forwards.
+"""
 
 import json
 from dataclasses import replace
@@ -35,7 +37,11 @@ def family(checkpoint, tmp_path_factory):
         "sd": lambda path: checkpoint,
         "sd 9": lambda path: save_repainting(path, checkpoint),
         "sdxl": lambda path: save_tiny_sdxl(path, EulerDiscreteScheduler()),
-        "sdxl mean": lambda path: save_tiny_sdxl(path, EulerDiscreteScheduler(), vae={"latents_mean": [0.1] * 4, "latents_std": [1.1] * 4}),
+        "sdxl mean": lambda path: save_tiny_sdxl(
+            path,
+            EulerDiscreteScheduler(),
+            vae={"latents_mean": [0.1] * 4, "latents_std": [1.1] * 4},
+        ),
     }
     families = {}
 
@@ -48,7 +54,10 @@ def family(checkpoint, tmp_path_factory):
 
 
 def a_repaint(id="image", **changes):
-    return a_request(id, **{"init_image": a_picture(), "mask": a_mask(), "strength": 0.8, "num_steps": 5} | changes)
+    return a_request(
+        id,
+        **{"init_image": a_picture(), "mask": a_mask(), "strength": 0.8, "num_steps": 5} | changes,
+    )
 
 
 # --- what is refused ---
@@ -78,7 +87,7 @@ def a_repaint(id="image", **changes):
         ("fork", {"fork": Fork("other", 4)}),
     ],
 )
-def test_what_cannot_be_rendered_is_refused_by_field(family, name, field, changes):
+def test_a_request_that_cannot_be_rendered_is_refused_by_field(family, name, field, changes):
     with pytest.raises(UnsupportedRequest) as refused:
         family(name).check(a_request(**changes))
 
@@ -118,7 +127,7 @@ def test_networks_of_another_family_are_refused_by_file(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
-def test_what_the_mask_keeps_is_the_latents_of_the_picture(family, name):
+def test_latents_that_the_mask_keeps_are_those_of_the_picture(family, name):
     image = stepped(family(name), a_repaint())
 
     mask, clean = image.tensors.extras["mask"].bool(), image.tensors.extras["clean"]
@@ -145,10 +154,14 @@ def test_a_repainted_image_saved_after_any_step_goes_on_with_the_same_bits(famil
         resumed = in_flight(family(name), request)
         resumed.step = step
         with torch.inference_mode():
-            family(name).restore(resumed, State(state.tensors, json.loads(json.dumps(state.facts))), a_recall())
+            family(name).restore(
+                resumed, State(state.tensors, json.loads(json.dumps(state.facts))), a_recall()
+            )
         assert resumed.num_steps == 4
         assert resumed.is_denoised == (step == 4)
-        assert torch.equal(denoise(family(name), resumed).tensors.latents, expected.tensors.latents), step
+        assert torch.equal(
+            denoise(family(name), resumed).tensors.latents, expected.tensors.latents
+        ), step
 
     assert torch.equal(decoded(family(name), resumed), decoded(family(name), expected))
 
@@ -182,7 +195,10 @@ def test_images_from_noise_and_from_pictures_share_forwards_and_keep_their_bits(
         a_request("picture", sampler="unipc", init_image=a_picture(), strength=0.9, guidance=1.0),
         a_repaint("repainted", sampler="dpmpp_2m_sde"),
     ]
-    alone = [denoise(family(name), started(family(name), request), bucket_rows=8).tensors.latents for request in requests]
+    alone = [
+        denoise(family(name), started(family(name), request), bucket_rows=8).tensors.latents
+        for request in requests
+    ]
 
     images = [started(family(name), request) for request in requests]
     with torch.inference_mode():
@@ -198,7 +214,9 @@ def test_latents_in_another_memory_layout_are_denoised_to_the_same_bits(family):
     plain, twisted = (started(family("sd"), a_request(sampler="euler")) for _ in range(2))
     twisted.tensors.latents = twisted.tensors.latents.contiguous(memory_format=torch.channels_last)
 
-    assert torch.equal(denoise(family("sd"), plain).tensors.latents, denoise(family("sd"), twisted).tensors.latents)
+    assert torch.equal(
+        denoise(family("sd"), plain).tensors.latents, denoise(family("sd"), twisted).tensors.latents
+    )
 
 
 # --- what is said ---
@@ -220,7 +238,10 @@ def test_a_vae_that_overflows_says_which_halves_run_in_float32(tmp_path):
     }
 
 
-@pytest.mark.parametrize(("name", "text_encoders"), [("sd", {"text_encoder"}), ("sdxl", {"text_encoder", "text_encoder_2"})])
+@pytest.mark.parametrize(
+    ("name", "text_encoders"),
+    [("sd", {"text_encoder"}), ("sdxl", {"text_encoder", "text_encoder_2"})],
+)
 def test_adapters_may_lie_over_the_unet_and_the_text_encoders(family, name, text_encoders):
     assert set(family(name).networks()) == {"unet"} | text_encoders
 
@@ -233,7 +254,10 @@ def test_an_encoding_is_kept_apart_by_all_the_encoder_is_told(family):
         return encode()
 
     for clip_skip in (0, 1):
-        image = in_flight(family("sdxl"), a_request(clip_skip=clip_skip, negative_prompt="a star", prompt="a circle"))
+        image = in_flight(
+            family("sdxl"),
+            a_request(clip_skip=clip_skip, negative_prompt="a star", prompt="a circle"),
+        )
         with torch.inference_mode():
             family("sdxl").start(image, recall)
 

@@ -1,4 +1,6 @@
-"""Tiny checkpoints of the larger families, pictures to start from, and a way to render with a family alone."""
+"""Tiny checkpoints of the larger families, pictures to start from, and a way to render with a
+family alone.
+"""
 
 import shutil
 from pathlib import Path
@@ -46,8 +48,19 @@ def tiny_clip_config(width: int = 32, **changes):
     return CLIPTextConfig(**given | changes)
 
 
-def save_tiny_sdxl(folder: Path, scheduler, *, in_channels: int = 4, zeros_for_no_prompt: bool = True, vae=None, seed: int = 0) -> Path:
-    """A StableDiffusionXLPipeline folder; with 9 `in_channels` it only repaints. `vae`: changes to its config."""
+def save_tiny_sdxl(
+    folder: Path,
+    scheduler,
+    *,
+    in_channels: int = 4,
+    zeros_for_no_prompt: bool = True,
+    vae=None,
+    seed: int = 0,
+) -> Path:
+    """A StableDiffusionXLPipeline folder; with 9 `in_channels` it only repaints.
+
+    `vae`: changes to its config.
+    """
     from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -96,7 +109,9 @@ def save_repainting(folder: Path, source: Path, seed: int = 0) -> Path:
 
 def a_picture(width_px: int = SIZE, height_px: int = SIZE, seed: int = 0) -> Picture:
     """Coloured noise."""
-    return Picture(np.random.default_rng(seed).integers(0, 256, (height_px, width_px, 3), dtype=np.uint8))
+    return Picture(
+        np.random.default_rng(seed).integers(0, 256, (height_px, width_px, 3), dtype=np.uint8)
+    )
 
 
 def a_mask(width_px: int = SIZE, height_px: int = SIZE) -> Picture:
@@ -120,7 +135,9 @@ def a_recall() -> Recall:
 def in_flight(family: Family, request: ImageRequest) -> InFlight:
     """The request as the engine would queue it for this family."""
     family.check(request)
-    key = BatchKey(request.checkpoint, request.height_px, request.width_px, family.text_length(request))
+    key = BatchKey(
+        request.checkpoint, request.height_px, request.width_px, family.text_length(request)
+    )
     return InFlight(request=request, batch_key=key, rows=family.rows(request))
 
 
@@ -134,7 +151,9 @@ def started(family: Family, request: ImageRequest) -> InFlight:
 
 
 def denoise(family: Family, image: InFlight, *, bucket_rows: int | None = None) -> InFlight:
-    """Step a started image alone to its end, in forwards of its own rows or padded to `bucket_rows`."""
+    """Step a started image alone to its end, in forwards of its own rows or padded to
+    `bucket_rows`.
+    """
     with torch.inference_mode():
         while not image.is_denoised:
             family.advance(image, family.predict([image], bucket_rows or image.rows)[0])

@@ -1,4 +1,7 @@
-"""Tiny SD3 and FLUX checkpoints with random weights, real in every part: three text encoders and two, tokenizers, transformer, VAE."""
+"""Tiny SD3 and FLUX checkpoints with random weights, real in every part.
+
+Three text encoders and two, tokenizers, transformer, VAE.
+"""
 
 from pathlib import Path
 
@@ -8,7 +11,8 @@ from tiny_checkpoints import TINY_VAE, tiny_clip_config
 
 T5_WIDTH = 96
 SD3_SCHEDULER = {"shift": 3.0}  # as SD3 and SD3.5
-DEV_SCHEDULER = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}  # as FLUX.1 dev and Fill
+# as FLUX.1 dev and Fill
+DEV_SCHEDULER = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
 SCHNELL_SCHEDULER = {"shift": 1.0, "base_shift": 0.5, "max_shift": 1.15}
 
 
@@ -43,13 +47,22 @@ def tiny_vae(latent_channels):
     """An 8x VAE with a shift, without quantisation layers, as SD3 and FLUX have them."""
     from diffusers import AutoencoderKL
 
-    shifted = {"scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False, "use_post_quant_conv": False}
+    shifted = {
+        "scaling_factor": 1.5305,
+        "shift_factor": 0.0609,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
     return AutoencoderKL(latent_channels=latent_channels, **TINY_VAE | shifted)
 
 
 def save_tiny_sd3(folder: Path, *, scheduler=SD3_SCHEDULER, with_t5=True, seed=0) -> Path:
     """A StableDiffusion3Pipeline folder; SD3.5's second attention in its first layer."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
     from transformers import CLIPTextModelWithProjection
 
     torch.manual_seed(seed)
@@ -83,8 +96,12 @@ def save_tiny_sd3(folder: Path, *, scheduler=SD3_SCHEDULER, with_t5=True, seed=0
     return folder
 
 
-def save_tiny_flux(folder: Path, *, scheduler=DEV_SCHEDULER, guidance_embeds=True, context_channels=0, seed=0) -> Path:
-    """A FluxPipeline folder: like dev, or like schnell without `guidance_embeds`, or like Fill with 4 + 64 `context_channels`."""
+def save_tiny_flux(
+    folder: Path, *, scheduler=DEV_SCHEDULER, guidance_embeds=True, context_channels=0, seed=0
+) -> Path:
+    """A FluxPipeline folder: like dev, or like schnell without `guidance_embeds`, or like Fill with
+    4 + 64 `context_channels`.
+    """
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextModel
 

@@ -1,4 +1,7 @@
-"""Tiny pipelines of diffusers with random weights, real in every part, tokenizers included: the list the coroutine family is held to."""
+"""Tiny pipelines of diffusers with random weights, real in every part, tokenizers included.
+
+The list the coroutine family is held to.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +20,8 @@ from engine.config import CheckpointSpec
 from engine.request import ImageRequest, Option, Picture
 
 SIZE = 32  # pixels
-PROMPT, OTHER_PROMPT = "a red circle on the blue background", "a red square on the blue background"  # as many tokens for everybody
+# as many tokens for everybody
+PROMPT, OTHER_PROMPT = "a red circle on the blue background", "a red square on the blue background"
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,11 @@ def a_pipeline_request(name: str, id: str = "image", **changes) -> ImageRequest:
         "sampler": "default",
         "seed": 7,
     }
-    return ImageRequest(**given | {field: pictures[field] for field in (PIPELINES | OTHERS)[name].pictures} | changes)
+    return ImageRequest(
+        **given
+        | {field: pictures[field] for field in (PIPELINES | OTHERS)[name].pictures}
+        | changes
+    )
 
 
 def a_picture(seed: int, size: int = SIZE) -> Picture:
@@ -110,7 +118,13 @@ def a_t5_tokenizer():
 
 def a_t5():
     config = transformers.T5Config(
-        vocab_size=len(a_t5_tokenizer()), d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+        vocab_size=len(a_t5_tokenizer()),
+        d_model=32,
+        d_kv=8,
+        d_ff=37,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
     )
     return transformers.T5EncoderModel(config).eval()
 
@@ -120,9 +134,12 @@ def a_qwen_tokenizer():
     alphabet = sorted(ByteLevel.alphabet())
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     vocab = {token: index for index, token in enumerate([*special, *alphabet])}
-    tokenizer = transformers.Qwen2Tokenizer(vocab=vocab, merges=[], additional_special_tokens=special[1:])
+    tokenizer = transformers.Qwen2Tokenizer(
+        vocab=vocab, merges=[], additional_special_tokens=special[1:]
+    )
     tokenizer.chat_template = (
-        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+        "{{ message['content'] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     return tokenizer
@@ -159,7 +176,11 @@ UNET_BLOCKS = {
 
 
 def a_unet(**changes) -> diffusers.UNet2DConditionModel:
-    given = {"sample_size": SIZE // 2, "up_block_types": ("CrossAttnUpBlock2D",), "cross_attention_dim": 32}
+    given = {
+        "sample_size": SIZE // 2,
+        "up_block_types": ("CrossAttnUpBlock2D",),
+        "cross_attention_dim": 32,
+    }
     return diffusers.UNet2DConditionModel(**UNET_BLOCKS | given | changes)
 
 
@@ -175,7 +196,9 @@ def a_stable_diffusion(kind=diffusers.StableDiffusionPipeline, **more):
         text_encoder=a_clip(),
         unet=a_unet(),
         vae=a_vae(),
-        scheduler=diffusers.PNDMScheduler(**NOISE, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1),
+        scheduler=diffusers.PNDMScheduler(
+            **NOISE, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -184,8 +207,11 @@ def a_stable_diffusion(kind=diffusers.StableDiffusionPipeline, **more):
 
 
 def a_stable_diffusion_controlnet():
-    controlnet = diffusers.ControlNetModel(**UNET_BLOCKS, cross_attention_dim=32, conditioning_embedding_out_channels=(8, 16))
-    for parameter in controlnet.parameters():  # its last layers are born as zeros, and would control nothing
+    controlnet = diffusers.ControlNetModel(
+        **UNET_BLOCKS, cross_attention_dim=32, conditioning_embedding_out_channels=(8, 16)
+    )
+    # its last layers are born as zeros, and would control nothing
+    for parameter in controlnet.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return a_stable_diffusion(diffusers.StableDiffusionControlNetPipeline, controlnet=controlnet)
 
@@ -206,7 +232,9 @@ def a_stable_diffusion_xl():
         text_encoder_2=a_clip(transformers.CLIPTextModelWithProjection),
         unet=unet,
         vae=a_vae(),
-        scheduler=diffusers.EulerDiscreteScheduler(**NOISE, timestep_spacing="leading", steps_offset=1),
+        scheduler=diffusers.EulerDiscreteScheduler(
+            **NOISE, timestep_spacing="leading", steps_offset=1
+        ),
     )
 
 
@@ -346,7 +374,9 @@ def a_sana():
             decoder_act_fns="silu",
             scaling_factor=0.41407,
         ),
-        scheduler=diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        scheduler=diffusers.DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
     )
 
 
@@ -359,10 +389,25 @@ def a_qwen_image():
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
-        "rope_parameters": {"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1000000.0},
+        "rope_parameters": {
+            "mrope_section": [1, 1, 2],
+            "rope_type": "default",
+            "rope_theta": 1000000.0,
+        },
     }
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
-    special = {"image_token_id": 1, "video_token_id": 1, "vision_start_token_id": 1, "vision_end_token_id": 1}
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 16,
+    }
+    special = {
+        "image_token_id": 1,
+        "video_token_id": 1,
+        "vision_start_token_id": 1,
+        "vision_end_token_id": 1,
+    }
     config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **special)
     return diffusers.QwenImagePipeline(
         tokenizer=tokenizer,
@@ -403,7 +448,8 @@ def a_z_image():
         axes_dims=[8, 4, 4],
         axes_lens=[256, 32, 32],
     )
-    for token in (transformer.x_pad_token, transformer.cap_pad_token):  # born as whatever lay in memory
+    # born as whatever lay in memory
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
         torch.nn.init.normal_(token, std=0.02)
     return diffusers.ZImagePipeline(
         tokenizer=tokenizer,
@@ -425,7 +471,9 @@ def a_z_image():
 
 
 def a_ddim():
-    """No prompt, no VAE, nothing to have two of; its network gives an output object, and it gives an array."""
+    """No prompt, no VAE, nothing to have two of; its network gives an output object, and it gives
+    an array.
+    """
     unet = diffusers.UNet2DModel(
         sample_size=SIZE,
         block_out_channels=(8, 8),
@@ -442,15 +490,31 @@ OTHERS = {"ddim": Tiny(a_ddim, rows=(1, 1))}
 
 PIPELINES: dict[str, Tiny] = {
     "sd": Tiny(a_stable_diffusion),
-    "sd-img2img": Tiny(partial(a_stable_diffusion, diffusers.StableDiffusionImg2ImgPipeline), pictures=("init_image",)),
-    "sd-inpaint": Tiny(partial(a_stable_diffusion, diffusers.StableDiffusionInpaintPipeline), pictures=("init_image", "mask")),
+    "sd-img2img": Tiny(
+        partial(a_stable_diffusion, diffusers.StableDiffusionImg2ImgPipeline),
+        pictures=("init_image",),
+    ),
+    "sd-inpaint": Tiny(
+        partial(a_stable_diffusion, diffusers.StableDiffusionInpaintPipeline),
+        pictures=("init_image", "mask"),
+    ),
     "sd-controlnet": Tiny(a_stable_diffusion_controlnet, pictures=("control_image",)),
     "sdxl": Tiny(a_stable_diffusion_xl),
     "sd3": Tiny(a_stable_diffusion_3, {"max_sequence_length": 40}),
     "flux": Tiny(a_flux, {"max_sequence_length": 40}, rows=(1, 1)),
     "chroma": Tiny(a_chroma, {"max_sequence_length": 40}, rows=(1, 1)),
-    "pixart-sigma": Tiny(a_pixart_sigma, {"max_sequence_length": 40, "use_resolution_binning": False, "clean_caption": False}),
-    "sana": Tiny(a_sana, {"max_sequence_length": 40, "use_resolution_binning": False, "complex_human_instruction": ""}),
+    "pixart-sigma": Tiny(
+        a_pixart_sigma,
+        {"max_sequence_length": 40, "use_resolution_binning": False, "clean_caption": False},
+    ),
+    "sana": Tiny(
+        a_sana,
+        {
+            "max_sequence_length": 40,
+            "use_resolution_binning": False,
+            "complex_human_instruction": "",
+        },
+    ),
     "qwen-image": Tiny(a_qwen_image, rows=(1, 1), guidance="true_cfg_scale"),
     "z-image": Tiny(a_z_image, {"max_sequence_length": 100}, unguided=0.0),
 }

@@ -1,7 +1,8 @@
-"""A Celery worker with the fleet's consumer and tasks that only sleep, for test_consumer.py to torment.
+"""A Celery worker with the fleet's consumer and tasks that only sleep, for test_consumer.py to
+torment.
 
-Run as a process: `python -m tests.fleet.consumer_app`; CONSUMER_APP holds its addresses as JSON. Starts and ends of
-tasks are noted in a Redis that no test disturbs.
+Run as a process: `python -m tests.fleet.consumer_app`; CONSUMER_APP holds its addresses as JSON.
+Starts and ends of tasks are noted in a Redis that no test disturbs.
 """
 
 import json
@@ -27,8 +28,12 @@ def make_app(broker_url: str) -> Celery:
     """The house's delivery settings with two queues of our own."""
     settings = BrokerSettings(broker_url=broker_url)
     celery = Celery("consumer-app", set_as_current=False)
-    celery.conf.update(celeryconfig.delivery(settings, parse_fleet((REPO / "fleet.toml").read_text())))
-    celery.conf.update(task_queues=[Queue(name, routing_key=name) for name in QUEUES], task_default_queue="batch")
+    celery.conf.update(
+        celeryconfig.delivery(settings, parse_fleet((REPO / "fleet.toml").read_text()))
+    )
+    celery.conf.update(
+        task_queues=[Queue(name, routing_key=name) for name in QUEUES], task_default_queue="batch"
+    )
     return celery
 
 
@@ -46,13 +51,24 @@ def main() -> None:
         notes.rpush("ended", name)
 
     def may_take(queue: str, taken: Sequence[TakenTask]) -> bool:
-        return sum(task.headers.get("weight", 1) for task in taken if task.queue == queue) < FACTS["caps"][queue]
+        return (
+            sum(task.headers.get("weight", 1) for task in taken if task.queue == queue)
+            < FACTS["caps"][queue]
+        )
 
     celery.steps["consumer"].add(tier_gate(QUEUES, may_take))
     celery.steps["consumer"].add(on_turn(lambda: notes.incr("turns")))
     threads, queues = FACTS["threads"], ",".join(QUEUES)
-    arguments = ["worker", "--pool=threads", f"--concurrency={threads}", f"--queues={queues}", f"--hostname={FACTS['name']}@test"]
-    sys.exit(run_worker(celery, [*arguments, "--without-mingle", "--without-gossip", "--loglevel=INFO"]))
+    arguments = [
+        "worker",
+        "--pool=threads",
+        f"--concurrency={threads}",
+        f"--queues={queues}",
+        f"--hostname={FACTS['name']}@test",
+    ]
+    sys.exit(
+        run_worker(celery, [*arguments, "--without-mingle", "--without-gossip", "--loglevel=INFO"])
+    )
 
 
 if __name__ == "__main__":

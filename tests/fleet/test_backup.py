@@ -1,4 +1,7 @@
-"""A backup of a running stack makes another one in an empty place: the same keys, jobs, images and audit log."""
+"""A backup of a running stack makes another one in an empty place.
+
+The same keys, jobs, images and audit log.
+"""
 
 import hashlib
 import json
@@ -38,7 +41,9 @@ def job(client):
 @pytest.fixture(scope="module")
 def folder(stack, job, place):
     """A backup of the running stack."""
-    done = CliRunner().invoke(darkroom, ["--data-dir", str(stack.data_dir), "backup", str(place / "backup")])
+    done = CliRunner().invoke(
+        darkroom, ["--data-dir", str(stack.data_dir), "backup", str(place / "backup")]
+    )
     assert done.exit_code == 0, done.output
     return place / "backup"
 
@@ -66,7 +71,8 @@ def answers(url):
 
 
 def test_a_restored_stack_knows_keys_jobs_and_images(stack, restored, job, tmp_path):
-    assert restored.env["DARKROOM_URL"] != stack.env["DARKROOM_URL"]  # its ports were taken: both run
+    # its ports were taken: both run
+    assert restored.env["DARKROOM_URL"] != stack.env["DARKROOM_URL"]
     with Client(restored.env["DARKROOM_URL"], stack.env["DARKROOM_API_KEY"]) as client:
         known = client.job(job.id)
         paths = client.download(known, tmp_path)
@@ -84,7 +90,9 @@ def test_a_restored_stack_takes_new_jobs(restored):
 
 def test_a_restored_audit_log_verifies_and_stays_closed(restored):
     assert ask(restored.env["AUDITOR_DATABASE_URL"], "SELECT * FROM audit_verify()").rows == []
-    assert ask(restored.env["AUDITOR_DATABASE_URL"], "SELECT count(*) > 0 FROM audit_log").rows == [(True,)]
+    assert ask(restored.env["AUDITOR_DATABASE_URL"], "SELECT count(*) > 0 FROM audit_log").rows == [
+        (True,)
+    ]
     for statement in ("DELETE FROM audit_events", "UPDATE audit_events SET actor = 'x'"):
         with pytest.raises(Exception, match="append-only"):
             ask(restored.env["MIGRATION_DATABASE_URL"], statement)
@@ -97,7 +105,10 @@ def test_a_backup_is_for_its_owner_only_and_tells_what_it_holds(folder, stack):
 
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert stat.S_IMODE((folder / "env").stat().st_mode) == 0o600
-    assert (manifest.objects >= 2, {"darkroom_app", "darkroom_auditor"} <= set(manifest.roles)) == (True, True)
+    assert (manifest.objects >= 2, {"darkroom_app", "darkroom_auditor"} <= set(manifest.roles)) == (
+        True,
+        True,
+    )
     assert stack.env["API_KEY_PEPPER"] in (folder / "env").read_text()
 
 
@@ -144,10 +155,21 @@ def test_objects_are_checked_by_the_digest_in_their_name(another_folder, tmp_pat
     with pytest.raises(StackError, match=f"{altered.name} is not what was written there"):
         list(backup._copy_objects(another_folder / "objects", tmp_path / "bucket", is_whole=True))
     whole = json.loads((another_folder / "manifest.json").read_text())["objects"]
-    assert len(list(backup._copy_objects(another_folder / "objects", tmp_path / "another", is_whole=False))) == whole - 1
+    assert (
+        len(
+            list(
+                backup._copy_objects(
+                    another_folder / "objects", tmp_path / "another", is_whole=False
+                )
+            )
+        )
+        == whole - 1
+    )
 
 
-def test_a_backup_that_lacks_an_object_is_not_restored_as_if_it_were_whole(another_folder, tmp_path, monkeypatch):
+def test_a_backup_that_lacks_an_object_is_not_restored_as_if_it_were_whole(
+    another_folder, tmp_path, monkeypatch
+):
     next(path for path in (another_folder / "objects").rglob("*") if path.is_file()).unlink()
     whole = backup.Manifest.read(another_folder).objects
     for name in ("_make_roles", "_run"):  # what Postgres gets is not at issue
@@ -167,7 +189,9 @@ def test_a_folder_that_lacks_a_part_is_no_backup(another_folder, tmp_path, name)
     assert not (tmp_path / "data").exists()
 
 
-def test_a_backup_copies_objects_after_the_dump_that_names_them_and_is_one_only_when_it_is_whole(tmp_path, monkeypatch):
+def test_a_backup_copies_objects_after_its_dump_and_is_one_only_when_it_is_whole(
+    tmp_path, monkeypatch
+):
     data, made = tmp_path / "data", []
     (data / "s3" / "darkroom").mkdir(parents=True)
     (data / "env").write_text("API_KEY_PEPPER=x\n")
@@ -187,7 +211,12 @@ def test_a_backup_copies_objects_after_the_dump_that_names_them_and_is_one_only_
     monkeypatch.setattr(backup, "_facts", lambda addresses: ("0042", "16.2", ["darkroom_app"]))
     monkeypatch.setattr(backup, "_copy_objects", copy)
 
-    manifest = backup.write(tmp_path / "backup", data_dir=data, addresses=Addresses.fresh(), fleet_file=tmp_path / "fleet.toml")
+    manifest = backup.write(
+        tmp_path / "backup",
+        data_dir=data,
+        addresses=Addresses.fresh(),
+        fleet_file=tmp_path / "fleet.toml",
+    )
 
     assert made == ["dump", "objects"]
     assert backup.check(tmp_path / "backup") == manifest
@@ -195,7 +224,9 @@ def test_a_backup_copies_objects_after_the_dump_that_names_them_and_is_one_only_
 
 
 def test_a_stack_that_does_not_run_is_not_backed_up(tmp_path):
-    done = CliRunner().invoke(darkroom, ["--data-dir", str(tmp_path / "data"), "backup", str(tmp_path / "backup")])
+    done = CliRunner().invoke(
+        darkroom, ["--data-dir", str(tmp_path / "data"), "backup", str(tmp_path / "backup")]
+    )
 
     assert done.exit_code == 5
     assert "not running" in done.stderr

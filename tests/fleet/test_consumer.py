@@ -1,4 +1,6 @@
-"""What FleetConsumer and TierCycle promise, against a real Redis that is killed, flushed and cut off."""
+"""What FleetConsumer and TierCycle promise, against a real Redis that is killed, flushed and cut
+off.
+"""
 
 import json
 import os
@@ -35,27 +37,57 @@ class Rig:
 
     def __post_init__(self) -> None:
         self.broker_url, self.notes_url = (f"redis://127.0.0.1:{port}/0" for port in self.ports[:2])
-        self.broker, self.notes = redis.Redis.from_url(self.broker_url), redis.Redis.from_url(self.notes_url)
+        self.broker, self.notes = (
+            redis.Redis.from_url(self.broker_url),
+            redis.Redis.from_url(self.notes_url),
+        )
         self.broker_process = self.start_redis(self.ports[0])
         self.start_redis(self.ports[1])
-        self.proxy = RefusingProxy(self.ports[2], self.ports[0])  # the workers' way to the broker; ours leads past it
+        # the workers' way to the broker; ours leads past it
+        self.proxy = RefusingProxy(self.ports[2], self.ports[0])
         self.app = make_app(self.broker_url)
 
     def start_redis(self, port: int) -> subprocess.Popen:
-        arguments = [REDIS_SERVER, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", self.folder]
+        arguments = [
+            REDIS_SERVER,
+            "--port",
+            str(port),
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+            "--dir",
+            self.folder,
+        ]
         process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
         self.processes.append(process)
         eventually(lambda: _answers(redis.Redis.from_url(f"redis://127.0.0.1:{port}")))
         return process
 
-    def worker(self, *, threads: int = 4, caps: dict[str, int] | None = None, name: str = "w", is_awaited: bool = True) -> subprocess.Popen:
+    def worker(
+        self,
+        *,
+        threads: int = 4,
+        caps: dict[str, int] | None = None,
+        name: str = "w",
+        is_awaited: bool = True,
+    ) -> subprocess.Popen:
         proxied = f"redis://127.0.0.1:{self.ports[2]}/0"
-        facts = {"broker_url": proxied, "notes_url": self.notes_url, "threads": threads, "name": name}
+        facts = {
+            "broker_url": proxied,
+            "notes_url": self.notes_url,
+            "threads": threads,
+            "name": name,
+        }
         facts["caps"] = {"fast": threads, "batch": threads} | (caps or {})
         log = (self.folder / f"{name}.log").open("wb")
         environment = os.environ | {"CONSUMER_APP": json.dumps(facts)}
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.fleet.consumer_app"], cwd=REPO, env=environment, stdout=log, stderr=subprocess.STDOUT
+            [sys.executable, "-m", "tests.fleet.consumer_app"],
+            cwd=REPO,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
         self.processes.append(process)
         if is_awaited:
@@ -63,7 +95,12 @@ class Rig:
         return process
 
     def send(self, name: str, seconds: float, queue: str = "batch", **headers: int) -> None:
-        self.app.send_task("sleep", kwargs={"name": name, "seconds": seconds, "queue": queue}, queue=queue, headers=headers)
+        self.app.send_task(
+            "sleep",
+            kwargs={"name": name, "seconds": seconds, "queue": queue},
+            queue=queue,
+            headers=headers,
+        )
 
     def started(self) -> list[str]:
         return [name.decode() for name in self.notes.lrange("started", 0, -1)]
@@ -115,7 +152,8 @@ def test_a_finished_task_is_acknowledged_while_a_drain_waits_for_another(rig):
 
 def test_a_worker_survives_a_broker_outage_with_tasks_in_flight(rig):
     worker = rig.worker()
-    for number in range(3):  # one thread is free: a BRPOP is pending when the broker dies, which kills the stock consumer
+    # one thread is free: a BRPOP is pending when the broker dies, which kills the stock consumer
+    for number in range(3):
         rig.send(f"before-{number}", 4)
     eventually(lambda: len(rig.started()) == 3)
 
@@ -134,7 +172,8 @@ def test_a_worker_survives_a_broker_outage_with_tasks_in_flight(rig):
 def test_a_worker_outlives_every_error_the_broker_answers_with_and_goes_on(rig):
     worker = rig.worker()
     for number, (name, reply) in enumerate(REPLIES.items()):
-        rig.send(f"running-{number}", 1.0)  # its ack falls into the outage; a thread is free, so a BRPOP is pending
+        # its ack falls into the outage; a thread is free, so a BRPOP is pending
+        rig.send(f"running-{number}", 1.0)
         eventually(lambda: f"running-{number}" in rig.started(), within_s=5)  # noqa: B023 - called at once
 
         with rig.proxy.refusing(reply):
@@ -188,7 +227,8 @@ def test_a_worker_whose_broker_answers_with_errors_still_stops_when_it_is_told_t
 
 
 def test_a_worker_that_ends_because_of_an_error_says_so_by_its_exit_status(rig):
-    worker = rig.worker(caps={"fast": "many"}, is_awaited=False)  # the gate compares it with a number
+    # the gate compares it with a number
+    worker = rig.worker(caps={"fast": "many"}, is_awaited=False)
 
     assert worker.wait(timeout=20) == 1
     assert b"Unrecoverable error" in (rig.folder / "w.log").read_bytes()
@@ -222,7 +262,9 @@ def test_waits_for_a_broker_grow_until_it_was_well_for_a_while(monkeypatch):
 
 
 def test_a_worker_s_loop_goes_on_turning_while_its_broker_is_away(rig):
-    """Otherwise the health check would end a worker with all its models for an outage that is none of its own."""
+    """Otherwise the health check would end a worker with all its models for an outage that is none
+    of its own.
+    """
     rig.worker()
 
     rig.proxy.refuse(REPLIES["LOADING"])
@@ -299,7 +341,8 @@ def test_a_lower_tier_stays_below_its_cap_and_the_higher_one_does_not_wait(rig):
 
 
 def test_the_gate_is_told_of_every_task_in_hand_and_what_its_message_says(rig):
-    rig.worker(threads=8, caps={"batch": 5})  # open while less than 5 is in hand: a weight of 4, and one more message
+    # open while less than 5 is in hand: a weight of 4, and one more message
+    rig.worker(threads=8, caps={"batch": 5})
     for number in range(4):
         rig.send(f"batch-{number}", 0.7, weight=4)
 

@@ -18,7 +18,10 @@ def port() -> int:
 
 @pytest.fixture
 def metrics(port) -> str:
-    """The metrics of this process, as a container's health check asks for them; no loop has moved yet."""
+    """The metrics of this process, as a container's health check asks for them.
+
+    No loop has moved yet.
+    """
     telemetry.LAST_TURN.clear()
     return f"http://127.0.0.1:{port}/metrics"
 

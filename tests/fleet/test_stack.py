@@ -22,7 +22,15 @@ import redis
 
 from cli.sql import ask
 from fleet import house
-from fleet.addresses import LISTENERS, Addresses, as_handed_to, free_ports, is_free, read_env, write_env
+from fleet.addresses import (
+    LISTENERS,
+    Addresses,
+    as_handed_to,
+    free_ports,
+    is_free,
+    read_env,
+    write_env,
+)
 from fleet.stack import Stack, StackError
 from fleet.supervision import MARK
 from migrations import roles
@@ -32,7 +40,10 @@ SERVICES = {"postgres", "broker", "handoff", "s3"}
 
 @pytest.fixture(scope="module")
 def services():
-    """The four services of a stack of their own, without the house; the folder is too deep for a unix socket."""
+    """The four services of a stack of their own, without the house.
+
+    The folder is too deep for a unix socket.
+    """
     folder = Path(tempfile.mkdtemp(prefix="darkroom-tests-"))
     stack = Stack(folder / ("deep" * 20) / "data")
     up_services(stack)
@@ -52,7 +63,10 @@ def broker_of(stack):
 
 def store_of(stack, **changes):
     env = stack.env
-    keys = {"aws_access_key_id": env["S3_ACCESS_KEY_ID"], "aws_secret_access_key": env["S3_SECRET_ACCESS_KEY"]} | changes
+    keys = {
+        "aws_access_key_id": env["S3_ACCESS_KEY_ID"],
+        "aws_secret_access_key": env["S3_SECRET_ACCESS_KEY"],
+    } | changes
     return boto3.client("s3", endpoint_url=env["S3_ENDPOINT_URL"], region_name="us-east-1", **keys)
 
 
@@ -61,7 +75,10 @@ def marked(stack):
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(MARK) == str(stack.data_dir) and process.status() != psutil.STATUS_ZOMBIE:
+            if (
+                process.environ().get(MARK) == str(stack.data_dir)
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
                 found.append(process)
         except (psutil.Error, OSError):
             continue
@@ -110,23 +127,44 @@ def test_free_ports_are_different_and_free():
 
 def test_each_process_is_handed_only_what_its_settings_name(tmp_path):
     env = Addresses.fresh().env() | {"DARKROOM_API_KEY": "dr_key"}
-    programs = {program.name: program.environment for program in house.programs(env, Stack(tmp_path)._fleet(), num_workers=2)}
+    programs = {
+        program.name: program.environment
+        for program in house.programs(env, Stack(tmp_path)._fleet(), num_workers=2)
+    }
 
-    assert not {"S3_SECRET_ACCESS_KEY", "API_KEY_PEPPER", "FLOWER_PASSWORD"} & programs["worker-1"].keys()
+    assert (
+        not {"S3_SECRET_ACCESS_KEY", "API_KEY_PEPPER", "FLOWER_PASSWORD"}
+        & programs["worker-1"].keys()
+    )
     assert "API_KEY_PEPPER" not in programs["results"]
     assert not {"DATABASE_URL", "HANDOFF_URL", "S3_SECRET_ACCESS_KEY"} & programs["flower"].keys()
     assert "FLOWER_PASSWORD" in programs["flower"]
     assert programs["worker-1"]["WORKER_NAME"] != programs["worker-2"]["WORKER_NAME"]
-    users = {name: urlsplit(environment["BROKER_URL"]).username for name, environment in programs.items()}
+    users = {
+        name: urlsplit(environment["BROKER_URL"]).username for name, environment in programs.items()
+    }
     assert users == {name: name.partition("-")[0] for name in programs}
-    assert {urlsplit(programs[name].get("DATABASE_URL", "")).username for name in programs} == {*roles.OF_PROCESS.values(), None}
-    assert {urlsplit(programs[name].get("HANDOFF_URL", "")).username for name in programs} == {*roles.OF_PROCESS, None}
+    assert {urlsplit(programs[name].get("DATABASE_URL", "")).username for name in programs} == {
+        *roles.OF_PROCESS.values(),
+        None,
+    }
+    assert {urlsplit(programs[name].get("HANDOFF_URL", "")).username for name in programs} == {
+        *roles.OF_PROCESS,
+        None,
+    }
     for environment in programs.values():
-        assert not {"MIGRATION_DATABASE_URL", "AUDITOR_DATABASE_URL", "DARKROOM_API_KEY"} & environment.keys()
+        assert (
+            not {"MIGRATION_DATABASE_URL", "AUDITOR_DATABASE_URL", "DARKROOM_API_KEY"}
+            & environment.keys()
+        )
 
 
 def test_a_stack_of_an_older_version_gets_the_passwords_that_it_lacks():
-    older = {name: value for name, value in Addresses.fresh().env().items() if name not in ("WORKER_PASSWORD", "FLOWER_BROKER_PASSWORD")}
+    older = {
+        name: value
+        for name, value in Addresses.fresh().env().items()
+        if name not in ("WORKER_PASSWORD", "FLOWER_BROKER_PASSWORD")
+    }
 
     env = Addresses.from_env(older).env()
 
@@ -138,13 +176,17 @@ def test_a_wrong_setting_is_told_before_anything_starts(tmp_path, monkeypatch):
     monkeypatch.setenv("LEASE_STOP_S", "20")
     stack = Stack(tmp_path / "data")
 
-    with pytest.raises(StackError, match=r"^settings: LEASE_STOP_S: must be .* less than LEASE_TTL_S[^\n]*$"):
+    with pytest.raises(
+        StackError, match=r"^settings: LEASE_STOP_S: must be .* less than LEASE_TTL_S[^\n]*$"
+    ):
         stack.up()
 
     assert stack.status() == []
 
 
-def test_stack_s_own_variables_win_over_the_caller_s_whose_tuning_is_taken_over(tmp_path, monkeypatch):
+def test_stack_s_own_variables_win_over_the_caller_s_whose_tuning_is_taken_over(
+    tmp_path, monkeypatch
+):
     """A shell may hold the address of another Postgres."""
     monkeypatch.setenv("DATABASE_URL", "postgresql://elsewhere/production")
     monkeypatch.setenv("S3_BUCKET", "production")
@@ -153,22 +195,37 @@ def test_stack_s_own_variables_win_over_the_caller_s_whose_tuning_is_taken_over(
     addresses = Addresses.fresh()
     env = addresses.env() | {"LOG_LEVEL": "DEBUG"}  # a line that an operator added
 
-    programs = {program.name: program.environment for program in house.programs(env, Stack(tmp_path)._fleet(), num_workers=1)}
+    programs = {
+        program.name: program.environment
+        for program in house.programs(env, Stack(tmp_path)._fleet(), num_workers=1)
+    }
 
-    assert {urlsplit(programs[name]["DATABASE_URL"]).port for name in roles.OF_PROCESS if name != "worker"} == {addresses.ports["postgres"]}
+    assert {
+        urlsplit(programs[name]["DATABASE_URL"]).port
+        for name in roles.OF_PROCESS
+        if name != "worker"
+    } == {addresses.ports["postgres"]}
     assert programs["results"]["S3_BUCKET"] == env["S3_BUCKET"]
     assert {environment["LOG_LEVEL"] for environment in programs.values()} == {"DEBUG"}
     assert programs["sweeper"]["SWEEP_EVERY_S"] == "7"
 
 
-def test_processes_have_ports_for_metrics_of_their_own_with_room_for_the_gpus_of_a_worker(tmp_path, monkeypatch):
+def test_processes_have_ports_for_metrics_of_their_own_with_room_for_the_gpus_of_a_worker(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("METRICS_PORT", "9400")
 
     programs = house.programs(Addresses.fresh().env(), Stack(tmp_path)._fleet(), num_workers=2)
 
-    ports = [int(program.environment["METRICS_PORT"]) for program in programs if "METRICS_PORT" in program.environment]
+    ports = [
+        int(program.environment["METRICS_PORT"])
+        for program in programs
+        if "METRICS_PORT" in program.environment
+    ]
     assert ports[0] == 9400
-    assert all(later - earlier >= house.METRICS_STRIDE for earlier, later in itertools.pairwise(ports))
+    assert all(
+        later - earlier >= house.METRICS_STRIDE for earlier, later in itertools.pairwise(ports)
+    )
 
 
 class StoppedInWaves:
@@ -197,9 +254,17 @@ def test_a_stack_goes_down_from_those_who_take_in_work_to_the_services_that_all_
     stack.down()
 
     finishing = {"results", "webhooks", "sweeper"}
-    assert stack._supervisor.told == [{"gateway", "worker-1", "worker-2", "flower"}, finishing, SERVICES, "supervisord"]
-    order = {program.name: program.priority for program in programs}  # what supervisord keeps to when it is told to end by itself
-    assert min(order[name] for name in order.keys() - finishing) > max(order[name] for name in finishing)
+    assert stack._supervisor.told == [
+        {"gateway", "worker-1", "worker-2", "flower"},
+        finishing,
+        SERVICES,
+        "supervisord",
+    ]
+    # what supervisord keeps to when it is told to end by itself
+    order = {program.name: program.priority for program in programs}
+    assert min(order[name] for name in order.keys() - finishing) > max(
+        order[name] for name in finishing
+    )
 
 
 PARTS = {"database": {"ready": True}, "workers": {"ready": True, "live": 2}}
@@ -209,16 +274,25 @@ PARTS = {"database": {"ready": True}, "workers": {"ready": True, "live": 2}}
     ("changes", "told"),
     [
         ({"workers": {"ready": True, "live": 1}}, "not ready: workers (1 of 2)"),
-        ({"workers": {"ready": False, "live": 0, "detail": "no worker"}}, "not ready: workers (no worker)"),
+        (
+            {"workers": {"ready": False, "live": 0, "detail": "no worker"}},
+            "not ready: workers (no worker)",
+        ),
         ({"store": {"ready": False}}, "not ready: store (not ready)"),
     ],
 )
-def test_a_stack_is_ready_when_its_parts_are_and_each_worker_that_was_asked_for_lives(tmp_path, monkeypatch, changes, told):
+def test_a_stack_is_ready_when_its_parts_are_and_each_worker_that_was_asked_for_lives(
+    tmp_path, monkeypatch, changes, told
+):
     answers = iter([PARTS | changes, PARTS])
     write_env(tmp_path / "env", Addresses.fresh().env())
-    transport = httpx.MockTransport(lambda request: httpx.Response(200, json={"parts": next(answers)}))
+    transport = httpx.MockTransport(
+        lambda request: httpx.Response(200, json={"parts": next(answers)})
+    )
     client = httpx.Client
-    monkeypatch.setattr("fleet.stack.httpx.Client", lambda **options: client(**options, transport=transport))
+    monkeypatch.setattr(
+        "fleet.stack.httpx.Client", lambda **options: client(**options, transport=transport)
+    )
     stack = Stack(tmp_path, workers=2)
 
     with pytest.raises(StackError, match=re.escape(f"the stack is not ready in time: {told}")):
@@ -228,12 +302,17 @@ def test_a_stack_is_ready_when_its_parts_are_and_each_worker_that_was_asked_for_
 
 
 @pytest.mark.parametrize(("state", "after_looks"), [("fatal", 1), ("backoff", 3)])
-def test_a_process_that_keeps_dying_is_told_with_its_log_before_the_time_is_over(tmp_path, state, after_looks):
+def test_a_process_that_keeps_dying_is_told_with_its_log_before_the_time_is_over(
+    tmp_path, state, after_looks
+):
     looks = []
 
     def status():
         looks.append(1)
-        return [SimpleNamespace(name="gateway", state=state, started_at=len(looks)), SimpleNamespace(name="s3", state="running")]
+        return [
+            SimpleNamespace(name="gateway", state=state, started_at=len(looks)),
+            SimpleNamespace(name="s3", state="running"),
+        ]
 
     stack = Stack(tmp_path / "data")
     stack._supervisor.status = status
@@ -243,7 +322,9 @@ def test_a_process_that_keeps_dying_is_told_with_its_log_before_the_time_is_over
     def never():
         raise ConnectionError("no answer")
 
-    with pytest.raises(StackError, match=re.escape("gateway keeps dying\n  gateway | Address already in use")):
+    with pytest.raises(
+        StackError, match=re.escape("gateway keeps dying\n  gateway | Address already in use")
+    ):
         stack._wait_until(never, None, time.monotonic() + 60, every_s=0)
 
     assert len(looks) == after_looks
@@ -278,9 +359,14 @@ def test_services_answer_and_the_house_is_known_but_not_started(services):
 
     assert states.keys() > SERVICES
     assert {name for name, state in states.items() if state in ("starting", "running")} == SERVICES
-    assert ask(services.env["MIGRATION_DATABASE_URL"], "SELECT current_setting('server_version_num')::int / 10000").rows == [(16,)]
+    assert ask(
+        services.env["MIGRATION_DATABASE_URL"],
+        "SELECT current_setting('server_version_num')::int / 10000",
+    ).rows == [(16,)]
     for url in (services.env["BROKER_URL"], services.env["HANDOFF_URL"]):
-        assert redis.Redis.from_url(url).config_get("maxmemory*")["maxmemory-policy"] == "noeviction"
+        assert (
+            redis.Redis.from_url(url).config_get("maxmemory*")["maxmemory-policy"] == "noeviction"
+        )
         assert int(redis.Redis.from_url(url).config_get("maxmemory")["maxmemory"]) > 0
     assert broker_of(services).config_get("appendonly") == {"appendonly": "yes"}
 
@@ -295,26 +381,49 @@ def test_everything_listens_on_the_loopback_and_asks_for_a_password(services):
 
     assert addresses == {"127.0.0.1"}
     with pytest.raises(redis.AuthenticationError):
-        redis.Redis(port=int(services.env["BROKER_URL"].rpartition(":")[2].removesuffix("/0"))).ping()
+        redis.Redis(
+            port=int(services.env["BROKER_URL"].rpartition(":")[2].removesuffix("/0"))
+        ).ping()
     with pytest.raises(psycopg2.OperationalError, match="password"):
-        psycopg2.connect(re.sub(r":\w+@", ":wrong@", services.env["MIGRATION_DATABASE_URL"].replace("+psycopg2", "")))
+        psycopg2.connect(
+            re.sub(
+                r":\w+@", ":wrong@", services.env["MIGRATION_DATABASE_URL"].replace("+psycopg2", "")
+            )
+        )
     with pytest.raises(store_of(services).exceptions.ClientError):
-        store_of(services, aws_secret_access_key="wrong").list_objects_v2(Bucket=services.env["S3_BUCKET"])
+        store_of(services, aws_secret_access_key="wrong").list_objects_v2(
+            Bucket=services.env["S3_BUCKET"]
+        )
 
 
 def test_secrets_are_for_their_owner_only_and_on_no_command_line(services):
     for name in ("env", "supervisord.conf", "broker.conf", "handoff.conf"):
         assert stat.S_IMODE((services.data_dir / name).stat().st_mode) == 0o600
     command_lines = " ".join(" ".join(process.cmdline()) for process in marked(services))
-    secrets = [value for name, value in services.env.items() if name.endswith(("SECRET_ACCESS_KEY", "PASSWORD", "PEPPER"))]
+    secrets = [
+        value
+        for name, value in services.env.items()
+        if name.endswith(("SECRET_ACCESS_KEY", "PASSWORD", "PEPPER"))
+    ]
     assert len(secrets) == 9
     assert not [secret for secret in secrets if secret in command_lines]
 
 
 REFUSED = {
-    ("gateway", "BROKER_URL"): ["FLUSHALL", "CONFIG GET requirepass", "ACL LIST", "SHUTDOWN NOSAVE", "KEYS *"],
+    ("gateway", "BROKER_URL"): [
+        "FLUSHALL",
+        "CONFIG GET requirepass",
+        "ACL LIST",
+        "SHUTDOWN NOSAVE",
+        "KEYS *",
+    ],
     ("gateway", "HANDOFF_URL"): ["FLUSHALL", "GET anything", "SET anything 1"],
-    ("worker", "HANDOFF_URL"): ["FLUSHDB", "GET budget:x", "SET LIMITS:x 1", "CLIENT KILL TYPE normal"],
+    ("worker", "HANDOFF_URL"): [
+        "FLUSHDB",
+        "GET budget:x",
+        "SET LIMITS:x 1",
+        "CLIENT KILL TYPE normal",
+    ],
     ("results", "HANDOFF_URL"): ["GET budget:x", "GET watch:x", "DEBUG SLEEP 0"],
     ("webhooks", "HANDOFF_URL"): ["GET snapshot:x", "PUBLISH darkroom:cancels x", "SET events:x 1"],
     ("flower", "BROKER_URL"): ["LPUSH local.fast x", "FLUSHALL", "SET x 1"],
@@ -332,7 +441,7 @@ def test_a_process_can_do_in_redis_what_it_has_to_and_no_more(services, process,
                 client.execute_command(*command.split())
 
 
-def test_what_is_in_the_hand_off_outlives_a_stop(services):
+def test_the_hand_off_keeps_its_content_over_a_stop(services):
     handoff = redis.Redis.from_url(services.env["HANDOFF_URL"])
     handoff.set("snapshot:kept", b"latents", ex=600)
 
@@ -345,7 +454,8 @@ def test_what_is_in_the_hand_off_outlives_a_stop(services):
 
 def test_a_service_that_is_killed_comes_back_with_its_data(services):
     broker_of(services).set("kept", "yes")
-    time.sleep(1.2)  # appendfsync everysec, and supervisord's own second before it believes in a process
+    # appendfsync everysec, and supervisord's own second before it believes in a process
+    time.sleep(1.2)
     before = services.pid("broker")
 
     services.kill("broker")
@@ -355,7 +465,7 @@ def test_a_service_that_is_killed_comes_back_with_its_data(services):
     assert broker_of(services).get("kept") == b"yes"
 
 
-def test_what_is_stopped_stays_stopped_until_it_is_started(services):
+def test_a_stopped_service_stays_stopped_until_it_is_started(services):
     services.stop("s3")
 
     assert services.pid("s3") is None
@@ -366,23 +476,31 @@ def test_what_is_stopped_stays_stopped_until_it_is_started(services):
 
 
 def test_a_restart_keeps_ports_secrets_and_data(services):
-    store_of(services).put_object(Bucket=services.env["S3_BUCKET"], Key="t/kept.png", Body=b"pixels")
+    store_of(services).put_object(
+        Bucket=services.env["S3_BUCKET"], Key="t/kept.png", Body=b"pixels"
+    )
     ask(services.env["MIGRATION_DATABASE_URL"], "CREATE TABLE kept AS SELECT 7 AS number")
     env = services.env
 
     services.down()
     assert marked(services) == []
-    assert not services._supervisor._socket.parent.exists()  # the folder below the temporary directory
+    # the folder below the temporary directory
+    assert not services._supervisor._socket.parent.exists()
     up_services(services)
 
     assert services.env == env
     assert ask(services.env["MIGRATION_DATABASE_URL"], "SELECT number FROM kept").rows == [(7,)]
-    assert store_of(services).get_object(Bucket=env["S3_BUCKET"], Key="t/kept.png")["Body"].read() == b"pixels"
+    assert (
+        store_of(services).get_object(Bucket=env["S3_BUCKET"], Key="t/kept.png")["Body"].read()
+        == b"pixels"
+    )
 
 
-def test_what_a_killed_supervisor_left_running_is_ended_before_the_next_start(services):
+def test_orphans_of_a_killed_supervisor_are_ended_before_the_next_start(services):
     orphans = {status.name: status.pid for status in services.status() if status.pid}
-    supervisord = next(process for process in marked(services) if "supervisor.supervisord" in process.cmdline())
+    supervisord = next(
+        process for process in marked(services) if "supervisor.supervisord" in process.cmdline()
+    )
     ports = services.env["DATABASE_URL"]
 
     supervisord.kill()
@@ -390,7 +508,9 @@ def test_what_a_killed_supervisor_left_running_is_ended_before_the_next_start(se
     up_services(services)
 
     assert services.env["DATABASE_URL"] == ports
-    alive = {process.pid for process in psutil.process_iter() if process.status() != psutil.STATUS_ZOMBIE}
+    alive = {
+        process.pid for process in psutil.process_iter() if process.status() != psutil.STATUS_ZOMBIE
+    }
     assert orphans.keys() == SERVICES
     assert not alive & set(orphans.values())
 
@@ -425,7 +545,10 @@ def test_a_second_up_leaves_what_runs_alone(stack):
 
 
 def serves(gunicorn_pid):
-    """Whether this gunicorn has a worker: it could bind its port, which an orphaned worker holds for another second."""
+    """Whether this gunicorn has a worker.
+
+    It could bind its port, which an orphaned worker holds for another second.
+    """
     try:
         return bool(psutil.Process(gunicorn_pid).children())
     except psutil.NoSuchProcess:

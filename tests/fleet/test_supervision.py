@@ -1,4 +1,7 @@
-"""supervisord as the stack uses it: what it is told again, what it hands on, and whose processes it never touches."""
+"""supervisord as the stack uses it.
+
+What it is told again, what it hands on, and whose processes it never touches.
+"""
 
 import os
 import shutil
@@ -31,7 +34,9 @@ def supervisor(monkeypatch):
 
 
 def a_program(name="teller", said="", command=("sh", "-c", TELL)) -> Program:
-    return Program(name=name, command=command, directory=Path("/"), environment={"SAID": said}, priority=1)
+    return Program(
+        name=name, command=command, directory=Path("/"), environment={"SAID": said}, priority=1
+    )
 
 
 def told(supervisor, name="teller") -> list[str]:
@@ -43,11 +48,16 @@ def states(supervisor) -> dict[str, str]:
     return {status.name: status.state for status in supervisor.status()}
 
 
-def test_programs_that_changed_run_with_their_new_settings_and_the_others_are_left_alone(supervisor):
+def test_programs_that_changed_run_with_their_new_settings_and_the_others_are_left_alone(
+    supervisor,
+):
     supervisor.run([a_program(said="one"), a_program("other"), a_program("gone")])
     for name in ("teller", "other", "gone"):
         supervisor.start(name)
-    until(lambda: told(supervisor) and set(states(supervisor).values()) == {"running"}, what="three programs")
+    until(
+        lambda: told(supervisor) and set(states(supervisor).values()) == {"running"},
+        what="three programs",
+    )
     before = {status.name: status.pid for status in supervisor.status()}
 
     supervisor.run([a_program(said="two"), a_program("other")])
@@ -60,7 +70,9 @@ def test_programs_that_changed_run_with_their_new_settings_and_the_others_are_le
     assert not Path(f"/proc/{before['gone']}").exists()
 
 
-def test_programs_get_their_own_variables_and_of_the_caller_s_only_those_of_machine_and_devices(supervisor):
+def test_programs_get_their_own_variables_and_the_caller_s_of_machine_and_devices_only(
+    supervisor,
+):
     odd = "50%, $HOME; a,b"
     supervisor.run([a_program(said=odd)])
     supervisor.start("teller")
@@ -91,7 +103,9 @@ def test_a_process_whose_id_stands_in_a_stale_file_is_not_ended(tmp_path):
 
 
 def test_socket_is_not_put_into_a_folder_of_somebody_else(tmp_path, monkeypatch):
-    """It is below the temporary directory where the data directory is too deep, and whoever can enter it controls everything."""
+    """It is below the temporary directory where the data directory is too deep, and whoever can
+    enter it controls everything.
+    """
     theirs, link = tmp_path / "theirs", tmp_path / "link"
     theirs.mkdir()
     link.symlink_to(theirs)
@@ -110,4 +124,6 @@ def test_data_directories_that_are_too_deep_have_sockets_of_their_own_in_a_short
     sockets = [supervision._socket_path(path) for path in deep]
 
     assert len(set(sockets)) == 2
-    assert all(len(str(path)) <= 107 and path.is_relative_to(tempfile.gettempdir()) for path in sockets)
+    assert all(
+        len(str(path)) <= 107 and path.is_relative_to(tempfile.gettempdir()) for path in sockets
+    )

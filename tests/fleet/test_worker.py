@@ -1,4 +1,6 @@
-"""The launcher: one process per visible GPU, each pinned to its own, started again when it crashes, ended with the launcher."""
+"""The launcher: one process per visible GPU, each pinned to its own, started again when it crashes,
+ended with the launcher.
+"""
 
 import contextlib
 import json
@@ -17,10 +19,16 @@ from fleet import worker
 from settings import EX_CONFIG, REPO
 
 TOLD = ("CUDA_VISIBLE_DEVICES", "WORKER_NAME", "DEVICE", "METRICS_PORT")
-CHILD = f"import json, os, sys, time; print(json.dumps({{k: os.environ.get(k) for k in {TOLD}}}), flush=True); time.sleep(60)"
+CHILD = (
+    "import json, os, sys, time; "
+    f"print(json.dumps({{k: os.environ.get(k) for k in {TOLD}}}), flush=True); time.sleep(60)"
+)
 
 
-@pytest.mark.parametrize(("given", "gpus"), [("0,2", ["0", "2"]), ("GPU-a, GPU-b", ["GPU-a", "GPU-b"]), ("", []), ("-1", [])])
+@pytest.mark.parametrize(
+    ("given", "gpus"),
+    [("0,2", ["0", "2"]), ("GPU-a, GPU-b", ["GPU-a", "GPU-b"]), ("", []), ("-1", [])],
+)
 def test_the_visible_gpus_are_those_that_cuda_was_told_of(given, gpus):
     assert worker.visible_gpus(given) == gpus
 
@@ -34,11 +42,22 @@ def launcher(tmp_path):
 
 @contextlib.contextmanager
 def launched(tmp_path, child, **variables):
-    program = f"import sys; from fleet import worker; worker.SERVE = [sys.executable, '-c', {child!r}]; worker.main()"
-    needed = {"DATABASE_URL": "postgresql://x", "BROKER_URL": "redis://x/0", "HANDOFF_URL": "redis://x/1"}
-    environment = os.environ | needed | {"CUDA_VISIBLE_DEVICES": "0,1", "WORKER_NAME": "gpu@here"} | variables
+    program = (
+        f"import sys; from fleet import worker; worker.SERVE = [sys.executable, '-c', {child!r}]; "
+        "worker.main()"
+    )
+    needed = {
+        "DATABASE_URL": "postgresql://x",
+        "BROKER_URL": "redis://x/0",
+        "HANDOFF_URL": "redis://x/1",
+    }
+    environment = (
+        os.environ | needed | {"CUDA_VISIBLE_DEVICES": "0,1", "WORKER_NAME": "gpu@here"} | variables
+    )
     with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen([sys.executable, "-c", program], cwd=REPO, env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], cwd=REPO, env=environment, stdout=log, stderr=log
+        )
     try:
         yield process
     finally:
@@ -65,7 +84,9 @@ def test_each_gpu_gets_a_process_that_sees_it_alone(launcher):
 
     lines = told(log, 2)
 
-    assert sorted((line["CUDA_VISIBLE_DEVICES"], line["WORKER_NAME"], line["DEVICE"]) for line in lines) == [
+    assert sorted(
+        (line["CUDA_VISIBLE_DEVICES"], line["WORKER_NAME"], line["DEVICE"]) for line in lines
+    ) == [
         ("0", "gpu0@here", "cuda:0"),
         ("1", "gpu1@here", "cuda:0"),
     ]
@@ -75,7 +96,10 @@ def test_each_gpu_has_a_port_for_metrics_of_its_own(tmp_path):
     with launched(tmp_path, CHILD, METRICS_PORT="9400"):
         lines = told(tmp_path / "log", 2)
 
-    assert sorted((line["WORKER_NAME"], line["METRICS_PORT"]) for line in lines) == [("gpu0@here", "9400"), ("gpu1@here", "9401")]
+    assert sorted((line["WORKER_NAME"], line["METRICS_PORT"]) for line in lines) == [
+        ("gpu0@here", "9400"),
+        ("gpu1@here", "9401"),
+    ]
 
 
 def test_a_machine_without_gpus_gets_one_worker_on_the_cpu_in_the_launcher_s_place(tmp_path):
@@ -87,7 +111,10 @@ def test_a_machine_without_gpus_gets_one_worker_on_the_cpu_in_the_launcher_s_pla
 
 
 def test_a_configuration_that_a_worker_refuses_ends_the_launcher_with_that_status(tmp_path):
-    first_refuses = f"import os, sys, time; sys.exit({EX_CONFIG}) if os.environ['WORKER_NAME'] == 'gpu0@here' else time.sleep(60)"
+    first_refuses = (
+        "import os, sys, time; "
+        f"sys.exit({EX_CONFIG}) if os.environ['WORKER_NAME'] == 'gpu0@here' else time.sleep(60)"
+    )
 
     with launched(tmp_path, first_refuses) as process:
         assert process.wait(timeout=20) == EX_CONFIG
@@ -99,7 +126,9 @@ def test_crashes_in_a_row_are_answered_with_longer_waits_until_a_worker_was_heal
     now = 1000.0
     monkeypatch.setattr(worker.time, "monotonic", lambda: now)
     monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(worker, "_spawn", lambda environment: SimpleNamespace(poll=lambda: 1, returncode=1))
+    monkeypatch.setattr(
+        worker, "_spawn", lambda environment: SimpleNamespace(poll=lambda: 1, returncode=1)
+    )
     launcher = worker.Launcher([{"WORKER_NAME": "gpu0@here"}])
     [child] = launcher._children
     waits = []
@@ -126,7 +155,10 @@ def test_a_crashed_worker_is_started_again_and_a_stop_ends_all(launcher):
 
 
 def test_a_launcher_says_by_its_exit_status_that_a_worker_ended_in_an_error(tmp_path):
-    fails = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(70)); print('{}', flush=True); time.sleep(60)"
+    fails = (
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(70)); "
+        "print('{}', flush=True); time.sleep(60)"
+    )
     with launched(tmp_path, fails) as process:
         told(tmp_path / "log", 2)
 
@@ -144,6 +176,10 @@ def test_a_killed_launcher_takes_its_workers_along(launcher):
     process.wait()
 
     deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{child}").exists() and "State:\tZ" not in Path(f"/proc/{child}/status").read_text() for child in children):
+    while any(
+        Path(f"/proc/{child}").exists()
+        and "State:\tZ" not in Path(f"/proc/{child}/status").read_text()
+        for child in children
+    ):
         assert time.monotonic() < deadline, "orphans"
         time.sleep(0.05)

@@ -1,4 +1,7 @@
-"""A database of its own, migrated once, in the stack's Postgres: no worker and no sweeper looks at it."""
+"""A database of its own, migrated once, in the stack's Postgres.
+
+No worker and no sweeper looks at it.
+"""
 
 import uuid
 from collections.abc import Iterator
@@ -35,7 +38,11 @@ def a_database(env, *, migrated_to: str | None = "head") -> Iterator[Database]:
         return make_url(env[variable]).set(database=name).render_as_string(hide_password=False)
 
     owner_url = url("MIGRATION_DATABASE_URL")
-    engines = (create_engine(owner_url), make_engine(url("DATABASE_URL"), pool_size=20), make_engine(url("AUDITOR_DATABASE_URL")))
+    engines = (
+        create_engine(owner_url),
+        make_engine(url("DATABASE_URL"), pool_size=20),
+        make_engine(url("AUDITOR_DATABASE_URL")),
+    )
     try:
         if migrated_to:
             migrations.upgrade(owner_url, migrated_to)

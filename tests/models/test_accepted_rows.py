@@ -1,4 +1,7 @@
-"""What the database makes of jobs that are accepted: every column, in order of their places in line."""
+"""What the database makes of jobs that are accepted.
+
+Every column, in order of their places in line.
+"""
 
 import uuid
 from dataclasses import replace
@@ -27,7 +30,14 @@ def a_new_job(**facts) -> NewJob:
 def a_file(session, tenant) -> uuid.UUID:
     digest = uuid.uuid4().hex * 2
     shape = {"mode": "RGB", "size_bytes": 10, "width_px": 2, "height_px": 3}
-    return files.keep(session, tenant_id=tenant.id, object_key=digest, content_sha256=digest, actor="tests", **shape).id
+    return files.keep(
+        session,
+        tenant_id=tenant.id,
+        object_key=digest,
+        content_sha256=digest,
+        actor="tests",
+        **shape,
+    ).id
 
 
 def every_param(session, tenant) -> dict:
@@ -71,20 +81,41 @@ def test_every_parameter_lands_in_the_column_of_its_name(session):
     assert params.keys() == set(NAMES)
 
 
-def test_what_a_job_has_beside_its_parameters_lands_in_columns_too(session):
+def test_columns_also_hold_what_a_job_has_beside_its_parameters(session):
     tenant = a_tenant(session)
     key, _ = api_keys.issue(session, tenant_id=tenant.id, name="k", pepper="p" * 32)
     [first] = accept(session, tenant, a_new_job())
-    facts = {"run_within_s": 0.3, "predicted_s": 1 / 3, "eta_raw_s": 2.5, "megapixel_steps": Decimal("0.123456")}
+    facts = {
+        "run_within_s": 0.3,
+        "predicted_s": 1 / 3,
+        "eta_raw_s": 2.5,
+        "megapixel_steps": Decimal("0.123456"),
+    }
     warning = {"code": "c", "field": "prompt"}
-    new_job = a_new_job(tenant_metadata={"order": "7"}, warnings=[warning], requeue_of=first.id, replay_of=first.id, **facts)
+    new_job = a_new_job(
+        tenant_metadata={"order": "7"},
+        warnings=[warning],
+        requeue_of=first.id,
+        replay_of=first.id,
+        **facts,
+    )
 
     [row] = accept(session, tenant, new_job, api_key_id=key.id)
 
     job = session.get_one(Job, row.id)
     assert {name: getattr(job, name) for name in facts} == facts
-    assert (job.tenant_metadata, job.warnings, job.requeue_of, job.replay_of) == ({"order": "7"}, [warning], first.id, first.id)
-    assert (job.id, job.tenant_id, job.api_key_id, job.currency) == (new_job.id, tenant.id, key.id, "EUR")
+    assert (job.tenant_metadata, job.warnings, job.requeue_of, job.replay_of) == (
+        {"order": "7"},
+        [warning],
+        first.id,
+        first.id,
+    )
+    assert (job.id, job.tenant_id, job.api_key_id, job.currency) == (
+        new_job.id,
+        tenant.id,
+        key.id,
+        "EUR",
+    )
     assert (job.state, job.announced_at, job.start_by - job.accepted_at) == (
         "queued",
         None,
@@ -101,13 +132,18 @@ def test_what_a_job_has_beside_its_parameters_lands_in_columns_too(session):
 def test_a_job_that_says_nothing_of_a_column_gets_its_default(database, session):
     """Of a column that is added later, jobs that old code accepts say nothing."""
     query = """SELECT attname, pg_get_expr(adbin, adrelid) AS expression FROM pg_attrdef
-               JOIN pg_attribute ON attrelid = adrelid AND attnum = adnum WHERE adrelid = 'jobs'::regclass"""
+               JOIN pg_attribute ON attrelid = adrelid AND attnum = adnum
+               WHERE adrelid = 'jobs'::regclass"""
     job = a_job(session)
-    found = session.execute(text("SELECT * FROM jobs WHERE id = :id"), {"id": job.id}).one()._mapping
+    found = (
+        session.execute(text("SELECT * FROM jobs WHERE id = :id"), {"id": job.id}).one()._mapping
+    )
     with database.owner.connect() as connection:
         defaults = dict(connection.execute(text(query)).all())
         constant = {name: how for name, how in defaults.items() if "clock_timestamp" not in how}
-        expected = {name: connection.scalar(text(f"SELECT {how}")) for name, how in constant.items()}
+        expected = {
+            name: connection.scalar(text(f"SELECT {how}")) for name, how in constant.items()
+        }
 
     assert {name: found[name] for name in expected} == expected
     assert defaults.keys() - expected.keys() == {"accepted_at", "release_tag"}
@@ -122,7 +158,10 @@ def test_jobs_accepted_together_stand_in_the_order_in_which_they_were_given(sess
     rows = accept(session, tenant, *new_jobs, actor="somebody")
 
     events = session.execute(
-        text("SELECT job_id, actor FROM audit_log WHERE chain = :name AND event = 'job:request:accepted' ORDER BY seq"),
+        text(
+            "SELECT job_id, actor FROM audit_log WHERE chain = :name "
+            "AND event = 'job:request:accepted' ORDER BY seq"
+        ),
         {"name": tenant.name},
     ).all()
     assert [row.id for row in rows] == ids
@@ -154,11 +193,19 @@ def test_jobs_of_several_tiers_stand_in_a_line_for_each_and_are_booked_together(
     rows = accept(
         session,
         tenant,
-        *(a_new_job(params=params, predicted_s=3.0, megapixel_steps=Decimal(amount)) for params, amount in given),
+        *(
+            a_new_job(params=params, predicted_s=3.0, megapixel_steps=Decimal(amount))
+            for params, amount in given
+        ),
     )
 
-    flows = text("SELECT tier, queued_jobs, queued_s FROM flows WHERE tenant_id = :id ORDER BY tier")
+    flows = text(
+        "SELECT tier, queued_jobs, queued_s FROM flows WHERE tenant_id = :id ORDER BY tier"
+    )
     booked = text("SELECT reserved, jobs_accepted FROM usage_ledger WHERE tenant_id = :id")
-    assert [tuple(row) for row in session.execute(flows, {"id": tenant.id})] == [("batch", 1, 3.0), ("fast", 3, 7.0)]
+    assert [tuple(row) for row in session.execute(flows, {"id": tenant.id})] == [
+        ("batch", 1, 3.0),
+        ("fast", 3, 7.0),
+    ]
     assert session.execute(booked, {"id": tenant.id}).all() == [(Decimal(3), 4)]
     assert rows[2].release_tag - rows[0].release_tag == pytest.approx(3.0, abs=1e-5)

@@ -34,7 +34,10 @@ def verify(session, chain) -> list[tuple[int, str]]:
 
 @pytest.fixture
 def tampered(database, chain):
-    """A chain of five events, and a superuser without conscience: `tampered(sql)` edits history and says what verify finds."""
+    """A chain of five events, and a superuser without conscience.
+
+    `tampered(sql)` edits history and says what verify finds.
+    """
     with Session(database.owner) as session:
         append(session, chain, 5)
         session.execute(text("SET LOCAL session_replication_role = replica"))  # no trigger fires
@@ -50,7 +53,10 @@ def tampered(database, chain):
 def test_events_are_numbered_and_linked(session, chain):
     append(session, chain, 3)
 
-    rows = session.execute(text("SELECT seq, prev_hash, hash FROM audit_log WHERE chain = :chain ORDER BY seq"), {"chain": chain}).all()
+    rows = session.execute(
+        text("SELECT seq, prev_hash, hash FROM audit_log WHERE chain = :chain ORDER BY seq"),
+        {"chain": chain},
+    ).all()
 
     assert [row.seq for row in rows] == [1, 2, 3]
     assert [row.prev_hash for row in rows] == ["", rows[0].hash, rows[1].hash]
@@ -74,7 +80,9 @@ def test_a_whole_life_of_a_job_verifies(session):
 def test_a_tenant_s_chain_goes_by_its_name_for_people(session):
     tenant = a_tenant(session)
 
-    row = session.execute(text("SELECT * FROM audit_chain_status WHERE chain = :name"), {"name": tenant.name}).one()
+    row = session.execute(
+        text("SELECT * FROM audit_chain_status WHERE chain = :name"), {"name": tenant.name}
+    ).one()
 
     assert (row.chain_id, row.events) == (str(tenant.id), 1)
 
@@ -96,7 +104,10 @@ def test_the_log_refuses_every_change(database, chain, role, statement):
         append(session, chain)
         session.execute(INSERT_WITHOUT_PARTITION, {"id": uuid.uuid4(), "chain": chain})
 
-    with getattr(database, role).connect() as connection, pytest.raises(DBAPIError, match=r"append-only|permission denied") as refused:
+    with (
+        getattr(database, role).connect() as connection,
+        pytest.raises(DBAPIError, match=r"append-only|permission denied") as refused,
+    ):
         connection.execute(text(statement))
     assert refused.value.orig.pgcode == "42501"  # insufficient privilege, whoever asks
 
@@ -106,7 +117,8 @@ def test_the_log_refuses_every_change(database, chain, role, statement):
 
 INSERT_WITHOUT_PARTITION = text(
     """INSERT INTO audit_events (id, at, chain_id, seq, event, actor, facts, prev_hash, hash)
-       VALUES (:id, '2001-01-01T00:00:00Z', :chain, 0, 'test:thing:happened', 'tests', '{}', '', '')"""
+       VALUES (:id, '2001-01-01T00:00:00Z', :chain, 0,
+               'test:thing:happened', 'tests', '{}', '', '')"""
 )
 
 
@@ -137,7 +149,10 @@ def test_a_forged_number_or_hash_is_overwritten(session, chain):
     )
 
     row = session.execute(
-        text("SELECT seq, hash FROM audit_log WHERE event = 'test:thing:forged' AND chain = :chain"), {"chain": chain}
+        text(
+            "SELECT seq, hash FROM audit_log WHERE event = 'test:thing:forged' AND chain = :chain"
+        ),
+        {"chain": chain},
     ).one()
     assert (row.seq, row.hash == "beef") == (2, False)
     assert verify(session, chain) == []
@@ -156,7 +171,9 @@ def test_a_forged_number_or_hash_is_overwritten(session, chain):
     ],
 )
 def test_an_edited_event_is_found(tampered, column):
-    [(seq, problem)] = tampered(f"UPDATE audit_events SET {column} WHERE chain_id = :chain AND seq = 3")
+    [(seq, problem)] = tampered(
+        f"UPDATE audit_events SET {column} WHERE chain_id = :chain AND seq = 3"
+    )
 
     assert (seq, "was changed" in problem) == (3, True)
 
@@ -165,7 +182,8 @@ def test_an_edited_event_with_a_recomputed_hash_breaks_the_next_link(tampered):
     tampered("UPDATE audit_events SET actor = 'someone else' WHERE chain_id = :chain AND seq = 3")
 
     found = tampered(
-        """UPDATE audit_events SET hash = audit_digest(prev_hash, chain_id, seq, id, at, event, actor, job_id, attempt, facts)
+        """UPDATE audit_events SET hash = audit_digest(
+               prev_hash, chain_id, seq, id, at, event, actor, job_id, attempt, facts)
            WHERE chain_id = :chain AND seq = 3"""
     )
 
@@ -215,28 +233,40 @@ def test_a_head_that_was_set_back_is_found(tampered):
 
 
 def test_a_deletion_in_the_middle_is_found(tampered):
-    assert tampered("DELETE FROM audit_events WHERE chain_id = :chain AND seq = 3") == [(4, "events are missing before this one")]
+    assert tampered("DELETE FROM audit_events WHERE chain_id = :chain AND seq = 3") == [
+        (4, "events are missing before this one")
+    ]
 
 
 def test_a_deletion_of_the_first_is_found(tampered):
-    assert tampered("DELETE FROM audit_events WHERE chain_id = :chain AND seq = 1") == [(2, "events are missing before this one")]
+    assert tampered("DELETE FROM audit_events WHERE chain_id = :chain AND seq = 1") == [
+        (2, "events are missing before this one")
+    ]
 
 
 def test_a_deletion_of_the_newest_is_found(tampered):
-    assert tampered("DELETE FROM audit_events WHERE chain_id = :chain AND seq = 5") == [(5, "the newest events are missing")]
+    assert tampered("DELETE FROM audit_events WHERE chain_id = :chain AND seq = 5") == [
+        (5, "the newest events are missing")
+    ]
 
 
 def test_a_deletion_of_a_whole_chain_is_found(tampered):
-    assert tampered("DELETE FROM audit_events WHERE chain_id = :chain") == [(5, "the newest events are missing")]
+    assert tampered("DELETE FROM audit_events WHERE chain_id = :chain") == [
+        (5, "the newest events are missing")
+    ]
 
 
 def test_a_chain_whose_head_was_removed_is_found(tampered):
-    assert tampered("DELETE FROM audit_chains WHERE chain_id = :chain") == [(0, "the chain has no head")]
+    assert tampered("DELETE FROM audit_chains WHERE chain_id = :chain") == [
+        (0, "the chain has no head")
+    ]
 
 
 def test_a_copied_event_is_found(tampered):
     found = tampered(
-        """INSERT INTO audit_events SELECT gen_random_uuid(), at, chain_id, seq, event, actor, job_id, attempt, facts, prev_hash, hash
+        """INSERT INTO audit_events
+           SELECT gen_random_uuid(), at, chain_id, seq, event, actor, job_id, attempt, facts,
+                  prev_hash, hash
            FROM audit_events WHERE chain_id = :chain AND seq = 3"""
     )
 
@@ -246,7 +276,9 @@ def test_a_copied_event_is_found(tampered):
 def test_an_edit_is_also_found_by_who_verifies_everything(database, chain, tampered):
     tampered("UPDATE audit_events SET actor = 'someone else' WHERE chain_id = :chain AND seq = 2")
 
-    found = tampered("UPDATE audit_events SET actor = 'a third' WHERE chain_id = :chain AND seq = 4")
+    found = tampered(
+        "UPDATE audit_events SET actor = 'a third' WHERE chain_id = :chain AND seq = 4"
+    )
 
     assert [seq for seq, _ in found] == [2, 4]
 
@@ -260,7 +292,12 @@ def test_appends_to_one_chain_from_many_sides_leave_no_gap_and_no_fork(database,
     at_once(*[append_some] * 6)
 
     with transaction(database.app) as session:
-        seqs = list(session.scalars(text("SELECT seq FROM audit_log WHERE chain = :chain ORDER BY seq"), {"chain": chain}))
+        seqs = list(
+            session.scalars(
+                text("SELECT seq FROM audit_log WHERE chain = :chain ORDER BY seq"),
+                {"chain": chain},
+            )
+        )
         assert seqs == list(range(1, 61))
         assert verify(session, chain) == []
 
@@ -274,7 +311,12 @@ def test_an_append_that_is_rolled_back_leaves_no_gap(database, chain):
 
     with transaction(database.app) as session:
         append(session, chain)
-        assert list(session.scalars(text("SELECT seq FROM audit_log WHERE chain = :chain ORDER BY seq"), {"chain": chain})) == [1, 2]
+        assert list(
+            session.scalars(
+                text("SELECT seq FROM audit_log WHERE chain = :chain ORDER BY seq"),
+                {"chain": chain},
+            )
+        ) == [1, 2]
         assert verify(session, chain) == []
 
 
@@ -289,10 +331,19 @@ def test_the_log_is_partitioned_by_month_and_the_coming_months_are_there(databas
     with database.owner.connect() as connection:
         partitions = partitions_of(connection)
         months = connection.scalars(
-            text("SELECT to_char(now() AT TIME ZONE 'UTC' + make_interval(months => ahead), 'YYYY_MM') FROM generate_series(0, 12) ahead")
+            text(
+                "SELECT to_char(now() AT TIME ZONE 'UTC' + make_interval(months => ahead), "
+                "'YYYY_MM') FROM generate_series(0, 12) ahead"
+            )
         )
-        assert partitions == {"audit_events_default", *(f"audit_events_{month}" for month in months)}
-        assert connection.scalar(text("SELECT pg_get_partkeydef('audit_events'::regclass)")) == "RANGE (at)"
+        assert partitions == {
+            "audit_events_default",
+            *(f"audit_events_{month}" for month in months),
+        }
+        assert (
+            connection.scalar(text("SELECT pg_get_partkeydef('audit_events'::regclass)"))
+            == "RANGE (at)"
+        )
 
 
 def test_a_month_of_the_log_is_utc_s_whatever_time_zone_postgres_is_set_to(database):
@@ -338,7 +389,8 @@ def test_an_event_lies_in_the_partition_of_its_month(database, chain):
     with transaction(database.app) as session:
         append(session, chain)
 
-    query = """SELECT tableoid::regclass::text = 'audit_events_' || to_char(at AT TIME ZONE 'UTC', 'YYYY_MM')
+    query = """SELECT tableoid::regclass::text
+                      = 'audit_events_' || to_char(at AT TIME ZONE 'UTC', 'YYYY_MM')
                FROM audit_events WHERE chain_id = :chain"""
     with database.owner.connect() as connection:
         assert connection.scalar(text(query), {"chain": chain}) is True
@@ -351,10 +403,16 @@ def test_the_application_can_make_the_partitions_of_the_coming_months_again_and_
 
 @pytest.fixture
 def without_the_last_month(database):
-    """The log as it is when a month has passed: the partition of the month a year ahead is missing. Gives back its name."""
+    """The log as it is when a month has passed.
+
+    The partition of the month a year ahead is missing. Gives back its name.
+    """
     with database.owner.begin() as connection:
         name = connection.scalar(
-            text("SELECT 'audit_events_' || to_char(now() AT TIME ZONE 'UTC' + make_interval(months => 12), 'YYYY_MM')")
+            text(
+                "SELECT 'audit_events_' || to_char(now() AT TIME ZONE 'UTC' + "
+                "make_interval(months => 12), 'YYYY_MM')"
+            )
         )
         connection.execute(text(f"DROP TABLE {name}"))
     yield name
@@ -367,32 +425,46 @@ def make_partitions(database) -> int:
         return sweeping.ensure_audit_partitions(session)
 
 
-def test_making_a_partition_stops_nobody_who_appends_whoever_reads_the_log(database, chain, without_the_last_month):
+def test_making_a_partition_stops_nobody_who_appends_whoever_reads_the_log(
+    database, chain, without_the_last_month
+):
     with database.auditor.connect() as reader, ThreadPoolExecutor(1) as other:
-        reader.execute(text("SELECT count(*) FROM audit_log"))  # its lock stays until the transaction ends, as a dump's does
+        # its lock stays until the transaction ends, as a dump's does
+        reader.execute(text("SELECT count(*) FROM audit_log"))
         made = other.submit(make_partitions, database)
 
         while not made.done():
             with transaction(database.app) as session:
                 session.execute(text("SET LOCAL lock_timeout = '1s'"))
                 append(session, chain)
-                session.execute(text("SELECT count(*) FROM audit_log WHERE chain = :chain"), {"chain": chain})
+                session.execute(
+                    text("SELECT count(*) FROM audit_log WHERE chain = :chain"), {"chain": chain}
+                )
 
         assert made.result() == 11
     assert make_partitions(database) == 12
 
 
-def test_a_partition_that_is_made_later_refuses_changes_as_the_others_do(database, without_the_last_month):
+def test_a_partition_that_is_made_later_refuses_changes_as_the_others_do(
+    database, without_the_last_month
+):
     make_partitions(database)
 
     triggers = """SELECT tgrelid::regclass::text, array_agg(tgname ORDER BY tgname) FROM pg_trigger
                   WHERE tgrelid::regclass::text LIKE 'audit_events_2%' GROUP BY 1"""
-    indexes = "SELECT tablename, count(*) FROM pg_indexes WHERE tablename LIKE 'audit_events_2%' GROUP BY 1"
+    indexes = (
+        "SELECT tablename, count(*) FROM pg_indexes WHERE tablename LIKE 'audit_events_2%' "
+        "GROUP BY 1"
+    )
     with database.owner.connect() as connection:
         triggers_of = dict(connection.execute(text(triggers)).all())
         indexes_of = dict(connection.execute(text(indexes)).all())
 
-    assert triggers_of[without_the_last_month] == ["audit_link", "audit_no_change", "audit_no_truncate"]
+    assert triggers_of[without_the_last_month] == [
+        "audit_link",
+        "audit_no_change",
+        "audit_no_truncate",
+    ]
     assert set(map(tuple, triggers_of.values())) == {tuple(triggers_of[without_the_last_month])}
     assert set(indexes_of.values()) == {3}
 
@@ -403,4 +475,9 @@ def test_an_event_without_a_partition_is_kept_and_linked_all_the_same(session, c
     session.execute(INSERT_WITHOUT_PARTITION, {"id": uuid.uuid4(), "chain": chain})
 
     assert verify(session, chain) == []
-    assert session.scalar(text("SELECT count(*) FROM audit_log WHERE chain = :chain"), {"chain": chain}) == 2
+    assert (
+        session.scalar(
+            text("SELECT count(*) FROM audit_log WHERE chain = :chain"), {"chain": chain}
+        )
+        == 2
+    )

@@ -1,4 +1,4 @@
-"""The names of audit events: one list, with a grammar, and nothing is appended under another name."""
+"""The names of audit events: one list, with a grammar; nothing is appended under another name."""
 
 import ast
 import re
@@ -22,7 +22,11 @@ def modules() -> list:
 def literals(path) -> set[str]:
     """Texts in a module that are names of events, docstrings left out."""
     nodes = ast.walk(ast.parse(path.read_text()))
-    texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    texts = {
+        node.value
+        for node in nodes
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
     return {value for value in texts if NAME.fullmatch(value)}
 
 
@@ -44,12 +48,18 @@ def test_event_names_are_written_in_one_place():
 def test_every_append_names_its_event_by_the_list():
     loose = []
     for path in modules():
-        for function in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)):
+        for function in (
+            node
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.FunctionDef)
+        ):
             source = ast.unparse(function)
             for call in (node for node in ast.walk(function) if isinstance(node, ast.Call)):
                 if ast.unparse(call.func) in ("audit.append", "audit.append_of_attempt"):
                     event = ast.unparse(call.args[1])
-                    named = event.startswith("EventName.") or re.search(rf"\b{event}\b[^=\n]*= \(?EventName\.", source)
+                    named = event.startswith("EventName.") or re.search(
+                        rf"\b{event}\b[^=\n]*= \(?EventName\.", source
+                    )
                     loose += [] if named else [f"{path.relative_to(REPO)}: {event}"]
 
     assert loose == []

@@ -1,4 +1,7 @@
-"""Connections of the pool: what a server that went away, or is not itself, costs who comes next. And transactions that conflict."""
+"""Connections of the pool, and transactions that conflict.
+
+What a server that went away, or is not itself, costs who comes next.
+"""
 
 from threading import Barrier
 
@@ -39,7 +42,9 @@ def test_a_connection_that_broke_while_it_was_idle_is_made_anew(engine, stack, m
     assert backend(engine) != before
 
 
-def test_one_that_was_just_used_is_not_asked_first_and_only_its_next_user_sees_that_it_broke(engine, stack, monkeypatch):
+def test_one_that_was_just_used_is_not_asked_first_and_only_its_next_user_sees_that_it_broke(
+    engine, stack, monkeypatch
+):
     monkeypatch.setattr(database, "CHECKED_AFTER_S", 60.0)
     before = backend(engine)
     assert backend(engine) == before
@@ -90,7 +95,7 @@ def test_a_transaction_that_always_conflicts_is_tried_a_few_times_and_then_says_
     assert conflict(caught.value) is not None
 
 
-def test_what_fails_of_itself_is_not_tried_again(engine):
+def test_work_that_fails_of_itself_is_not_tried_again(engine):
     tries = []
 
     def work(session):
@@ -108,7 +113,12 @@ def test_a_transaction_begun_again_leaves_nothing_of_its_first_try(engine):
     tries = []
 
     def work(session):
-        session.execute(text("CREATE TEMPORARY TABLE IF NOT EXISTS noted (number integer) ON COMMIT PRESERVE ROWS"))
+        session.execute(
+            text(
+                "CREATE TEMPORARY TABLE IF NOT EXISTS noted (number integer) "
+                "ON COMMIT PRESERVE ROWS"
+            )
+        )
         session.execute(text("INSERT INTO noted VALUES (1)"))
         tries.append(session)
         if len(tries) == 1:
@@ -123,7 +133,9 @@ def backend_raising(engine, sqlstate: str) -> int:
     with transaction(engine) as session:
         pid = session.scalar(text("SELECT pg_backend_pid()"))
         with pytest.raises(DBAPIError) as raised:
-            session.execute(text(f"DO $$ BEGIN RAISE EXCEPTION 'so be it' USING ERRCODE = '{sqlstate}'; END $$"))
+            session.execute(
+                text(f"DO $$ BEGIN RAISE EXCEPTION 'so be it' USING ERRCODE = '{sqlstate}'; END $$")
+            )
         raise raised.value.with_traceback(None) from PidKnown(pid)
 
 
@@ -137,9 +149,27 @@ def raised(engine, sqlstate: str) -> tuple[DBAPIError, int]:
     return error.value, error.value.__cause__.args[0]
 
 
-# Every state in which a server says that it is not itself: PostgreSQL's appendix on error codes, classes 08, 25, 53, 57, 58.
-@pytest.mark.parametrize("sqlstate", ["08000", "08003", "08006", "08P01", "25006", "25P03", "57P01", "57P02", "57P03", "57P04", "57P05"])
-def test_a_server_that_is_not_itself_is_one_kind_of_error_and_its_connections_are_dropped(engine, sqlstate):
+# Every state in which a server says that it is not itself: PostgreSQL's appendix on error codes,
+# classes 08, 25, 53, 57, 58.
+@pytest.mark.parametrize(
+    "sqlstate",
+    [
+        "08000",
+        "08003",
+        "08006",
+        "08P01",
+        "25006",
+        "25P03",
+        "57P01",
+        "57P02",
+        "57P03",
+        "57P04",
+        "57P05",
+    ],
+)
+def test_a_server_that_is_not_itself_is_one_kind_of_error_and_its_connections_are_dropped(
+    engine, sqlstate
+):
     error, before = raised(engine, sqlstate)
 
     assert isinstance(error, DatabaseAway)
@@ -147,15 +177,21 @@ def test_a_server_that_is_not_itself_is_one_kind_of_error_and_its_connections_ar
     assert backend(engine) != before
 
 
-@pytest.mark.parametrize("sqlstate", ["53000", "53100", "53200", "53300", "53400", "58000", "58030"])
-def test_a_server_that_lacks_something_is_the_same_kind_and_its_connections_are_good(engine, sqlstate):
+@pytest.mark.parametrize(
+    "sqlstate", ["53000", "53100", "53200", "53300", "53400", "58000", "58030"]
+)
+def test_a_server_that_lacks_something_is_the_same_kind_and_its_connections_are_good(
+    engine, sqlstate
+):
     error, before = raised(engine, sqlstate)
 
     assert isinstance(error, DatabaseAway)
     assert backend(engine) == before
 
 
-@pytest.mark.parametrize("sqlstate", ["23505", "22012", "25001", "42501", "42P01", "57014", "XX000"])
+@pytest.mark.parametrize(
+    "sqlstate", ["23505", "22012", "25001", "42501", "42P01", "57014", "XX000"]
+)
 def test_any_other_error_is_told_as_it_is(engine, sqlstate):
     error, before = raised(engine, sqlstate)
 
@@ -164,14 +200,16 @@ def test_any_other_error_is_told_as_it_is(engine, sqlstate):
 
 
 def demote(engine) -> int:
-    """Make the pool's only connection one to a server that takes no writes any more; its backend."""
+    """Have the pool's only connection be to a server that takes no writes any more; its backend."""
     with engine.connect() as connection:
         connection.execute(text("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"))
         connection.commit()
     return backend(engine)
 
 
-def test_a_connection_to_a_primary_that_was_demoted_is_made_anew_when_it_was_idle(engine, monkeypatch):
+def test_a_connection_to_a_primary_that_was_demoted_is_made_anew_when_it_was_idle(
+    engine, monkeypatch
+):
     before = demote(engine)
 
     monkeypatch.setattr(database, "CHECKED_AFTER_S", 0.0)
@@ -199,7 +237,9 @@ def test_a_server_that_takes_no_writes_is_away_until_it_does(database):
     def set_read_only(value: str) -> None:
         with server.connect() as connection:
             connection.execute(text("SET SESSION CHARACTERISTICS AS TRANSACTION READ WRITE"))
-            connection.execute(text(f"ALTER DATABASE {name} SET default_transaction_read_only = {value}"))
+            connection.execute(
+                text(f"ALTER DATABASE {name} SET default_transaction_read_only = {value}")
+            )
 
     set_read_only("on")
     try:

@@ -1,4 +1,7 @@
-"""Rows of pictures that tenants bring: one per content, erased only while nobody needs it, and its object's end."""
+"""Rows of pictures that tenants bring.
+
+One per content, erased only while nobody needs it, and its object's end.
+"""
 
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +25,9 @@ def keep(session, tenant, key=None):
     digest = uuid.uuid4().hex * 2
     key = key or f"t/{tenant.id}/sha256/{digest}.png"
     shape = {"mode": "RGB", "size_bytes": 10, "width_px": 2, "height_px": 3}
-    return files.keep(session, tenant_id=tenant.id, object_key=key, content_sha256=digest, actor="tests", **shape)
+    return files.keep(
+        session, tenant_id=tenant.id, object_key=key, content_sha256=digest, actor="tests", **shape
+    )
 
 
 def erase(session, file):
@@ -35,7 +40,10 @@ def test_keeping_strikes_the_upload_out(session, tenant):
 
     keep(session, tenant, key)
 
-    assert session.scalar(text("SELECT count(*) FROM uploads WHERE object_key = :key"), {"key": key}) == 0
+    assert (
+        session.scalar(text("SELECT count(*) FROM uploads WHERE object_key = :key"), {"key": key})
+        == 0
+    )
 
 
 def test_the_same_content_again_is_the_row_that_is_there(session, tenant):
@@ -43,7 +51,12 @@ def test_the_same_content_again_is_the_row_that_is_there(session, tenant):
     shape = {"mode": "RGB", "size_bytes": 10, "width_px": 2, "height_px": 3}
 
     again = files.keep(
-        session, tenant_id=tenant.id, object_key=first.object_key, content_sha256=first.content_sha256, actor="tests", **shape
+        session,
+        tenant_id=tenant.id,
+        object_key=first.object_key,
+        content_sha256=first.content_sha256,
+        actor="tests",
+        **shape,
     )
 
     assert again.id == first.id
@@ -78,7 +91,9 @@ def test_a_file_is_in_use_until_the_job_has_ended(session, tenant, column):
 
 def test_an_object_that_something_else_names_stays(session, tenant):
     job = a_succeeded_job(session)
-    key = session.scalar(text("SELECT object_key FROM artifacts WHERE job_id = :id"), {"id": job.id})
+    key = session.scalar(
+        text("SELECT object_key FROM artifacts WHERE job_id = :id"), {"id": job.id}
+    )
     file = keep(session, tenant, key)
 
     erase(session, file)
@@ -91,16 +106,20 @@ def test_an_object_that_something_else_names_stays(session, tenant):
 
 def test_an_object_goes_with_the_last_that_names_it(session, tenant):
     job = a_succeeded_job(session)
-    key = session.scalar(text("SELECT object_key FROM artifacts WHERE job_id = :id"), {"id": job.id})
+    key = session.scalar(
+        text("SELECT object_key FROM artifacts WHERE job_id = :id"), {"id": job.id}
+    )
     file = keep(session, tenant, key)
-    session.execute(text("UPDATE artifacts SET erased_at = now() WHERE job_id = :id"), {"id": job.id})
+    session.execute(
+        text("UPDATE artifacts SET erased_at = now() WHERE job_id = :id"), {"id": job.id}
+    )
 
     erase(session, file)
 
     assert uploads.left_behind(session, older_than_s=600) == key
 
 
-def test_what_is_given_up_while_it_is_stored_again_is_not_deleted(session):
+def test_an_object_that_is_given_up_while_it_is_stored_again_is_not_deleted(session):
     key = f"t/{uuid.uuid4()}"
     uploads.begin(session, key)
 
@@ -119,7 +138,9 @@ def test_no_job_is_accepted_that_starts_from_an_erased_or_a_stranger_s_file(sess
         assert caught.value.file_id == file.id
 
 
-def test_who_erases_a_file_waits_for_a_job_that_is_being_accepted_and_then_finds_it_in_use(database):
+def test_erasing_a_file_waits_for_a_job_that_is_being_accepted_and_finds_it_in_use(
+    database,
+):
     with transaction(database.app) as session:
         tenant = a_tenant(session)
         file = keep(session, tenant)
@@ -140,11 +161,14 @@ def test_who_erases_a_file_waits_for_a_job_that_is_being_accepted_and_then_finds
 
 def waits_for_a_lock(database) -> bool:
     with transaction(database.owner) as session:
-        query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        query = (
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
+            "AND wait_event_type = 'Lock'"
+        )
         return session.scalar(text(query)) > 0
 
 
-def test_what_is_kept_is_counted_until_it_is_erased(session, tenant):
+def test_files_are_counted_until_they_are_erased(session, tenant):
     assert files.stored(session, tenant_id=tenant.id) == (0, 0)
     first, _ = keep(session, tenant), keep(session, tenant)
     keep(session, a_tenant(session))
@@ -156,10 +180,16 @@ def test_what_is_kept_is_counted_until_it_is_erased(session, tenant):
 
 
 def test_several_files_are_found_at_once_and_only_the_tenant_s_own(session, tenant):
-    own, erased, other = keep(session, tenant), keep(session, tenant), keep(session, a_tenant(session))
+    own, erased, other = (
+        keep(session, tenant),
+        keep(session, tenant),
+        keep(session, a_tenant(session)),
+    )
     erase(session, erased)
 
-    found = files.find_all(session, [own.id, erased.id, other.id, uuid.uuid4()], tenant_id=tenant.id)
+    found = files.find_all(
+        session, [own.id, erased.id, other.id, uuid.uuid4()], tenant_id=tenant.id
+    )
 
     assert found == {own.id: own}
 

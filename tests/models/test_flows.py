@@ -1,4 +1,6 @@
-"""Fair order over tenants: start-time fair queuing in the database, and the sums that spare everybody the counting."""
+"""Fair order over tenants: start-time fair queuing in the database, and the sums that spare
+everybody the counting.
+"""
 
 import random
 import uuid
@@ -21,7 +23,8 @@ from tests.builders import a_job, a_lease, a_left, a_tenant, hand_off, preempt, 
 from tests.models.facts import at_once
 
 A_MICROSECOND = 1e-6  # tags begin at the wall clock: a double holds them to a quarter of that
-FAIR_ORDER_ALONE = 1_000_000  # a share so large that nobody is below half of it: nobody goes to the front
+# a share so large that nobody is below half of it: nobody goes to the front
+FAIR_ORDER_ALONE = 1_000_000
 
 
 @pytest.fixture
@@ -42,7 +45,9 @@ def release(session, pool, limit_images, **more):
 
 def end(session, job_ids):
     """The jobs succeed, having taken what was predicted."""
-    query = "UPDATE jobs SET state = 'succeeded', finished_at = clock_timestamp() WHERE id = ANY(:ids)"
+    query = (
+        "UPDATE jobs SET state = 'succeeded', finished_at = clock_timestamp() WHERE id = ANY(:ids)"
+    )
     session.execute(text(query), {"ids": list(job_ids)})
 
 
@@ -66,19 +71,29 @@ def after(job, earlier) -> float:
 def test_a_tenant_s_jobs_stand_as_far_apart_as_they_cost_by_its_weight(session, pool):
     heavy, light = a_tenant(session, weight=2), a_tenant(session, weight=0.5)
 
-    first, second, third = (a_job(session, pool=pool, tenant=heavy, predicted_s=cost_s) for cost_s in (4, 10, 1))
+    first, second, third = (
+        a_job(session, pool=pool, tenant=heavy, predicted_s=cost_s) for cost_s in (4, 10, 1)
+    )
     alone, next_one = (a_job(session, pool=pool, tenant=light, predicted_s=3) for _ in range(2))
 
     assert (after(second, first), after(third, second), after(next_one, alone)) == (2, 5, 6)
 
 
-def test_of_two_who_always_have_work_the_one_of_twice_the_weight_is_given_twice_as_many_images(session, pool):
+def test_of_two_who_always_have_work_the_one_of_twice_the_weight_is_given_twice_as_many_images(
+    session, pool
+):
     chance = random.Random(7)
     one, two = a_tenant(session, weight=1), a_tenant(session, weight=2)
     accepted = {}
     for tenant, count in ((one, 25), (two, 45)):
         for num_images in chance.choices((1, 2, 3), k=count):
-            job = a_job(session, pool=pool, tenant=tenant, num_images=num_images, predicted_s=0.5 * num_images)
+            job = a_job(
+                session,
+                pool=pool,
+                tenant=tenant,
+                num_images=num_images,
+                predicted_s=0.5 * num_images,
+            )
             accepted[job.id] = job
 
     given, out = Counter(), deque(release(session, pool, limit_images=6))
@@ -88,7 +103,8 @@ def test_of_two_who_always_have_work_the_one_of_twice_the_weight_is_given_twice_
         render_and_store(session, job, device_seconds=0.5)
         out.extend(release(session, pool, limit_images=6))
 
-        # Textbook: in device seconds by weight 1.5 / 1 + 1.5 / 2 apart at most, 0.5 s an image; and 6 images are still out.
+        # Textbook: in device seconds by weight 1.5 / 1 + 1.5 / 2 apart at most, 0.5 s an image; and
+        # 6 images are still out.
         assert abs(given[one.id] - given[two.id] / 2) <= 4.5 + 6
 
     assert given[two.id] / given[one.id] == pytest.approx(2, rel=0.25)
@@ -98,14 +114,19 @@ COSTS_S = st.lists(st.floats(0.1, 20), min_size=6, max_size=12)
 
 
 @settings(max_examples=15, deadline=None)
-@given(weights=st.tuples(st.floats(0.25, 4), st.floats(0.25, 4)), costs_s=st.tuples(COSTS_S, COSTS_S), limit_images=st.integers(1, 3))
-def test_while_both_have_work_what_two_are_given_by_weight_never_differs_by_more_than_a_largest_job_of_each(
+@given(
+    weights=st.tuples(st.floats(0.25, 4), st.floats(0.25, 4)),
+    costs_s=st.tuples(COSTS_S, COSTS_S),
+    limit_images=st.integers(1, 3),
+)
+def test_two_busy_tenants_never_differ_by_weight_by_more_than_a_largest_job_of_each(
     database, weights, costs_s, limit_images
 ):
     with Session(database.app) as session:
         pool, tenants = a_pool(), [a_tenant(session, weight=weight) for weight in weights]
         a_job(session, pool=pool)
-        end(session, release(session, pool, limit_images))  # from here on there is a virtual time, at which both begin
+        # from here on there is a virtual time, at which both begin
+        end(session, release(session, pool, limit_images))
         owners, costs, waiting = {}, {}, Counter()
         yet_to_come = [deque(costs) for costs in costs_s]
 
@@ -124,7 +145,9 @@ def test_while_both_have_work_what_two_are_given_by_weight_never_differs_by_more
             for job_id in released:
                 who = owners[job_id]
                 waiting[who] -= 1
-                aheads_s.append(aheads_s[-1] + (1 if who == 0 else -1) * costs[job_id] / weights[who])
+                aheads_s.append(
+                    aheads_s[-1] + (1 if who == 0 else -1) * costs[job_id] / weights[who]
+                )
             end(session, released)
             accept()
 
@@ -136,7 +159,9 @@ def test_while_both_have_work_what_two_are_given_by_weight_never_differs_by_more
 
 def test_a_tenant_who_was_away_starts_level_with_the_others(session, pool):
     away, busy = a_tenant(session), a_tenant(session)
-    render_and_store(session, a_job(session, pool=pool, tenant=away, predicted_s=1), device_seconds=1)
+    render_and_store(
+        session, a_job(session, pool=pool, tenant=away, predicted_s=1), device_seconds=1
+    )
     work = [a_job(session, pool=pool, tenant=busy, predicted_s=100) for _ in range(6)]
     end(session, release(session, pool, limit_images=4))
 
@@ -146,7 +171,7 @@ def test_a_tenant_who_was_away_starts_level_with_the_others(session, pool):
     assert release(session, pool, limit_images=2) == [back.id, work[4].id]
 
 
-def test_who_was_away_has_nothing_saved_up(session, pool):
+def test_a_tenant_that_was_away_has_nothing_saved_up(session, pool):
     away, busy = a_tenant(session), a_tenant(session)
     work = [a_job(session, pool=pool, tenant=busy, predicted_s=10) for _ in range(8)]
     end(session, release(session, pool, limit_images=4))
@@ -161,10 +186,18 @@ def test_who_was_away_has_nothing_saved_up(session, pool):
 def test_a_job_that_ends_before_it_began_gives_its_place_back(session, pool, ending):
     tenant = a_tenant(session, weight=2)
     first = a_job(session, pool=pool, tenant=tenant, predicted_s=10)
-    unwanted = a_job(session, pool=pool, tenant=tenant, predicted_s=30, start_within_s=600 if ending == "canceled" else -1)
+    unwanted = a_job(
+        session,
+        pool=pool,
+        tenant=tenant,
+        predicted_s=30,
+        start_within_s=600 if ending == "canceled" else -1,
+    )
 
     ended = (
-        jobs.cancel(session, unwanted.id, tenant_id=tenant.id, actor="tests") if ending == "canceled" else jobs.expire(session, unwanted.id)
+        jobs.cancel(session, unwanted.id, tenant_id=tenant.id, actor="tests")
+        if ending == "canceled"
+        else jobs.expire(session, unwanted.id)
     )
 
     assert ended.state == ending
@@ -182,7 +215,9 @@ def test_a_job_that_began_and_came_to_nothing_costs_its_place_all_the_same(sessi
 
 
 @pytest.mark.parametrize(("took_s", "moved_s"), [(2, -4), (14, 2), (10, 0)])
-def test_what_a_job_really_took_moves_its_tenant_s_later_jobs_and_nobody_else_s(session, pool, took_s, moved_s):
+def test_a_job_s_real_cost_moves_its_tenant_s_later_jobs_and_nobody_else_s(
+    session, pool, took_s, moved_s
+):
     tenant, other = a_tenant(session, weight=2), a_tenant(session, weight=2)
     job, waiting = (a_job(session, pool=pool, tenant=tenant, predicted_s=10) for _ in range(2))
     other_s = a_job(session, pool=pool, tenant=other, predicted_s=10)
@@ -205,7 +240,9 @@ def test_virtual_time_never_goes_back(session, pool):
 
 def test_a_late_job_of_an_early_place_does_not_set_virtual_time_back(session, pool):
     early, late = (a_job(session, pool=pool, release_tag=tag) for tag in (1.0, 9.0))
-    session.execute(text("UPDATE jobs SET announced_at = clock_timestamp() WHERE id = :id"), {"id": early.id})
+    session.execute(
+        text("UPDATE jobs SET announced_at = clock_timestamp() WHERE id = :id"), {"id": early.id}
+    )
     release(session, pool, limit_images=8)
     releasing.withdraw(session, [early.id])
 
@@ -214,7 +251,7 @@ def test_a_late_job_of_an_early_place_does_not_set_virtual_time_back(session, po
     assert virtual_s(session, pool) == late.release_tag == 9.0
 
 
-def test_what_goes_to_the_front_out_of_turn_does_not_carry_virtual_time_away_from_those_who_wait(session, pool):
+def test_jobs_at_the_front_out_of_turn_do_not_carry_virtual_time_past_waiting_ones(session, pool):
     dump, light = a_tenant(session), a_tenant(session, weight=0.01)
     waiting = [a_job(session, pool=pool, tenant=dump, predicted_s=1) for _ in range(20)]
     for job_id in release(session, pool, limit_images=12):
@@ -233,7 +270,9 @@ def test_pools_and_tiers_have_clocks_and_places_of_their_own(session, pool):
     a_job(session, pool=pool, tenant=tenant, predicted_s=1000)
     release(session, pool, limit_images=8)
 
-    first, second = (a_job(session, pool=pool, tier="batch", tenant=tenant, predicted_s=1) for _ in range(2))
+    first, second = (
+        a_job(session, pool=pool, tier="batch", tenant=tenant, predicted_s=1) for _ in range(2)
+    )
 
     assert after(second, first) == 1
     assert list(flows.clocks(session, pool=pool)) == ["fast"]
@@ -255,7 +294,9 @@ def test_accepted_at_the_same_moment_no_two_jobs_of_a_tenant_share_a_place(datab
 
 def test_a_standing_is_what_a_tenant_has_waiting(session, pool):
     tenant = a_tenant(session, weight=3)
-    first, second = (a_job(session, pool=pool, tenant=tenant, predicted_s=4, num_images=2) for _ in range(2))
+    first, second = (
+        a_job(session, pool=pool, tenant=tenant, predicted_s=4, num_images=2) for _ in range(2)
+    )
     a_lease(session, first)
 
     [standing] = flows.backlogs(session, pool=pool)
@@ -265,23 +306,29 @@ def test_a_standing_is_what_a_tenant_has_waiting(session, pool):
     assert standing.finish_tag == pytest.approx(second.release_tag + 4 / 3, abs=A_MICROSECOND)
 
 
-def test_who_has_nothing_waiting_does_not_stand_in_line(session, pool):
+def test_a_tenant_with_nothing_waiting_does_not_stand_in_line(session, pool):
     job = a_job(session, pool=pool, predicted_s=0.1)
     a_lease(session, job)
 
     assert flows.backlogs(session, pool=pool) == []
-    assert session.scalar(text("SELECT queued_s FROM flows WHERE pool = :pool"), {"pool": pool}) == 0
+    assert (
+        session.scalar(text("SELECT queued_s FROM flows WHERE pool = :pool"), {"pool": pool}) == 0
+    )
 
 
 def test_fractions_leave_nothing_behind_in_an_empty_flow(session, pool):
     tenant = a_tenant(session)
-    waiting = [a_job(session, pool=pool, tenant=tenant, predicted_s=cost_s) for cost_s in (0.1, 0.2, 0.3)]
+    waiting = [
+        a_job(session, pool=pool, tenant=tenant, predicted_s=cost_s) for cost_s in (0.1, 0.2, 0.3)
+    ]
     assert (0.1 + 0.2 + 0.3) - 0.1 - 0.2 - 0.3 != 0
 
     for job in waiting:
         a_lease(session, job)
 
-    assert session.scalar(text("SELECT queued_s FROM flows WHERE pool = :pool"), {"pool": pool}) == 0
+    assert (
+        session.scalar(text("SELECT queued_s FROM flows WHERE pool = :pool"), {"pool": pool}) == 0
+    )
 
 
 def test_the_line_can_be_read_at_a_glance(session, pool):
@@ -292,12 +339,21 @@ def test_the_line_can_be_read_at_a_glance(session, pool):
 
     row = session.execute(text("SELECT * FROM flows_now WHERE pool = :pool"), {"pool": pool}).one()
 
-    assert (row.tier, row.tenant, row.weight, row.queued_jobs, row.queued_images) == ("fast", tenant.name, 2, 3, 6)
+    assert (row.tier, row.tenant, row.weight, row.queued_jobs, row.queued_images) == (
+        "fast",
+        tenant.name,
+        2,
+        3,
+        6,
+    )
     assert (row.queued_gpu_s, row.ahead_s) == (12, 6)
 
 
 class Happenings:
-    """Jobs of two tenants in two tiers, to which anything may happen; each act takes a number and makes its choices by it."""
+    """Jobs of two tenants in two tiers, to which anything may happen.
+
+    Each act takes a number and makes its choices by it.
+    """
 
     def __init__(self, session) -> None:
         self.session, self.pool = session, a_pool()
@@ -328,16 +384,26 @@ class Happenings:
 
     def take(self, n):
         if job := self._one(n, JobState.QUEUED):
-            lease = leases.take(self.session, job.id, worker="gpu0@here", device="cpu", ttl_s=-1 if n % 3 == 0 else 60)
+            lease = leases.take(
+                self.session,
+                job.id,
+                worker="gpu0@here",
+                device="cpu",
+                ttl_s=-1 if n % 3 == 0 else 60,
+            )
             if lease is not None:
                 self.leases[job.id] = lease
 
     def hand_off(self, n):
-        if (job := self._one(n, JobState.RUNNING)) and (index := self._image_of(job, ImageState.PENDING)) is not None:
+        if (job := self._one(n, JobState.RUNNING)) and (
+            index := self._image_of(job, ImageState.PENDING)
+        ) is not None:
             hand_off(self.session, self.leases[job.id], index)
 
     def store(self, n):
-        if (job := self._one(n, *JobState)) and (index := self._image_of(job, ImageState.HANDED_OFF)) is not None:
+        if (job := self._one(n, *JobState)) and (
+            index := self._image_of(job, ImageState.HANDED_OFF)
+        ) is not None:
             store(self.session, job, index, attempt=jobs.handed_off(self.session, job.id)[index])
 
     def lose_hand_off(self, n):
@@ -352,7 +418,9 @@ class Happenings:
     def preempt(self, n):
         if job := self._one(n, JobState.RUNNING):
             index = self._image_of(job, ImageState.PENDING)
-            preempt(self.session, self.leases[job.id], left=[] if index is None else [a_left(index)])
+            preempt(
+                self.session, self.leases[job.id], left=[] if index is None else [a_left(index)]
+            )
 
     def count_error(self, n):
         if job := self._one(n, JobState.RUNNING):
@@ -381,7 +449,9 @@ class Happenings:
     def requeue(self, n):
         if job := self._one(n, JobState.FAILED):
             try:
-                self.jobs.append(jobs.requeue_dead(self.session, job.id, start_within_s=600, actor="tests"))
+                self.jobs.append(
+                    jobs.requeue_dead(self.session, job.id, start_within_s=600, actor="tests")
+                )
             except JobAlreadyFinished:
                 return
 
@@ -390,12 +460,21 @@ class Happenings:
         return those[n % len(those)] if those else None
 
     def _image_of(self, job, state):
-        return next((i for i in range(job.num_images) if self.session.get_one(Image, (job.id, i)).state == state), None)
+        return next(
+            (
+                i
+                for i in range(job.num_images)
+                if self.session.get_one(Image, (job.id, i)).state == state
+            ),
+            None,
+        )
 
 
 ACTS = sorted(name for name in vars(Happenings) if not name.startswith("_"))
 OFTEN = ["accept", "accept", "pick", "take", "take", "hand_off", "hand_off", "store"]
-ACTS_BY_CHANCE = st.lists(st.tuples(st.sampled_from(OFTEN + ACTS), st.integers(0, 10_000)), min_size=30, max_size=60)
+ACTS_BY_CHANCE = st.lists(
+    st.tuples(st.sampled_from(OFTEN + ACTS), st.integers(0, 10_000)), min_size=30, max_size=60
+)
 
 
 @settings(max_examples=12, deadline=None)
@@ -415,18 +494,30 @@ def test_whatever_happens_the_sums_are_what_counting_the_rows_gives(database, ac
 
 
 def sums(session, pool):
-    query = "SELECT tier, tenant_id, queued_jobs, queued_images, queued_s FROM flows WHERE pool = :pool AND queued_jobs <> 0"
-    return {(tier, tenant): (count, images, pytest.approx(cost)) for tier, tenant, count, images, cost in rows(session, query, pool)}
+    query = (
+        "SELECT tier, tenant_id, queued_jobs, queued_images, queued_s FROM flows "
+        "WHERE pool = :pool AND queued_jobs <> 0"
+    )
+    return {
+        (tier, tenant): (count, images, pytest.approx(cost))
+        for tier, tenant, count, images, cost in rows(session, query, pool)
+    }
 
 
 def counted_sums(session, pool):
     query = """SELECT tier, tenant_id, count(*), sum(num_images), sum(predicted_s) FROM jobs
                WHERE pool = :pool AND state = 'queued' GROUP BY 1, 2"""
-    return {(tier, tenant): (count, images, cost) for tier, tenant, count, images, cost in rows(session, query, pool)}
+    return {
+        (tier, tenant): (count, images, cost)
+        for tier, tenant, count, images, cost in rows(session, query, pool)
+    }
 
 
 def queue_now(session, pool):
-    query = "SELECT tier, waiting, announced, running, storing, images, oldest_wait_s IS NULL FROM queue_now WHERE pool = :pool"
+    query = (
+        "SELECT tier, waiting, announced, running, storing, images, oldest_wait_s IS NULL "
+        "FROM queue_now WHERE pool = :pool"
+    )
     return sorted(rows(session, query, pool))
 
 
@@ -438,7 +529,8 @@ def counted_queue(session, pool):
                       count(*) FILTER (WHERE state = 'storing'),
                       sum(num_images),
                       NOT bool_or(state = 'queued')
-               FROM jobs WHERE pool = :pool AND state IN ('queued', 'running', 'storing') GROUP BY tier"""
+               FROM jobs WHERE pool = :pool AND state IN ('queued', 'running', 'storing')
+               GROUP BY tier"""
     return sorted(rows(session, query, pool))
 
 

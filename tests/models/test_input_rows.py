@@ -1,4 +1,7 @@
-"""Jobs that start from pictures: whose are brought next, and how they stand in nobody's way until they were."""
+"""Jobs that start from pictures.
+
+Whose are brought next, and how they stand in nobody's way until they were.
+"""
 
 import uuid
 
@@ -20,19 +23,38 @@ def pool() -> str:
 
 def a_file(session, tenant):
     digest = uuid.uuid4().hex * 2
-    facts = {"object_key": f"t/x/{digest}", "mode": "RGB", "size_bytes": 9, "width_px": 8, "height_px": 8, "content_sha256": digest}
+    facts = {
+        "object_key": f"t/x/{digest}",
+        "mode": "RGB",
+        "size_bytes": 9,
+        "width_px": 8,
+        "height_px": 8,
+        "content_sha256": digest,
+    }
     return files.keep(session, tenant_id=tenant.id, actor="tests", **facts)
 
 
 def a_picture_job(session, pool, tenant=None, **params) -> Job:
     tenant = tenant or a_tenant(session)
-    job = a_job(session, tenant=tenant, pool=pool, init_file_id=a_file(session, tenant).id, strength=0.5, **params)
+    job = a_job(
+        session,
+        tenant=tenant,
+        pool=pool,
+        init_file_id=a_file(session, tenant).id,
+        strength=0.5,
+        **params,
+    )
     session.refresh(job)
     return job
 
 
 def pick(session, pool) -> list[uuid.UUID]:
-    return [job.job_id for job in releasing.pick(session, pool=pool, tier="fast", limits=ReleaseLimits(slots=8, limit_images=12))]
+    return [
+        job.job_id
+        for job in releasing.pick(
+            session, pool=pool, tier="fast", limits=ReleaseLimits(slots=8, limit_images=12)
+        )
+    ]
 
 
 def ask(session, pool, most=4) -> list[uuid.UUID]:
@@ -42,13 +64,18 @@ def ask(session, pool, most=4) -> list[uuid.UUID]:
 def miss_start(session, job, by_s) -> None:
     """Let the job have been accepted so early that its start deadline passed so long ago."""
     missed = "clock_timestamp() - make_interval(secs => :by_s)"
-    statement = text(f"UPDATE jobs SET accepted_at = accepted_at - (start_by - ({missed})), start_by = {missed} WHERE id = :id")
+    statement = text(
+        f"UPDATE jobs SET accepted_at = accepted_at - (start_by - ({missed})), "
+        f"start_by = {missed} WHERE id = :id"
+    )
     session.execute(statement, {"by_s": by_s, "id": job.id})
 
 
 def test_a_job_lacks_the_pictures_it_starts_from_and_another_one_nothing(session, pool):
     tenant = a_tenant(session)
-    controlled = a_job(session, tenant=tenant, pool=pool, control_file_id=a_file(session, tenant).id)
+    controlled = a_job(
+        session, tenant=tenant, pool=pool, control_file_id=a_file(session, tenant).id
+    )
     plain = a_job(session, pool=pool)
     for job in (controlled, plain):
         session.refresh(job)
@@ -76,9 +103,13 @@ def test_once_its_pictures_are_there_it_has_the_place_it_had(session, pool):
     assert inputs.note_brought(session, job.id) is None, "they were there"
 
 
-def test_pictures_are_asked_for_in_fair_order_for_no_more_jobs_than_there_is_room_for(session, pool):
+def test_pictures_are_asked_for_in_fair_order_for_no_more_jobs_than_there_is_room_for(
+    session, pool
+):
     tenant = a_tenant(session)
-    ids = [a_picture_job(session, pool, tenant, release_tag=float(number)).id for number in range(6)]
+    ids = [
+        a_picture_job(session, pool, tenant, release_tag=float(number)).id for number in range(6)
+    ]
 
     assert set(ask(session, pool)) == set(ids[:4])
     assert ask(session, pool) == []
@@ -100,9 +131,11 @@ def test_behind_one_tenant_s_many_another_s_are_asked_for_all_the_same(session, 
     assert ask(session, pool) == []
 
 
-def test_who_was_asked_in_vain_is_asked_again_and_who_could_not_be_asked_later(session, pool):
+def test_pictures_asked_for_in_vain_are_asked_for_again_and_unasked_ones_later(session, pool):
     job = a_picture_job(session, pool)
-    assert inputs.ask_again(session, pool=pool, tier="fast", asked_before_s=-1) == [], "nobody was asked"
+    assert inputs.ask_again(session, pool=pool, tier="fast", asked_before_s=-1) == [], (
+        "nobody was asked"
+    )
     ask(session, pool)
 
     assert inputs.ask_again(session, pool=pool, tier="fast", asked_before_s=60) == []
@@ -132,7 +165,7 @@ def test_no_lease_is_given_on_a_job_that_lacks_its_pictures(session, pool):
     assert leases.take(session, job.id, worker="w", device="cpu", ttl_s=15) is not None
 
 
-def test_who_finds_no_pictures_gives_the_job_back_and_it_waits_for_them_again(session, pool):
+def test_a_job_given_back_for_lack_of_pictures_waits_for_them_again(session, pool):
     job = a_picture_job(session, pool)
     inputs.note_brought(session, job.id)
     lease = a_lease(session, job)
@@ -157,7 +190,10 @@ def test_a_job_whose_pixels_were_lost_has_its_pictures_brought_again(session, po
 
 
 def test_a_job_whose_pictures_were_asked_for_has_its_run_time_to_wait_for_them(session, pool):
-    asked, unasked = a_picture_job(session, pool, run_within_s=100.0, release_tag=1.0), a_picture_job(session, pool, release_tag=2.0)
+    asked, unasked = (
+        a_picture_job(session, pool, run_within_s=100.0, release_tag=1.0),
+        a_picture_job(session, pool, release_tag=2.0),
+    )
     assert ask(session, pool, most=1) == [asked.id]
     for job in (asked, unasked):
         miss_start(session, job, by_s=60)

@@ -29,20 +29,31 @@ def a_dead_letter(session, **params):
     """A job that failed twice, on two workers."""
     job = a_job(session, **params)
     for worker in ("gpu1@here", "gpu0@there"):
-        leases.count_error(session, a_lease(session, job, worker=worker), detail=f"{worker} said no", max_attempts=2)
+        leases.count_error(
+            session,
+            a_lease(session, job, worker=worker),
+            detail=f"{worker} said no",
+            max_attempts=2,
+        )
     return job
 
 
 def columns_of(session, job) -> dict:
     session.flush()
-    return dict(session.execute(text("SELECT * FROM jobs WHERE id = :id"), {"id": job.id}).mappings().one())
+    return dict(
+        session.execute(text("SELECT * FROM jobs WHERE id = :id"), {"id": job.id}).mappings().one()
+    )
 
 
 def test_an_accepted_job_waits_with_all_its_images(session):
     job = a_job(session, num_images=3, seed=40)
 
     assert (job.state, job.attempt, job.cost, job.finished_at) == ("queued", 0, None, None)
-    assert [(image.index, image.seed, image.state) for image in job.images] == [(0, 40, "pending"), (1, 41, "pending"), (2, 42, "pending")]
+    assert [(image.index, image.seed, image.state) for image in job.images] == [
+        (0, 40, "pending"),
+        (1, 41, "pending"),
+        (2, 42, "pending"),
+    ]
     assert events_of(session, job.id) == ["job:request:accepted"]
 
 
@@ -59,7 +70,9 @@ def test_a_rolled_back_accept_leaves_nothing(database):
 def test_neither_prompt_nor_negative_prompt_reach_the_audit_log(session):
     job = a_job(session, prompt="a secret wish", negative_prompt="a hidden fear")
 
-    lines = session.scalars(text("SELECT facts::text FROM audit_log WHERE job_id = :id"), {"id": job.id})
+    lines = session.scalars(
+        text("SELECT facts::text FROM audit_log WHERE job_id = :id"), {"id": job.id}
+    )
 
     assert not any("secret" in line or "hidden" in line for line in lines)
 
@@ -72,7 +85,12 @@ def test_a_stored_image_has_one_artifact_however_often_its_message_comes(session
     first, again = store(session, lease.job, 0), store(session, lease.job, 0)
 
     assert (first.state, again) == ("storing", None)
-    assert session.scalar(text("SELECT count(*) FROM artifacts WHERE job_id = :id"), {"id": lease.job_id}) == 1
+    assert (
+        session.scalar(
+            text("SELECT count(*) FROM artifacts WHERE job_id = :id"), {"id": lease.job_id}
+        )
+        == 1
+    )
     assert events_of(session, lease.job_id).count("job:image:stored") == 1
 
 
@@ -90,7 +108,12 @@ def test_two_deliveries_at_once_write_one_artifact(database):
     assert len([job for job in stored if job]) == 1
     with transaction(database.app) as session:
         assert events_of(session, lease.job_id)[-2:] == ["job:image:stored", "job:state:succeeded"]
-        assert session.scalar(text("SELECT count(*) FROM artifacts WHERE job_id = :id"), {"id": lease.job_id}) == 1
+        assert (
+            session.scalar(
+                text("SELECT count(*) FROM artifacts WHERE job_id = :id"), {"id": lease.job_id}
+            )
+            == 1
+        )
 
 
 def test_the_last_stored_image_makes_the_job_succeed_with_its_price(session):
@@ -102,8 +125,13 @@ def test_the_last_stored_image_makes_the_job_succeed_with_its_price(session):
     job = store(session, lease.job, 0)
 
     assert (job.state, job.finished_at is None, job.store_by) == ("succeeded", False, None)
-    assert (job.device_seconds, job.cost, job.currency) == (1800.0, Decimal("1.200000"), "EUR")  # 1.20 an hour, twice the weight
-    assert events_of(session, job.id)[-3:] == ["job:image:stored", "job:image:stored", "job:state:succeeded"]
+    # 1.20 an hour, twice the weight
+    assert (job.device_seconds, job.cost, job.currency) == (1800.0, Decimal("1.200000"), "EUR")
+    assert events_of(session, job.id)[-3:] == [
+        "job:image:stored",
+        "job:image:stored",
+        "job:state:succeeded",
+    ]
 
 
 def test_artifact_state_cost_and_audit_events_are_written_together_or_not_at_all(database):
@@ -116,9 +144,17 @@ def test_artifact_state_cost_and_audit_events_are_written_together_or_not_at_all
         session.rollback()  # the results worker was killed here
 
     with transaction(database.app) as session:
-        row = session.execute(text("SELECT state, cost, device_seconds FROM jobs WHERE id = :id"), {"id": lease.job_id}).one()
+        row = session.execute(
+            text("SELECT state, cost, device_seconds FROM jobs WHERE id = :id"),
+            {"id": lease.job_id},
+        ).one()
         assert tuple(row) == ("storing", None, 0)
-        assert session.scalar(text("SELECT count(*) FROM artifacts WHERE job_id = :id"), {"id": lease.job_id}) == 0
+        assert (
+            session.scalar(
+                text("SELECT count(*) FROM artifacts WHERE job_id = :id"), {"id": lease.job_id}
+            )
+            == 0
+        )
         assert events_of(session, lease.job_id)[-1] == "job:image:handed-off"
         assert store(session, lease.job).state == "succeeded"
 
@@ -158,7 +194,12 @@ def test_an_unfinished_job_can_be_canceled(session, was):
 
     canceled = cancel(session, job)
 
-    assert (canceled.state, canceled.finished_at is None, canceled.lease_expires_at, canceled.store_by) == ("canceled", False, None, None)
+    assert (
+        canceled.state,
+        canceled.finished_at is None,
+        canceled.lease_expires_at,
+        canceled.store_by,
+    ) == ("canceled", False, None, None)
     assert events_of(session, job.id)[-1] == "job:state:canceled"
     assert store(session, job) is None
     if was == "running":
@@ -185,7 +226,7 @@ def test_a_job_that_ended_otherwise_cannot_be_canceled(session):
     assert events_of(session, job.id)[-1] == "job:state:succeeded"
 
 
-def test_who_catches_the_late_cancel_outside_its_transaction_can_still_ask_the_state(database):
+def test_a_late_cancel_that_is_caught_outside_its_transaction_still_tells_the_state(database):
     with transaction(database.app) as session:
         job = a_succeeded_job(session)
 
@@ -214,7 +255,12 @@ def test_a_page_is_newest_first_and_goes_on_where_the_last_one_ended(session):
     accepted = sorted((a_job(session, tenant=tenant).id for _ in range(5)), reverse=True)
 
     first = [job.id for job in listing.page(session, Sought(), tenant_id=tenant.id, limit=2).jobs]
-    rest = [job.id for job in listing.page(session, Sought(before=first[-1]), tenant_id=tenant.id, limit=10).jobs]
+    rest = [
+        job.id
+        for job in listing.page(
+            session, Sought(before=first[-1]), tenant_id=tenant.id, limit=10
+        ).jobs
+    ]
 
     assert first + rest == accepted
 
@@ -224,7 +270,9 @@ def test_a_page_can_be_of_one_state(session):
     a_job(session, tenant=tenant)
     canceled = cancel(session, a_job(session, tenant=tenant))
 
-    assert listing.page(session, Sought(state="canceled"), tenant_id=tenant.id, limit=10).jobs == [canceled]
+    assert listing.page(session, Sought(state="canceled"), tenant_id=tenant.id, limit=10).jobs == [
+        canceled
+    ]
 
 
 def test_a_job_that_nothing_started_in_time_expires(session):
@@ -250,7 +298,9 @@ def test_an_overdue_store_is_found_with_the_pixels_it_waits_for(session):
     lease = a_lease(session, num_images=2)
     hand_off(session, lease, 0)
     hand_off(session, lease, 1, store_within_s=-1)
-    store_by_images = {unstored.job_id: unstored.attempt_of for unstored in sweeping.overdue_stores(session)}
+    store_by_images = {
+        unstored.job_id: unstored.attempt_of for unstored in sweeping.overdue_stores(session)
+    }
 
     assert store_by_images[lease.job_id] == {0: 1, 1: 1}
 
@@ -262,9 +312,18 @@ def test_an_overdue_store_is_found_with_the_pixels_it_waits_for(session):
 def test_the_history_shows_a_job_in_one_row(session):
     job = a_succeeded_job(session, num_images=2, tier="batch")
 
-    row = session.execute(text("SELECT * FROM job_history WHERE job_id = :id"), {"id": job.id}).one()
+    row = session.execute(
+        text("SELECT * FROM job_history WHERE job_id = :id"), {"id": job.id}
+    ).one()
 
-    assert (row.state, row.tier, row.size, row.num_images, row.attempts, row.steps_run) == ("succeeded", "batch", "128x128", 2, 1, 8)
+    assert (row.state, row.tier, row.size, row.num_images, row.attempts, row.steps_run) == (
+        "succeeded",
+        "batch",
+        "128x128",
+        2,
+        1,
+        8,
+    )
     assert row.total_s >= 0
     assert row.cost == job.cost
 
@@ -273,7 +332,9 @@ def test_the_day_s_images_add_up_to_the_job_s_cost(session):
     tenant = a_tenant(session)
     job = a_succeeded_job(session, tenant=tenant, num_images=2)
 
-    [row] = session.execute(text("SELECT * FROM images_by_tenant_day WHERE tenant = :name"), {"name": tenant.name}).all()
+    [row] = session.execute(
+        text("SELECT * FROM images_by_tenant_day WHERE tenant = :name"), {"name": tenant.name}
+    ).all()
 
     assert (row.images, row.cost, row.size_bytes) == (2, job.cost, 2000)
 
@@ -282,11 +343,18 @@ def test_a_job_that_waits_again_past_its_run_deadline_fails(session):
     job = a_job(session, run_within_s=0.5)
     preempt(session, a_lease(session, job))
     assert jobs.overrun(session, job.id) is None
-    session.execute(text("UPDATE jobs SET run_by = clock_timestamp() - interval '1 second' WHERE id = :id"), {"id": job.id})
+    session.execute(
+        text("UPDATE jobs SET run_by = clock_timestamp() - interval '1 second' WHERE id = :id"),
+        {"id": job.id},
+    )
 
     assert jobs.overrun(session, job.id) is job
 
-    assert (job.state, job.failure_code, job.failure_detail) == ("failed", "run_deadline", "not rendered within 0.5 s of its start")
+    assert (job.state, job.failure_code, job.failure_detail) == (
+        "failed",
+        "run_deadline",
+        "not rendered within 0.5 s of its start",
+    )
     assert events_of(session, job.id)[-1] == "job:state:failed"
     assert jobs.overrun(session, job.id) is None
 
@@ -335,10 +403,18 @@ def test_a_dead_letter_is_tried_again_as_a_new_job_with_every_parameter_the_same
 
     job = requeue(session, dead)
 
-    assert (job.state, job.attempt, job.counted_attempts, job.failure_code, job.requeue_of) == ("queued", 0, 0, None, dead.id)
+    assert (job.state, job.attempt, job.counted_attempts, job.failure_code, job.requeue_of) == (
+        "queued",
+        0,
+        0,
+        None,
+        dead.id,
+    )
     kept = ("tenant_id", "api_key_id", "currency", "run_within_s", "predicted_s", *NAMES)
     assert {name: getattr(job, name) for name in kept} == {name: before[name] for name in kept}
-    assert [(image.index, image.seed, image.state) for image in job.images] == [(index, 2**53 - 9 + index, "pending") for index in range(3)]
+    assert [(image.index, image.seed, image.state) for image in job.images] == [
+        (index, 2**53 - 9 + index, "pending") for index in range(3)
+    ]
     assert job.release_tag > dead.release_tag
     assert columns_of(session, dead) == before
     facts = session.scalar(text("SELECT facts FROM audit_log WHERE job_id = :id"), {"id": job.id})
@@ -372,12 +448,20 @@ def test_two_who_requeue_at_once_make_one_job(database):
 
 @pytest.mark.parametrize("state", ["queued", "running", "succeeded", "canceled"])
 def test_only_what_failed_is_requeued(session, state):
-    made = {"queued": a_job, "running": lambda s: a_lease(s).job, "succeeded": a_succeeded_job, "canceled": lambda s: cancel(s, a_job(s))}
+    made = {
+        "queued": a_job,
+        "running": lambda s: a_lease(s).job,
+        "succeeded": a_succeeded_job,
+        "canceled": lambda s: cancel(s, a_job(s)),
+    }
     job = made[state](session)
     assert job.state == state
 
     assert requeue(session, job) is None
-    assert session.scalar(text("SELECT count(*) FROM jobs WHERE requeue_of = :id"), {"id": job.id}) == 0
+    assert (
+        session.scalar(text("SELECT count(*) FROM jobs WHERE requeue_of = :id"), {"id": job.id})
+        == 0
+    )
 
 
 def test_nobody_requeues_what_there_is_not(session):
@@ -389,12 +473,19 @@ def test_the_dead_letters_tell_why_where_and_what_became_of_them(session):
     dead, other = a_dead_letter(session, tenant=tenant), a_dead_letter(session, tenant=tenant)
     again = requeue(session, dead)
 
-    rows = session.execute(text("SELECT * FROM dead_letters WHERE tenant = :name"), {"name": tenant.name}).all()
+    rows = session.execute(
+        text("SELECT * FROM dead_letters WHERE tenant = :name"), {"name": tenant.name}
+    ).all()
 
     letters = {row.job_id: row for row in rows}
     assert set(letters) == {dead.id, other.id}
     row = letters[dead.id]
-    assert (row.pool, row.tier, row.model, row.failure_code) == ("local", "fast", "pocket", "attempts_exhausted")
+    assert (row.pool, row.tier, row.model, row.failure_code) == (
+        "local",
+        "fast",
+        "pocket",
+        "attempts_exhausted",
+    )
     assert (row.last_error, row.attempts, row.counted_attempts) == ("gpu0@there said no", 2, 2)
     assert (row.workers, row.outcomes) == ("gpu0@there gpu1@here", "error error")
     assert (row.requeued_as, letters[other.id].requeued_as) == (again.id, None)

@@ -13,7 +13,13 @@ PEPPER = "a pepper of sixteen letters"
 
 
 def issue(session, *, expires_at=None):
-    return api_keys.issue(session, tenant_id=a_tenant(session).id, name="web app", pepper=PEPPER, expires_at=expires_at)
+    return api_keys.issue(
+        session,
+        tenant_id=a_tenant(session).id,
+        name="web app",
+        pepper=PEPPER,
+        expires_at=expires_at,
+    )
 
 
 def authenticate(session, key, pepper=PEPPER):
@@ -34,9 +40,14 @@ def test_the_digest_is_stored_and_the_key_is_not(session):
     secret = key.split("_")[2]
 
     stored = session.scalars(text("SELECT api_keys::text FROM api_keys")).all()
-    audited = session.scalars(text("SELECT facts::text FROM audit_log WHERE event = 'api-key:secret:issued'")).all()
+    audited = session.scalars(
+        text("SELECT facts::text FROM audit_log WHERE event = 'api-key:secret:issued'")
+    ).all()
 
-    assert not any(secret in row or secret[:-6] in row or secret.encode().hex() in row for row in [*stored, *audited])
+    assert not any(
+        secret in row or secret[:-6] in row or secret.encode().hex() in row
+        for row in [*stored, *audited]
+    )
 
 
 def test_a_key_is_worth_nothing_under_another_pepper(session):
@@ -101,7 +112,10 @@ def test_revoking_one_key_leaves_the_tenant_s_others(session):
     api_keys.revoke(session, row.id)
 
     assert authenticate(session, other).tenant_id == row.tenant_id
-    assert [key.name for key in api_keys.of_tenant(session, row.tenant_id)] == ["web app", "pipeline"]
+    assert [key.name for key in api_keys.of_tenant(session, row.tenant_id)] == [
+        "web app",
+        "pipeline",
+    ]
 
 
 DAY_S = 86_400.0

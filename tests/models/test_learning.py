@@ -25,7 +25,12 @@ def key_of(pool, model="pocket", width_px=128, height_px=128):
 def seen(images, row_step_s, fixed_s=0.1, row_steps_each=8) -> Observed:
     """So many images, each of whose rows took so long a step."""
     row_steps = images * row_steps_each
-    return Observed(images=images, row_steps=row_steps, denoise_s=row_steps * row_step_s, fixed_s=images * fixed_s)
+    return Observed(
+        images=images,
+        row_steps=row_steps,
+        denoise_s=row_steps * row_step_s,
+        fixed_s=images * fixed_s,
+    )
 
 
 def learnt(session, key):
@@ -37,7 +42,8 @@ def an_ended_job(session, pool, *, ago_s, guessed_s=2.0, took_s=4.0):
     """A job that ended that long ago, after `took_s` from its accept."""
     job = a_succeeded_job(session, pool=pool, eta_raw_s=guessed_s)
     query = """UPDATE jobs SET finished_at = clock_timestamp() - make_interval(secs => :ago),
-                      accepted_at = clock_timestamp() - make_interval(secs => :ago + :took) WHERE id = :id"""
+                      accepted_at = clock_timestamp() - make_interval(secs => :ago + :took)
+               WHERE id = :id"""
     session.execute(text(query), {"id": job.id, "ago": ago_s, "took": took_s})
     session.expire_all()
     return job
@@ -47,16 +53,20 @@ def newly_ended(session, pool):
     return [ended for ended in learning.newly_ended(session) if ended.pool == pool]
 
 
-def test_what_was_never_seen_is_not_known(session, pool):
+def test_a_cost_that_was_never_seen_is_not_known(session, pool):
     assert learning.cost_of(session, key_of(pool)) is None
     assert learning.eta_of(session, pool=pool, tier="fast") is None
 
 
-def test_what_is_seen_first_is_believed(session, pool):
+def test_the_first_cost_that_is_seen_is_believed(session, pool):
     learning.observe(session, {key_of(pool): seen(4, row_step_s=0.02, fixed_s=0.3)})
 
     cost = learnt(session, key_of(pool))
-    assert (cost.row_step_s, cost.fixed_s, cost.observed) == (pytest.approx(0.02), pytest.approx(0.3), 4)
+    assert (cost.row_step_s, cost.fixed_s, cost.observed) == (
+        pytest.approx(0.02),
+        pytest.approx(0.3),
+        4,
+    )
 
 
 def test_a_mean_weighs_images_and_not_reports(session, pool):
@@ -79,14 +89,29 @@ def test_a_mean_follows_a_change_however_long_its_past(session, pool):
 
 
 def test_sizes_models_and_pools_are_learnt_apart(session, pool):
-    keys = [key_of(pool), key_of(pool, model="large"), key_of(pool, width_px=256), key_of(pool, height_px=256), key_of(pool + "2")]
+    keys = [
+        key_of(pool),
+        key_of(pool, model="large"),
+        key_of(pool, width_px=256),
+        key_of(pool, height_px=256),
+        key_of(pool + "2"),
+    ]
 
-    learning.observe(session, {key: seen(1, row_step_s=1.0 + number) for number, key in enumerate(keys)})
+    learning.observe(
+        session, {key: seen(1, row_step_s=1.0 + number) for number, key in enumerate(keys)}
+    )
 
     assert [learnt(session, key).row_step_s for key in keys] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("nothing", [Observed(), Observed(images=3, row_steps=0.0), Observed(images=0, row_steps=8.0, denoise_s=1.0)])
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        Observed(),
+        Observed(images=3, row_steps=0.0),
+        Observed(images=0, row_steps=8.0, denoise_s=1.0),
+    ],
+)
 def test_nothing_is_learnt_from_nothing(session, pool, nothing):
     learning.observe(session, {key_of(pool): nothing})
 
@@ -115,7 +140,10 @@ def test_jobs_that_ended_are_told_oldest_first_with_how_long_they_took(session, 
 
     ended = newly_ended(session, pool)
 
-    assert [(one.tier, one.guessed_s, round(one.taken_s, 1)) for one in ended] == [("fast", 2.0, 5.0), ("fast", 3.0, 6.0)]
+    assert [(one.tier, one.guessed_s, round(one.taken_s, 1)) for one in ended] == [
+        ("fast", 2.0, 5.0),
+        ("fast", 3.0, 6.0),
+    ]
     assert ended[0].finished_at < ended[1].finished_at
 
 
@@ -130,7 +158,12 @@ def test_nothing_is_learnt_from_one_end_twice(session, pool):
 
     assert [one.finished_at > second.finished_at for one in newly_ended(session, pool)] == [True]
     row = learning.eta_of(session, pool=pool, tier="fast")
-    assert (row.ratio_p50, row.ratio_p90, row.observed, row.learnt_until) == (1.5, 2.5, 2, second.finished_at)
+    assert (row.ratio_p50, row.ratio_p90, row.observed, row.learnt_until) == (
+        1.5,
+        2.5,
+        2,
+        second.finished_at,
+    )
 
 
 def test_an_end_is_learnt_from_when_its_commit_is_surely_seen_and_not_after_an_hour(session, pool):

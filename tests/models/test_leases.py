@@ -18,7 +18,13 @@ from tests.models.facts import at_once, attempt_of, events_of
 def lease_seconds(session, job) -> float:
     """How long the job's lease still lasts, by the database's clock."""
     return float(
-        session.scalar(text("SELECT extract(epoch FROM lease_expires_at - clock_timestamp()) FROM jobs WHERE id = :id"), {"id": job.id})
+        session.scalar(
+            text(
+                "SELECT extract(epoch FROM lease_expires_at - clock_timestamp()) FROM jobs "
+                "WHERE id = :id"
+            ),
+            {"id": job.id},
+        )
     )
 
 
@@ -66,7 +72,10 @@ def test_of_racing_workers_one_wins(database):
 
     [winner] = [lease for lease in leased if lease]
     with transaction(database.app) as session:
-        assert session.scalar(text("SELECT worker FROM jobs WHERE id = :id"), {"id": job.id}) == winner.worker
+        assert (
+            session.scalar(text("SELECT worker FROM jobs WHERE id = :id"), {"id": job.id})
+            == winner.worker
+        )
         assert events_of(session, job.id) == ["job:request:accepted", "job:lease:taken"]
 
 
@@ -90,7 +99,10 @@ def test_a_job_is_not_started_after_its_deadline(session):
 def test_a_job_that_was_started_in_time_is_taken_again_after_it(session):
     job = a_job(session, start_within_s=600)
     leases.give_back(session, a_lease(session, job), reason="drain")
-    session.execute(text("UPDATE jobs SET start_by = clock_timestamp() - interval '1 second' WHERE id = :id"), {"id": job.id})
+    session.execute(
+        text("UPDATE jobs SET start_by = clock_timestamp() - interval '1 second' WHERE id = :id"),
+        {"id": job.id},
+    )
 
     assert take(session, job).attempt == 2
 
@@ -133,7 +145,8 @@ def test_how_far_images_have_come_is_noted_and_told_to_the_next_attempt(session)
     lease = a_lease(session, num_images=3, num_steps=20, ttl_s=-1)
     hand_off(session, lease, 0, num_steps=20)
 
-    for steps in ({0: 20, 1: 7, 2: 3}, {1: 6, 2: 9}):  # the second was heard late: nothing goes back
+    # the second was heard late: nothing goes back
+    for steps in ({0: 20, 1: 7, 2: 3}, {1: 6, 2: 9}):
         leases.note_steps(session, {(lease.job_id, index): step for index, step in steps.items()})
     leases.note_steps(session, {})
 
@@ -166,7 +179,12 @@ def test_an_expired_lease_is_offered_to_the_next_worker(session):
 
     job = lose(session, first.job)
 
-    assert (job.state, job.counted_attempts, job.worker, job.announced_at) == ("queued", 1, None, None)
+    assert (job.state, job.counted_attempts, job.worker, job.announced_at) == (
+        "queued",
+        1,
+        None,
+        None,
+    )
     assert attempt_of(session, job.id).outcome == "lease_lost"
     assert take(session, job).attempt == 2
 
@@ -185,7 +203,11 @@ def test_after_the_last_allowed_loss_the_job_fails(session):
         a_lease(session, job, ttl_s=-1)
         lose(session, job, max_attempts=3)
 
-    assert (job.state, job.failure_code, job.attempt) == ("failed", FailureCode.ATTEMPTS_EXHAUSTED, 3)
+    assert (job.state, job.failure_code, job.attempt) == (
+        "failed",
+        FailureCode.ATTEMPTS_EXHAUSTED,
+        3,
+    )
     assert events_of(session, job.id)[-1] == "job:state:failed"
     assert take(session, job) is None
 
@@ -197,8 +219,15 @@ def test_an_error_counts_like_a_loss(session):
 
     leases.count_error(session, a_lease(session, job), detail="cuDNN said no", max_attempts=2)
 
-    assert (job.state, job.failure_code, job.failure_detail) == ("failed", "attempts_exhausted", "cuDNN said no")
-    assert (attempt_of(session, job.id, 2).outcome, attempt_of(session, job.id, 2).waste_class) == ("error", "error")
+    assert (job.state, job.failure_code, job.failure_detail) == (
+        "failed",
+        "attempts_exhausted",
+        "cuDNN said no",
+    )
+    assert (attempt_of(session, job.id, 2).outcome, attempt_of(session, job.id, 2).waste_class) == (
+        "error",
+        "error",
+    )
 
 
 def test_giving_back_does_not_count_and_keeps_the_job_s_place(session):
@@ -216,7 +245,12 @@ def test_a_failure_that_no_retry_helps_ends_the_job_at_once(session):
 
     job = leases.fail(session, lease, code=FailureCode.UNSUPPORTED, detail="no such sampler")
 
-    assert (job.state, job.failure_code, job.failure_detail, job.lease_expires_at) == ("failed", "unsupported", "no such sampler", None)
+    assert (job.state, job.failure_code, job.failure_detail, job.lease_expires_at) == (
+        "failed",
+        "unsupported",
+        "no such sampler",
+        None,
+    )
 
 
 def test_the_last_image_handed_off_makes_the_job_storing_and_ends_the_lease(session):
@@ -226,7 +260,11 @@ def test_the_last_image_handed_off_makes_the_job_storing_and_ends_the_lease(sess
     assert (first.state, first.lease_expires_at is None) == ("running", False)
     second = hand_off(session, lease, 1)
 
-    assert (second.state, second.lease_expires_at, second.store_by is None) == ("storing", None, False)
+    assert (second.state, second.lease_expires_at, second.store_by is None) == (
+        "storing",
+        None,
+        False,
+    )
     assert jobs.handed_off(session, lease.job_id) == {0: 1, 1: 1}
     assert attempt_of(session, lease.job_id).outcome == "rendered"
     assert events_of(session, lease.job_id)[-2:] == ["job:image:handed-off"] * 2
@@ -235,8 +273,28 @@ def test_the_last_image_handed_off_makes_the_job_storing_and_ends_the_lease(sess
 def test_the_attempt_s_record_adds_up_its_images(session):
     lease = a_lease(session, num_images=2)
 
-    hand_off(session, lease, 0, steps=4, shared_steps=4, max_rows=6, max_images=3, mean_rows=6.0, device_seconds=0.25)
-    hand_off(session, lease, 1, steps=12, shared_steps=0, max_rows=2, max_images=1, mean_rows=2.0, device_seconds=0.5)
+    hand_off(
+        session,
+        lease,
+        0,
+        steps=4,
+        shared_steps=4,
+        max_rows=6,
+        max_images=3,
+        mean_rows=6.0,
+        device_seconds=0.25,
+    )
+    hand_off(
+        session,
+        lease,
+        1,
+        steps=12,
+        shared_steps=0,
+        max_rows=2,
+        max_images=1,
+        mean_rows=2.0,
+        device_seconds=0.5,
+    )
 
     record = attempt_of(session, lease.job_id)
     assert (record.steps, record.shared_steps, record.max_rows, record.max_images) == (16, 4, 6, 3)
@@ -247,11 +305,23 @@ def late_writes():
     """Everything that a worker may still try under a lease that it lost."""
     return [
         pytest.param(lambda session, lease: hand_off(session, lease), id="hand_off"),
-        pytest.param(lambda session, lease: leases.give_back(session, lease, reason="drain"), id="give_back"),
+        pytest.param(
+            lambda session, lease: leases.give_back(session, lease, reason="drain"), id="give_back"
+        ),
         pytest.param(lambda session, lease: preempt(session, lease, left=[a_left()]), id="preempt"),
-        pytest.param(lambda session, lease: note_resumption(session, lease, {0: 0}), id="note_resumption"),
-        pytest.param(lambda session, lease: leases.fail(session, lease, code=FailureCode.INTERNAL, detail="x"), id="fail"),
-        pytest.param(lambda session, lease: leases.count_error(session, lease, detail="x", max_attempts=5), id="count_error"),
+        pytest.param(
+            lambda session, lease: note_resumption(session, lease, {0: 0}), id="note_resumption"
+        ),
+        pytest.param(
+            lambda session, lease: leases.fail(
+                session, lease, code=FailureCode.INTERNAL, detail="x"
+            ),
+            id="fail",
+        ),
+        pytest.param(
+            lambda session, lease: leases.count_error(session, lease, detail="x", max_attempts=5),
+            id="count_error",
+        ),
     ]
 
 
@@ -293,7 +363,7 @@ def test_a_new_attempt_renders_only_what_is_neither_stored_nor_waiting_in_the_ha
     assert again.pending == (2,)
 
 
-def test_what_was_handed_off_before_the_lease_was_lost_is_stored_while_the_job_waits_again(session):
+def test_an_image_handed_off_before_its_lease_was_lost_is_stored_while_the_job_waits(session):
     lease = a_lease(session, num_images=2, ttl_s=-1)
     hand_off(session, lease, 0)
     job = lose(session, lease.job)
@@ -319,10 +389,15 @@ def test_a_vanished_hand_off_sends_back_only_what_is_gone(session):
     assert jobs.handed_off(session, job.id) == {2: 1}
 
 
-def test_the_time_that_rendered_pixels_waited_for_the_store_does_not_use_up_the_run_deadline(session):
+def test_the_time_that_rendered_pixels_waited_for_the_store_does_not_use_up_the_run_deadline(
+    session,
+):
     lease = a_lease(session, run_within_s=60)
     hand_off(session, lease)
-    session.execute(text("UPDATE jobs SET run_by = run_by - interval '1 hour' WHERE id = :id"), {"id": lease.job_id})
+    session.execute(
+        text("UPDATE jobs SET run_by = run_by - interval '1 hour' WHERE id = :id"),
+        {"id": lease.job_id},
+    )
 
     job = leases.lose_hand_off(session, lease.job_id, [0], attempt_of={0: 1})
 
@@ -361,7 +436,8 @@ def test_a_hand_off_that_vanished_while_the_job_runs_leaves_the_job_to_its_worke
     leases.lose_hand_off(session, lease.job_id, [0], attempt_of={0: 1})
     hand_off(session, lease, 1)
 
-    assert lease.job.state == "running"  # image 0 is to be rendered again: the worker gives the job back
+    # image 0 is to be rendered again: the worker gives the job back
+    assert lease.job.state == "running"
     leases.give_back(session, lease, reason="an image is to be rendered again")
     assert a_lease(session, lease.job).pending == (0,)
 
@@ -468,17 +544,27 @@ def test_a_preempted_job_waits_again_in_its_old_place_and_it_does_not_count_as_a
     for _ in range(7):
         preempt(session, a_lease(session, job), reason="spot")
 
-    assert (job.state, job.worker, job.lease_expires_at, job.announced_at) == ("queued", None, None, None)
+    assert (job.state, job.worker, job.lease_expires_at, job.announced_at) == (
+        "queued",
+        None,
+        None,
+        None,
+    )
     assert (job.release_tag, job.attempt, job.counted_attempts) == (12.5, 7, 0)
     record = attempt_of(session, job.id, 7)
     assert (record.outcome, record.error, record.ended_at is None) == ("preempted", "spot", False)
     assert events_of(session, job.id).count("job:lease:preempted") == 7
 
 
-def test_what_a_preempted_attempt_leaves_is_on_record(session):
+def test_a_preempted_attempt_has_what_it_leaves_on_record(session):
     lease = a_lease(session, num_images=2, num_steps=10)
 
-    preempt(session, lease, left=[a_left(0, steps_done=3, size_bytes=1000), a_left(1, steps_done=7, size_bytes=24)], kept_in="handoff")
+    preempt(
+        session,
+        lease,
+        left=[a_left(0, steps_done=3, size_bytes=1000), a_left(1, steps_done=7, size_bytes=24)],
+        kept_in="handoff",
+    )
 
     images = [image_of(session, lease.job, index) for index in (0, 1)]
     assert [(image.state, image.snapshot_ref, image.steps_done) for image in images] == [
@@ -501,7 +587,9 @@ def test_what_a_preempted_attempt_leaves_is_on_record(session):
     [([0, 1], None), ([0], "preempted"), ([], "preempted")],
     ids=["of every image", "of some", "of none"],
 )
-def test_an_attempt_that_leaves_a_snapshot_of_every_image_wasted_nothing(session, left, waste_class):
+def test_an_attempt_that_leaves_a_snapshot_of_every_image_wasted_nothing(
+    session, left, waste_class
+):
     lease = a_lease(session, num_images=2)
 
     preempt(session, lease, left=[a_left(index) for index in left])
@@ -533,7 +621,11 @@ def test_device_time_behind_a_snapshot_is_the_tenant_s_once_and_each_attempt_s_i
     job = store(session, lease.job, attempt=3)
 
     assert job.device_seconds == 0.875
-    assert [attempt_of(session, job.id, number).device_seconds for number in (1, 2, 3)] == [0.25, 0.5, 0.125]
+    assert [attempt_of(session, job.id, number).device_seconds for number in (1, 2, 3)] == [
+        0.25,
+        0.5,
+        0.125,
+    ]
 
 
 def test_an_image_that_begins_anew_drops_what_it_had_carried(session):
@@ -557,12 +649,17 @@ def test_an_image_that_begins_anew_drops_what_it_had_carried(session):
     [
         (lambda session, lease: lose(session, lease.job), "lease_lost"),
         (lambda session, lease: preempt(session, lease, left=[a_left()]), "preempted"),
-        (lambda session, lease: leases.count_error(session, lease, detail="x", max_attempts=5), "error"),
+        (
+            lambda session, lease: leases.count_error(session, lease, detail="x", max_attempts=5),
+            "error",
+        ),
         (lambda session, lease: leases.give_back(session, lease, reason="drain"), "returned"),
     ],
     ids=["lost", "preempted", "an error", "given back"],
 )
-def test_steps_that_are_done_again_are_on_record_with_how_the_attempt_that_had_done_them_ended(session, ended, cause):
+def test_steps_that_are_done_again_are_on_record_with_how_the_attempt_that_had_done_them_ended(
+    session, ended, cause
+):
     lease = a_lease(session, num_images=2, num_steps=20, ttl_s=-1)
     preempt(session, lease)
     lease = a_lease(session, lease.job, ttl_s=-1)
@@ -598,18 +695,29 @@ def test_a_zombie_does_not_drop_what_a_later_attempt_goes_on_from(session):
         note_resumption(session, zombie, {0: 0}, lost_steps=2)
 
     image = image_of(session, lease.job)
-    assert (image.device_seconds, image.steps_done, image.snapshot_ref) == (0.25, 2, "handoff:snapshot#0")
+    assert (image.device_seconds, image.steps_done, image.snapshot_ref) == (
+        0.25,
+        2,
+        "handoff:snapshot#0",
+    )
 
 
 def test_a_worker_that_was_started_again_knows_that_its_predecessor_s_leases_are_nobody_s(session):
-    lease, another_s = a_lease(session, worker="restarted@here", ttl_s=600), a_lease(session, worker="another@here", ttl_s=600)
+    lease, another_s = (
+        a_lease(session, worker="restarted@here", ttl_s=600),
+        a_lease(session, worker="another@here", ttl_s=600),
+    )
     assert leases.running_on(session, "restarted@here") == [lease.job_id]
 
     job = leases.lose(session, lease.job_id, max_attempts=5, worker="restarted@here")
 
     assert (job.state, job.counted_attempts) == ("queued", 1)
     record = attempt_of(session, job.id)
-    assert (record.outcome, record.waste_class, record.error) == ("lease_lost", "lease_lost", "restarted@here was started again")
+    assert (record.outcome, record.waste_class, record.error) == (
+        "lease_lost",
+        "lease_lost",
+        "restarted@here was started again",
+    )
     assert leases.lose(session, another_s.job_id, max_attempts=5, worker="restarted@here") is None
     assert leases.running_on(session, "restarted@here") == []
     assert another_s.job.state == "running"
@@ -625,7 +733,10 @@ def test_a_later_attempt_has_what_is_left_of_the_run_deadline_and_not_the_whole(
     job = a_job(session, run_within_s=100)
     first = a_lease(session, job)
     preempt(session, first)
-    session.execute(text("UPDATE jobs SET run_by = run_by - interval '70 seconds' WHERE id = :id"), {"id": job.id})
+    session.execute(
+        text("UPDATE jobs SET run_by = run_by - interval '70 seconds' WHERE id = :id"),
+        {"id": job.id},
+    )
 
     second = a_lease(session, job)
 
@@ -636,15 +747,24 @@ def test_a_later_attempt_has_what_is_left_of_the_run_deadline_and_not_the_whole(
 def test_past_its_run_deadline_an_attempt_has_no_time_rather_than_less(session):
     job = a_job(session, run_within_s=100)
     preempt(session, a_lease(session, job))
-    session.execute(text("UPDATE jobs SET run_by = run_by - interval '200 seconds' WHERE id = :id"), {"id": job.id})
+    session.execute(
+        text("UPDATE jobs SET run_by = run_by - interval '200 seconds' WHERE id = :id"),
+        {"id": job.id},
+    )
 
     assert a_lease(session, job).run_within_s == 0
 
 
-def test_what_a_text_says_to_no_effect_is_noted_once_and_on_record(session):
+def test_text_without_effect_is_noted_once_and_on_record(session):
     job = a_job(session)
     lease = a_lease(session, job)
-    cut = {"code": "prompt_truncated", "field": "prompt", "detail": "…", "tokens_given": 30, "tokens_read": 22}
+    cut = {
+        "code": "prompt_truncated",
+        "field": "prompt",
+        "detail": "…",
+        "tokens_given": 30,
+        "tokens_read": 22,
+    }
 
     assert leases.warn(session, lease, [cut]) == [cut]
     assert leases.warn(session, lease, [cut]) == []
@@ -652,12 +772,19 @@ def test_what_a_text_says_to_no_effect_is_noted_once_and_on_record(session):
     session.flush()
     session.refresh(job)
     assert job.warnings == [cut]
-    query = text("SELECT facts FROM audit_log WHERE job_id = :id AND event = 'job:text:left-unread'")
+    query = text(
+        "SELECT facts FROM audit_log WHERE job_id = :id AND event = 'job:text:left-unread'"
+    )
     facts = session.scalars(query, {"id": job.id}).one()
-    assert facts == {"code": "prompt_truncated", "field": "prompt", "tokens_given": 30, "tokens_read": 22}
+    assert facts == {
+        "code": "prompt_truncated",
+        "field": "prompt",
+        "tokens_given": 30,
+        "tokens_read": 22,
+    }
 
 
-def test_who_lost_the_lease_notes_nothing_of_its_texts(session):
+def test_a_worker_that_lost_the_lease_notes_nothing_of_its_texts(session):
     lease = a_lease(session, ttl_s=-1)
     lose(session, lease.job)
 

@@ -1,4 +1,7 @@
-"""The ledger is what the rows say: what is stored is settled, what a canceled job had done is abandoned, whatever became of the job."""
+"""The ledger is what the rows say.
+
+What is stored is settled, what a canceled job had done is abandoned, whatever became of the job.
+"""
 
 import random
 from contextlib import suppress
@@ -22,7 +25,14 @@ from tests.builders import a_lease, a_left, a_tenant, hand_off, preempt, resolve
 NUM_STEPS, NUM_IMAGES = 10, 4
 JOB = Decimal("1.000001")  # megapixel-steps, which no number of images divides
 MICRO = Decimal("0.000001")
-CHECK = text((REPO / "docs/cost.md").read_text().partition("```sql")[2].partition("```")[0].strip().rstrip(";"))
+CHECK = text(
+    (REPO / "docs/cost.md")
+    .read_text()
+    .partition("```sql")[2]
+    .partition("```")[0]
+    .strip()
+    .rstrip(";")
+)
 
 
 def a_counted_job(session, tenant, *, steps_per_image=None, **params) -> Job:
@@ -34,12 +44,17 @@ def a_counted_job(session, tenant, *, steps_per_image=None, **params) -> Job:
         megapixel_steps=JOB,
         steps_per_image=steps_per_image,
     )
-    return jobs.accept(session, new_job, tenant_id=tenant.id, api_key_id=None, currency="EUR", actor="tests")
+    return jobs.accept(
+        session, new_job, tenant_id=tenant.id, api_key_id=None, currency="EUR", actor="tests"
+    )
 
 
 def day_of(session, tenant) -> UsageDay:
     session.expire_all()
-    return session.get_one(UsageDay, (tenant.id, session.scalar(text("SELECT (clock_timestamp() AT TIME ZONE 'UTC')::date"))))
+    return session.get_one(
+        UsageDay,
+        (tenant.id, session.scalar(text("SELECT (clock_timestamp() AT TIME ZONE 'UTC')::date"))),
+    )
 
 
 def booked(session, tenant) -> tuple[Decimal, Decimal, Decimal, Decimal]:
@@ -61,7 +76,10 @@ def hand_on(session, lease, index) -> None:
 
 
 def last_facts(session, job, event) -> dict:
-    query = "SELECT facts FROM audit_log WHERE job_id = :id AND event = :event ORDER BY seq DESC LIMIT 1"
+    query = (
+        "SELECT facts FROM audit_log WHERE job_id = :id AND event = :event ORDER BY seq DESC "
+        "LIMIT 1"
+    )
     return session.scalar(text(query), {"id": job.id, "event": event})
 
 
@@ -73,7 +91,9 @@ def work(steps) -> Decimal:
     return (JOB * steps / (NUM_IMAGES * NUM_STEPS)).quantize(MICRO, rounding=ROUND_DOWN)
 
 
-def test_what_was_stored_of_a_canceled_job_is_paid_and_counted_and_what_was_rendered_besides_is_counted(session):
+def test_a_canceled_job_s_stored_images_are_paid_and_its_other_work_is_counted(
+    session,
+):
     tenant = a_tenant(session)
     job = a_counted_job(session, tenant)
     lease = a_lease(session, job)
@@ -88,12 +108,21 @@ def test_what_was_stored_of_a_canceled_job_is_paid_and_counted_and_what_was_rend
     assert canceled.cost > 0
     assert booked(session, tenant) == (0, share(2), work(NUM_STEPS), canceled.cost)
     assert day_of(session, tenant).jobs_succeeded == 0
-    came_to = {"images_stored": 2, "settled": str(share(2)), "abandoned": str(work(NUM_STEPS)), "cost": str(canceled.cost)}
-    assert last_facts(session, job, "job:state:canceled") == {"was": "running", "currency": "EUR", **came_to}
+    came_to = {
+        "images_stored": 2,
+        "settled": str(share(2)),
+        "abandoned": str(work(NUM_STEPS)),
+        "cost": str(canceled.cost),
+    }
+    assert last_facts(session, job, "job:state:canceled") == {
+        "was": "running",
+        "currency": "EUR",
+        **came_to,
+    }
 
 
 @pytest.mark.parametrize("ends", ["fails", "is tried too often", "runs too long"])
-def test_what_was_stored_of_a_job_that_fails_is_paid_and_counted_and_nothing_else(session, ends):
+def test_a_failed_job_s_stored_images_are_paid_and_counted_and_nothing_else(session, ends):
     tenant = a_tenant(session)
     job = a_counted_job(session, tenant)
     lease = a_lease(session, job)
@@ -107,7 +136,10 @@ def test_what_was_stored_of_a_job_that_fails_is_paid_and_counted_and_nothing_els
         leases.count_error(session, lease, detail="no", max_attempts=1)
     else:
         leases.give_back(session, lease, reason="drain")
-        session.execute(text("UPDATE jobs SET run_by = clock_timestamp() - interval '1 s' WHERE id = :id"), {"id": job.id})
+        session.execute(
+            text("UPDATE jobs SET run_by = clock_timestamp() - interval '1 s' WHERE id = :id"),
+            {"id": job.id},
+        )
         jobs.overrun(session, job.id)
 
     session.refresh(job)
@@ -116,7 +148,7 @@ def test_what_was_stored_of_a_job_that_fails_is_paid_and_counted_and_nothing_els
     assert last_facts(session, job, "job:state:failed")["images_stored"] == 1
 
 
-def test_what_was_stored_of_an_erased_job_is_paid_all_the_same(session):
+def test_an_erased_job_s_stored_images_are_paid_all_the_same(session):
     tenant = a_tenant(session)
     job = a_counted_job(session, tenant)
     lease = a_lease(session, job)
@@ -128,7 +160,7 @@ def test_what_was_stored_of_an_erased_job_is_paid_all_the_same(session):
     assert booked(session, tenant) == (0, share(1), 0, job.cost)
 
 
-def test_what_the_worker_says_that_it_had_done_when_its_job_was_canceled_is_counted(session):
+def test_work_that_a_worker_reports_of_a_canceled_job_is_counted(session):
     tenant = a_tenant(session)
     job = a_counted_job(session, tenant)
     lease = a_lease(session, job)
@@ -137,14 +169,19 @@ def test_what_the_worker_says_that_it_had_done_when_its_job_was_canceled_is_coun
     cancel(session, job)
 
     for _ in range(2):  # said twice, counted once
-        leases.note_waste(session, lease, device_seconds=0.5, steps_done={0: NUM_STEPS, 1: 9, 2: NUM_STEPS, 3: 0})
+        leases.note_waste(
+            session, lease, device_seconds=0.5, steps_done={0: NUM_STEPS, 1: 9, 2: NUM_STEPS, 3: 0}
+        )
 
     session.flush()
     assert booked(session, tenant) == (0, share(1), work(9 + NUM_STEPS), job.cost)
-    assert last_facts(session, job, "job:work:abandoned") == {"steps": 19, "abandoned": str(work(19))}
+    assert last_facts(session, job, "job:work:abandoned") == {
+        "steps": 19,
+        "abandoned": str(work(19)),
+    }
 
 
-def test_what_a_snapshot_was_kept_of_is_counted_when_the_job_is_canceled_before_it_goes_on(session):
+def test_work_kept_in_a_snapshot_is_counted_when_its_job_is_canceled_before_it_goes_on(session):
     tenant = a_tenant(session)
     job = a_counted_job(session, tenant)
     preempt(session, a_lease(session, job), left=[a_left(0, steps_done=7), a_left(1, steps_done=2)])
@@ -154,7 +191,9 @@ def test_what_a_snapshot_was_kept_of_is_counted_when_the_job_is_canceled_before_
     assert booked(session, tenant) == (0, 0, work(9), 0)
 
 
-def test_what_a_worker_had_done_is_counted_only_for_its_own_attempt_at_a_job_that_was_taken_back(session):
+def test_work_of_a_worker_is_counted_only_for_its_own_attempt_at_a_job_taken_back(
+    session,
+):
     tenant = a_tenant(session)
     job = a_counted_job(session, tenant)
     zombie = a_lease(session, job, ttl_s=-1)
@@ -175,7 +214,12 @@ def test_canceling_at_the_last_step_over_and_over_uses_up_the_quota(session):
     for _ in range(3):
         lease = a_lease(session, a_counted_job(session, tenant))
         cancel(session, lease.job)
-        leases.note_waste(session, lease, device_seconds=2.0, steps_done=dict.fromkeys(range(NUM_IMAGES), NUM_STEPS - 1))
+        leases.note_waste(
+            session,
+            lease,
+            device_seconds=2.0,
+            steps_done=dict.fromkeys(range(NUM_IMAGES), NUM_STEPS - 1),
+        )
         session.flush()
 
     totals = usage.usage_totals(session, tenant_id=tenant.id, count_jobs_to=None)
@@ -221,12 +265,27 @@ def test_the_views_show_what_was_stored_and_what_was_abandoned(session):
     store(session, job, 0)
     cancel(session, job)
 
-    history = session.execute(text("SELECT * FROM job_history WHERE job_id = :id"), {"id": job.id}).one()
-    day = session.execute(text("SELECT * FROM usage_by_tenant_day WHERE tenant = :name"), {"name": tenant.name}).one()
-    images = session.execute(text("SELECT images, cost FROM images_by_tenant_day WHERE tenant = :name"), {"name": tenant.name}).one()
+    history = session.execute(
+        text("SELECT * FROM job_history WHERE job_id = :id"), {"id": job.id}
+    ).one()
+    day = session.execute(
+        text("SELECT * FROM usage_by_tenant_day WHERE tenant = :name"), {"name": tenant.name}
+    ).one()
+    images = session.execute(
+        text("SELECT images, cost FROM images_by_tenant_day WHERE tenant = :name"),
+        {"name": tenant.name},
+    ).one()
 
-    assert (history.images_stored, history.steps_abandoned, history.cost) == (1, NUM_STEPS, job.cost)
-    assert (day.settled_megapixel_steps, day.abandoned_megapixel_steps, day.cost) == (share(1), work(NUM_STEPS), job.cost)
+    assert (history.images_stored, history.steps_abandoned, history.cost) == (
+        1,
+        NUM_STEPS,
+        job.cost,
+    )
+    assert (day.settled_megapixel_steps, day.abandoned_megapixel_steps, day.cost) == (
+        share(1),
+        work(NUM_STEPS),
+        job.cost,
+    )
     assert tuple(images) == (1, job.cost)
 
 
@@ -236,14 +295,19 @@ def test_the_views_show_what_was_stored_and_what_was_abandoned(session):
     num_steps=st.integers(1, 1000),
     data=st.data(),
 )
-def test_shares_of_a_job_are_never_more_than_the_whole_and_all_of_it_is_the_whole(amount, num_images, num_steps, data):
+def test_shares_of_a_job_are_never_more_than_the_whole_and_all_of_it_is_the_whole(
+    amount, num_images, num_steps, data
+):
     shares = Shares(amount, num_images, num_steps)
     stored = data.draw(st.integers(0, num_images))
     steps = data.draw(st.integers(0, (num_images - stored) * num_steps))
 
     assert shares.of_images(num_images) == amount
     assert 0 <= shares.of_images(stored) + shares.of_steps(steps) <= amount
-    assert amount - shares.of_images(stored) - shares.of_steps((num_images - stored) * num_steps) <= 2 * MICRO
+    assert (
+        amount - shares.of_images(stored) - shares.of_steps((num_images - stored) * num_steps)
+        <= 2 * MICRO
+    )
 
 
 class Life:
@@ -252,8 +316,24 @@ class Life:
     def __init__(self, session, tenant, draw) -> None:
         self.session, self.tenant, self.draw = session, tenant, draw
         self.jobs, self.leases = [], []
-        self.can = [self.submits, self.takes, self.takes, self.hands_on, self.hands_on, self.stores, self.stores]
-        self.can += [self.preempts, self.loses, self.loses_pixels, self.errs, self.fails, self.cancels, self.speaks_last]
+        self.can = [
+            self.submits,
+            self.takes,
+            self.takes,
+            self.hands_on,
+            self.hands_on,
+            self.stores,
+            self.stores,
+        ]
+        self.can += [
+            self.preempts,
+            self.loses,
+            self.loses_pixels,
+            self.errs,
+            self.fails,
+            self.cancels,
+            self.speaks_last,
+        ]
 
     def goes_on(self) -> None:
         with suppress(LeaseLost, jobs.JobAlreadyFinished):
@@ -265,19 +345,29 @@ class Life:
         return self.draw.choice(self.jobs) if self.jobs else self.submits()
 
     def any_lease(self) -> leases.Lease:
-        return self.draw.choice(self.leases) if self.leases else a_lease(self.session, self.submits())
+        return (
+            self.draw.choice(self.leases) if self.leases else a_lease(self.session, self.submits())
+        )
 
     def submits(self) -> Job:
         self.jobs.append(a_counted_job(self.session, self.tenant))
         return self.jobs[-1]
 
     def takes(self) -> None:
-        lease = leases.take(self.session, self.any_job().id, worker=f"gpu{self.draw.random()}", device="cpu", ttl_s=-1)
+        lease = leases.take(
+            self.session,
+            self.any_job().id,
+            worker=f"gpu{self.draw.random()}",
+            device="cpu",
+            ttl_s=-1,
+        )
         self.leases += [lease] if lease is not None else []
 
     def hands_on(self) -> None:
         lease = self.any_lease()
-        for index in self.draw.sample(lease.pending, min(len(lease.pending), self.draw.randint(1, 2))):
+        for index in self.draw.sample(
+            lease.pending, min(len(lease.pending), self.draw.randint(1, 2))
+        ):
             hand_on(self.session, lease, index)
 
     def stores(self) -> None:
@@ -285,7 +375,13 @@ class Life:
         store(self.session, lease.job, self.draw.randrange(NUM_IMAGES), attempt=lease.attempt)
 
     def preempts(self) -> None:
-        preempt(self.session, self.any_lease(), left=[a_left(self.draw.randrange(NUM_IMAGES), steps_done=self.draw.randrange(NUM_STEPS))])
+        preempt(
+            self.session,
+            self.any_lease(),
+            left=[
+                a_left(self.draw.randrange(NUM_IMAGES), steps_done=self.draw.randrange(NUM_STEPS))
+            ],
+        )
 
     def loses(self) -> None:
         leases.lose(self.session, self.any_job().id, max_attempts=4)
@@ -350,7 +446,13 @@ def test_the_check_that_is_documented_finds_what_is_wrong(session):
     cancel(session, lease.job)
     assert session.execute(CHECK).all() == []
 
-    session.execute(text("UPDATE usage_ledger SET abandoned = 0 WHERE tenant_id = :id"), {"id": tenant.id})
+    session.execute(
+        text("UPDATE usage_ledger SET abandoned = 0 WHERE tenant_id = :id"), {"id": tenant.id}
+    )
 
     [wrong] = session.execute(CHECK).all()
-    assert (wrong.tenant_id, wrong.abandoned, wrong.abandoned_by_rows) == (tenant.id, 0, work(NUM_STEPS))
+    assert (wrong.tenant_id, wrong.abandoned, wrong.abandoned_by_rows) == (
+        tenant.id,
+        0,
+        work(NUM_STEPS),
+    )

@@ -73,7 +73,11 @@ def test_a_migrated_database_has_what_the_files_say_and_nothing_else(database, e
     """Each file run by itself, by kinds, over tables without any function, view or trigger."""
     migrations.upgrade(empty_database.owner_url, HEAD)
     assert found(empty_database) == {}
-    change(empty_database, "SET check_function_bodies = off", *(each.sql for each in EVERY_FILE if each.kind == "function"))
+    change(
+        empty_database,
+        "SET check_function_bodies = off",
+        *(each.sql for each in EVERY_FILE if each.kind == "function"),
+    )
     change(empty_database, *(each.sql for each in EVERY_FILE if each.kind == "view"))
     change(empty_database, *(each.sql for each in EVERY_FILE if each.kind == "trigger"))
 
@@ -96,7 +100,9 @@ def test_a_file_is_named_for_its_object_and_says_what_it_is_for(database, each):
 
 
 def test_triggers_are_made_in_the_order_in_which_writers_lock_their_tables():
-    """Or who writes a job and then its event would wait for who changes triggers, and the other way round."""
+    """Or who writes a job and then its event would wait for who changes triggers, and the other way
+    round.
+    """
     tables = [each.table for each in EVERY_FILE if each.kind == "trigger"]
 
     assert list(dict.fromkeys(tables)) == ["jobs", "files", "audit_events_default", "audit_events"]
@@ -104,24 +110,37 @@ def test_triggers_are_made_in_the_order_in_which_writers_lock_their_tables():
 
 def test_no_file_has_a_setting_s_value_in_it():
     for each in EVERY_FILE:
-        assert not re.search(r"interval\s*'\d+\s*(s|sec|seconds?|m|min|minutes?)'", each.sql), each.name
+        assert not re.search(r"interval\s*'\d+\s*(s|sec|seconds?|m|min|minutes?)'", each.sql), (
+            each.name
+        )
 
 
 @pytest.mark.parametrize(
     ("statement", "name"),
     [
-        ("CREATE OR REPLACE FUNCTION audit_refuse() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'", "audit_refuse"),
+        (
+            "CREATE OR REPLACE FUNCTION audit_refuse() RETURNS trigger "
+            "LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'",
+            "audit_refuse",
+        ),
         ("ALTER FUNCTION audit_link SECURITY INVOKER", "audit_link"),
         ("ALTER FUNCTION audit_verify RESET search_path", "audit_verify"),
         ("DROP FUNCTION jobs_with_labels", "jobs_with_labels"),
-        ("CREATE FUNCTION job_label(text) RETURNS uuid LANGUAGE sql AS 'SELECT gen_random_uuid()'", "job_label"),
+        (
+            "CREATE FUNCTION job_label(text) RETURNS uuid "
+            "LANGUAGE sql AS 'SELECT gen_random_uuid()'",
+            "job_label",
+        ),
         (f"{sql_of('usage_by_tenant_day')} WHERE false", "usage_by_tenant_day"),
         ("DROP VIEW dead_letters", "dead_letters"),
         ("DROP VIEW flows_now; CREATE VIEW flows_now AS SELECT 1 AS one", "flows_now"),
         ("ALTER VIEW job_history SET (security_invoker = true)", "job_history"),
         ("COMMENT ON VIEW audit_log IS 'mine'", "audit_log"),
         ("ALTER TABLE audit_events DISABLE TRIGGER audit_link", "audit_events.audit_link"),
-        ("ALTER TABLE audit_events_default DISABLE TRIGGER audit_no_change", "audit_events.audit_no_change"),
+        (
+            "ALTER TABLE audit_events_default DISABLE TRIGGER audit_no_change",
+            "audit_events.audit_no_change",
+        ),
         ("ALTER TABLE jobs DISABLE TRIGGER flows_count_moved", "jobs.flows_count_moved"),
         ("DROP TRIGGER files_are_counted ON files", "files.files_are_counted"),
         (
@@ -131,7 +150,7 @@ def test_no_file_has_a_setting_s_value_in_it():
         ),
     ],
 )
-def test_what_somebody_changed_by_hand_is_put_right(own_database, statement, name):
+def test_an_object_that_somebody_changed_by_hand_is_put_right(own_database, statement, name):
     before = found(own_database)
     with own_database.owner.connect() as connection:
         rights_before = rights(connection)
@@ -168,10 +187,15 @@ def test_rights_that_somebody_gave_or_took_by_hand_are_put_right(own_database):
 def test_functions_that_run_as_their_owner_are_not_for_everybody(database):
     query = """SELECT proname FROM pg_proc WHERE pronamespace = 'public'::regnamespace AND prosecdef
                AND prorettype <> 'trigger'::regtype"""
-    for_everybody = "SELECT proname FROM pg_proc WHERE proname = ANY(:names) AND has_function_privilege('public', oid, 'EXECUTE')"
+    for_everybody = (
+        "SELECT proname FROM pg_proc WHERE proname = ANY(:names) "
+        "AND has_function_privilege('public', oid, 'EXECUTE')"
+    )
     with database.owner.connect() as connection:
         as_owner = set(connection.scalars(text(query)))
-        open_to_all = connection.scalars(text(for_everybody), {"names": list(roles.FUNCTIONS)}).all()
+        open_to_all = connection.scalars(
+            text(for_everybody), {"names": list(roles.FUNCTIONS)}
+        ).all()
 
     assert as_owner <= set(roles.FUNCTIONS)
     assert open_to_all == []
@@ -182,7 +206,9 @@ def test_where_nothing_changed_nothing_is_made_and_nobody_is_waited_for(own_data
     with own_database.owner.connect() as connection:
         before = connection.execute(query).all()
     with own_database.owner.begin() as connection:
-        connection.execute(text("LOCK TABLE jobs, audit_events, files, workers IN SHARE UPDATE EXCLUSIVE MODE"))
+        connection.execute(
+            text("LOCK TABLE jobs, audit_events, files, workers IN SHARE UPDATE EXCLUSIVE MODE")
+        )
 
         assert upgrade(own_database, wait_s=0) == "nothing to do"
 
@@ -191,7 +217,12 @@ def test_where_nothing_changed_nothing_is_made_and_nobody_is_waited_for(own_data
 
 
 def test_a_view_with_other_columns_is_made_anew_and_read_by_the_same(own_database, files):
-    write(files, "views/queue_now", "-- Shorter.\nCREATE OR REPLACE VIEW queue_now AS SELECT tier, count(*) AS n FROM jobs GROUP BY tier")
+    write(
+        files,
+        "views/queue_now",
+        "-- Shorter.\nCREATE OR REPLACE VIEW queue_now AS SELECT tier, count(*) AS n "
+        "FROM jobs GROUP BY tier",
+    )
 
     assert upgrade(own_database) == "made anew: queue_now"
 
@@ -207,16 +238,23 @@ def test_a_view_with_other_columns_is_made_anew_and_read_by_the_same(own_databas
         ("job_label(k text, v text) RETURNS uuid", "job_label(k => 'a', v => 'b')"),
     ],
 )
-def test_a_function_with_another_signature_takes_the_place_of_the_one_of_before(own_database, files, signature, call):
+def test_a_function_with_another_signature_takes_the_place_of_the_one_of_before(
+    own_database, files, signature, call
+):
     body = "'00000000-0000-0000-0000-000000000007'"
-    sql = f"-- Seven.\nCREATE OR REPLACE FUNCTION {signature} LANGUAGE plpgsql AS $$BEGIN RETURN {body}; END$$"
+    sql = (
+        f"-- Seven.\nCREATE OR REPLACE FUNCTION {signature} "
+        f"LANGUAGE plpgsql AS $$BEGIN RETURN {body}; END$$"
+    )
     (files / "functions/job_label.sql").write_text(sql)
 
     assert upgrade(own_database) == "made anew: job_label"
 
     with own_database.owner.connect() as connection:
         assert str(connection.scalar(text(f"SELECT {call}"))).endswith("7")
-        assert connection.scalar(text("SELECT count(*) FROM pg_proc WHERE proname = 'job_label'")) == 1
+        assert (
+            connection.scalar(text("SELECT count(*) FROM pg_proc WHERE proname = 'job_label'")) == 1
+        )
 
 
 def test_an_object_whose_file_is_gone_goes_too(own_database, files):
@@ -237,11 +275,25 @@ def test_an_object_whose_file_is_gone_goes_too(own_database, files):
 def test_an_object_is_made_after_those_that_it_names(own_database, files):
     """By the alphabet, and by kinds, each would come before what it needs."""
     write(
-        files, "functions/a_first", "-- One.\nCREATE OR REPLACE FUNCTION a_first() RETURNS bigint LANGUAGE sql AS 'SELECT n FROM m_second'"
+        files,
+        "functions/a_first",
+        "-- One.\nCREATE OR REPLACE FUNCTION a_first() RETURNS bigint "
+        "LANGUAGE sql AS 'SELECT n FROM m_second'",
     )
-    write(files, "views/m_second", "-- Two.\nCREATE OR REPLACE VIEW m_second AS SELECT n FROM k_third")
-    write(files, "views/k_third", "-- Three.\nCREATE OR REPLACE VIEW k_third AS SELECT z_last() AS n -- not a_first")
-    write(files, "functions/z_last", "-- Four.\nCREATE OR REPLACE FUNCTION z_last() RETURNS bigint LANGUAGE sql AS 'SELECT 4::bigint'")
+    write(
+        files, "views/m_second", "-- Two.\nCREATE OR REPLACE VIEW m_second AS SELECT n FROM k_third"
+    )
+    write(
+        files,
+        "views/k_third",
+        "-- Three.\nCREATE OR REPLACE VIEW k_third AS SELECT z_last() AS n -- not a_first",
+    )
+    write(
+        files,
+        "functions/z_last",
+        "-- Four.\nCREATE OR REPLACE FUNCTION z_last() RETURNS bigint "
+        "LANGUAGE sql AS 'SELECT 4::bigint'",
+    )
 
     assert upgrade(own_database) == "made anew: z_last, k_third, m_second, a_first"
 
@@ -249,10 +301,16 @@ def test_an_object_is_made_after_those_that_it_names(own_database, files):
         assert connection.scalar(text("SELECT a_first()")) == 4
 
 
-def test_what_is_built_on_an_object_that_is_dropped_is_made_anew_with_it(own_database, files):
-    write(files, "functions/k_one", "-- One.\nCREATE OR REPLACE FUNCTION k_one() RETURNS int LANGUAGE sql AS 'SELECT 1'")
+def test_dependents_of_an_object_that_is_dropped_are_made_anew_with_it(own_database, files):
+    write(
+        files,
+        "functions/k_one",
+        "-- One.\nCREATE OR REPLACE FUNCTION k_one() RETURNS int LANGUAGE sql AS 'SELECT 1'",
+    )
     write(files, "views/a_two", "-- Two.\nCREATE OR REPLACE VIEW a_two AS SELECT k_one() AS n")
-    write(files, "views/m_three", "-- Three.\nCREATE OR REPLACE VIEW m_three AS SELECT n FROM a_two")
+    write(
+        files, "views/m_three", "-- Three.\nCREATE OR REPLACE VIEW m_three AS SELECT n FROM a_two"
+    )
     upgrade(own_database)
     amend(files / "functions/k_one.sql", "RETURNS int", "RETURNS bigint")
 
@@ -265,13 +323,17 @@ def test_what_is_built_on_an_object_that_is_dropped_is_made_anew_with_it(own_dat
     assert upgrade(own_database) == "made anew: a_two, m_three, k_one"
 
 
-def test_what_an_operator_built_on_a_view_is_not_dropped_with_it(own_database, files):
+def test_an_operator_s_view_is_not_dropped_with_the_one_it_is_built_on(own_database, files):
     change(own_database, "CREATE VIEW mine AS SELECT waiting FROM queue_now")
-    write(files, "views/queue_now", "-- Other.\nCREATE OR REPLACE VIEW queue_now AS SELECT 1 AS other")
+    write(
+        files, "views/queue_now", "-- Other.\nCREATE OR REPLACE VIEW queue_now AS SELECT 1 AS other"
+    )
     amend(files / "views/audit_log.sql", "readable", "legible")
     before = found(own_database)
 
-    with pytest.raises(SqlInUse, match=r"view mine .* Drop what depends on queue_now, migrate, and"):
+    with pytest.raises(
+        SqlInUse, match=r"view mine .* Drop what depends on queue_now, migrate, and"
+    ):
         upgrade(own_database)
 
     assert found(own_database) == before
@@ -281,7 +343,11 @@ def test_what_an_operator_built_on_a_view_is_not_dropped_with_it(own_database, f
 
 def test_a_file_that_is_wrong_changes_nothing(own_database, files):
     amend(files / "views/audit_log.sql", "readable", "legible")
-    write(files, "views/queue_now", "-- Other.\nCREATE OR REPLACE VIEW queue_now AS SELECT nothing FROM nowhere")
+    write(
+        files,
+        "views/queue_now",
+        "-- Other.\nCREATE OR REPLACE VIEW queue_now AS SELECT nothing FROM nowhere",
+    )
     before = found(own_database)
 
     with pytest.raises(DBAPIError, match="nowhere"):
@@ -309,7 +375,7 @@ def test_a_trigger_on_a_table_in_use_is_tried_until_it_can_be_made(own_database,
     assert told[-1].endswith("; made anew: audit_log, jobs.flows_count_moved")
 
 
-def test_who_waits_in_vain_is_told_to_end_the_transaction(own_database, files):
+def test_an_upgrade_that_waits_in_vain_says_to_end_the_transaction(own_database, files):
     amend(files / "triggers/jobs.flows_count_moved.sql", "Counts a job", "Counts one job")
 
     with own_database.owner.connect() as writer:

@@ -39,7 +39,9 @@ def is_no_model(name: str | None) -> bool:
 
 def test_migrations_build_the_same_schema_as_the_models(database):
     with database.owner.connect() as connection:
-        options = {"include_name": lambda name, kind, parents: kind != "table" or not is_no_model(name)}
+        options = {
+            "include_name": lambda name, kind, parents: kind != "table" or not is_no_model(name)
+        }
         context = MigrationContext.configure(connection, opts=options)
 
         differences = compare_metadata(context, Base.metadata)
@@ -51,10 +53,15 @@ def test_constraints_defaults_and_partial_indexes_are_the_same_too(database):
     """Alembic does not compare these, and they are what must always hold."""
     with database.owner.connect() as connection:
         connection.execute(text("CREATE SCHEMA from_models"))
-        Base.metadata.create_all(connection.execution_options(schema_translate_map={None: "from_models"}))
+        Base.metadata.create_all(
+            connection.execution_options(schema_translate_map={None: "from_models"})
+        )
         connection.execute(text("SET LOCAL search_path = public, from_models"))
 
-        migrated, modelled = definitions(connection, "public"), definitions(connection, "from_models")
+        migrated, modelled = (
+            definitions(connection, "public"),
+            definitions(connection, "from_models"),
+        )
         connection.rollback()
 
     assert migrated - modelled == set()
@@ -87,13 +94,20 @@ def test_every_migration_can_be_taken_back(empty_database):
         connection.commit()
 
         assert set(inspect(connection).get_table_names()) <= {"alembic_version"}
-        assert connection.scalar(text("SELECT count(*) FROM pg_proc WHERE pronamespace = 'public'::regnamespace")) == 0
+        assert (
+            connection.scalar(
+                text("SELECT count(*) FROM pg_proc WHERE pronamespace = 'public'::regnamespace")
+            )
+            == 0
+        )
 
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_every_view_says_what_it_shows(database, view):
     with database.auditor.connect() as connection:
-        comment = connection.scalar(text("SELECT obj_description(CAST(:view AS regclass))"), {"view": view})
+        comment = connection.scalar(
+            text("SELECT obj_description(CAST(:view AS regclass))"), {"view": view}
+        )
         connection.execute(text(f"SELECT * FROM {view} LIMIT 1"))
 
     assert comment.endswith((".", "audit_verify()."))
@@ -112,8 +126,10 @@ def test_the_command_line_names_every_view():
 
 def test_the_auditor_sees_views_and_nothing_else(database):
     allowed = """
-        SELECT relname, privilege FROM pg_class, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE']) privilege
-        WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p', 'v') AND has_table_privilege(oid, privilege)
+        SELECT relname, privilege FROM pg_class,
+               unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE']) privilege
+        WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p', 'v')
+              AND has_table_privilege(oid, privilege)
     """
     with database.auditor.connect() as connection:
         granted = {tuple(row) for row in connection.execute(text(allowed))}
@@ -136,7 +152,10 @@ def test_the_auditor_sees_views_and_nothing_else(database):
     ],
 )
 def test_the_application_cannot(database, statement):
-    with database.app.connect() as connection, pytest.raises(ProgrammingError, match=r"permission denied|must be owner"):
+    with (
+        database.app.connect() as connection,
+        pytest.raises(ProgrammingError, match=r"permission denied|must be owner"),
+    ):
         connection.execute(text(statement))
 
 
@@ -155,7 +174,9 @@ def test_the_application_cannot(database, statement):
         ("width_px", "0", "jobs_sides_are_positive"),
     ],
 )
-def test_a_row_that_contradicts_itself_is_refused_by_the_database(session, column, value, constraint):
+def test_a_row_that_contradicts_itself_is_refused_by_the_database(
+    session, column, value, constraint
+):
     job = a_job(session)
 
     with pytest.raises(DBAPIError, match=constraint):
@@ -164,9 +185,19 @@ def test_a_row_that_contradicts_itself_is_refused_by_the_database(session, colum
 
 def migrate(database, **changed: str) -> "subprocess.CompletedProcess[str]":
     """What the migrate service runs, against a database of the tests'."""
-    variables = {"MIGRATION_DATABASE_URL": database.owner_url, "DATABASE_URL": database.owner_url} | changed
+    variables = {
+        "MIGRATION_DATABASE_URL": database.owner_url,
+        "DATABASE_URL": database.owner_url,
+    } | changed
     command = [sys.executable, "-m", "migrations"]
-    return subprocess.run(command, cwd=REPO, env={"PATH": os.environ["PATH"], **variables}, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command,
+        cwd=REPO,
+        env={"PATH": os.environ["PATH"], **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def test_a_wrong_password_is_one_line_that_says_what_to_do(database):
@@ -184,4 +215,6 @@ def test_a_login_for_a_role_that_is_none_of_ours_is_refused(database):
     end = migrate(database, DATABASE_URL="postgresql://somebody:else@127.0.0.1/darkroom")
 
     assert end.returncode == 78
-    assert end.stderr == "settings: DATABASE_URL: its user is 'somebody'; accepted: 'darkroom_app', or the owner\n"
+    assert end.stderr == (
+        "settings: DATABASE_URL: its user is 'somebody'; accepted: 'darkroom_app', or the owner\n"
+    )

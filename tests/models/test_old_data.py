@@ -1,4 +1,7 @@
-"""Data of before the migrations had one baseline: at its revision they are brought up to date, older ones are refused."""
+"""Data of before the migrations had one baseline.
+
+At its revision they are brought up to date, older ones are refused.
+"""
 
 from pathlib import Path
 
@@ -22,7 +25,9 @@ def old_data(stack):
     """A database as the twelve migrations left it, and what today's say to it."""
     with a_database(stack.env, migrated_to=None) as database:
         with database.owner.begin() as connection:
-            connection.exec_driver_sql(OLD_DATA.read_text(), execution_options={"no_parameters": True})
+            connection.exec_driver_sql(
+                OLD_DATA.read_text(), execution_options={"no_parameters": True}
+            )
         told: list[str] = []
         migrations.upgrade(database.owner_url, say=told.append)
         assert told[-1].startswith(f"at revision {HEAD}")
@@ -59,7 +64,9 @@ def test_old_data_are_migrated_once(old_data):
 def test_old_rows_are_still_there_and_counted(old_session):
     tenant_id = tenant_id_of(old_session)
 
-    states = old_session.execute(text("SELECT state, count(*) FROM jobs GROUP BY state ORDER BY state")).all()
+    states = old_session.execute(
+        text("SELECT state, count(*) FROM jobs GROUP BY state ORDER BY state")
+    ).all()
 
     assert [tuple(row) for row in states] == [("failed", 1), ("queued", 2), ("succeeded", 1)]
     assert files.stored(old_session, tenant_id=tenant_id) == (1, 70)
@@ -69,7 +76,9 @@ def test_old_rows_are_still_there_and_counted(old_session):
 
 
 def test_old_jobs_are_found_by_their_labels(old_session):
-    found = page(old_session, Sought(metadata={"order": "7"}), tenant_id=tenant_id_of(old_session), limit=5)
+    found = page(
+        old_session, Sought(metadata={"order": "7"}), tenant_id=tenant_id_of(old_session), limit=5
+    )
 
     assert [job.tenant_metadata for job in found.jobs] == [{"order": "7"}]
 
@@ -85,8 +94,15 @@ def test_the_old_audit_log_verifies_also_with_new_events(old_session):
 
 
 def test_an_old_job_that_waits_can_be_rendered_and_stored(old_session):
-    old_session.execute(text("UPDATE jobs SET start_by = clock_timestamp() + interval '1 hour' WHERE state = 'queued'"))
-    waiting = old_session.scalar(text("SELECT id FROM jobs WHERE state = 'queued' AND predicted_s > 0"))
+    old_session.execute(
+        text(
+            "UPDATE jobs SET start_by = clock_timestamp() + interval '1 hour' "
+            "WHERE state = 'queued'"
+        )
+    )
+    waiting = old_session.scalar(
+        text("SELECT id FROM jobs WHERE state = 'queued' AND predicted_s > 0")
+    )
     lease = leases.take(old_session, waiting, worker=WORKER, device="cpu", ttl_s=15)
     hand_off(old_session, lease)
 
@@ -96,12 +112,18 @@ def test_an_old_job_that_waits_can_be_rendered_and_stored(old_session):
 @pytest.mark.parametrize("revision", ["0001", "0011"])
 def test_data_of_before_the_baseline_are_refused_in_one_sentence(empty_database, revision):
     with empty_database.owner.begin() as connection:
-        connection.execute(text("CREATE TABLE alembic_version (version_num varchar(32) PRIMARY KEY)"))
-        connection.execute(text("INSERT INTO alembic_version VALUES (:revision)"), {"revision": revision})
+        connection.execute(
+            text("CREATE TABLE alembic_version (version_num varchar(32) PRIMARY KEY)")
+        )
+        connection.execute(
+            text("INSERT INTO alembic_version VALUES (:revision)"), {"revision": revision}
+        )
 
     with pytest.raises(RevisionTooOld) as refused:
         migrations.upgrade(empty_database.owner_url)
 
     said = str(refused.value)
-    assert said.startswith(f"the database is at revision {revision}, and this version begins at 0012: upgrade it first")
+    assert said.startswith(
+        f"the database is at revision {revision}, and this version begins at 0012: upgrade it first"
+    )
     assert len(said.splitlines()) == 1

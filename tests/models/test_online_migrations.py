@@ -1,4 +1,7 @@
-"""Migrations beside running code: what they may ask of a table that is in use, that nobody waits for them for long, and what they say."""
+"""Migrations beside running code.
+
+What they may ask of a table that is in use, that nobody waits for them for long, and what they say.
+"""
 
 import re
 import subprocess
@@ -20,7 +23,8 @@ from tests.models.conftest import a_database
 from tests.models.facts import HEAD, living_definitions
 
 BASELINE = "0012"  # whatever comes later may meet rows, readers and writers
-LATER = Path(__file__).with_name("later_versions")  # a migration that does everything that one may do
+# a migration that does everything that one may do
+LATER = Path(__file__).with_name("later_versions")
 
 # Statements that read or write a whole table while nobody else may, and what to do in their stead.
 FORBIDDEN = {
@@ -28,7 +32,9 @@ FORBIDDEN = {
     r"DROP INDEX (?!CONCURRENTLY)": "online.drop_index",
     r"ALTER TABLE \S+ ADD CONSTRAINT (?!.*NOT VALID)": "online.add_check, online.add_foreign_key",
     r"ALTER TABLE \S+ ADD COLUMN (?!IF NOT EXISTS)": "online.add_columns",
-    r"ALTER TABLE \S+ ALTER COLUMN \S+ (TYPE|SET NOT NULL|SET DATA)": "another column, filled in pieces",
+    r"ALTER TABLE \S+ ALTER COLUMN \S+ (TYPE|SET NOT NULL|SET DATA)": (
+        "another column, filled in pieces"
+    ),
     r"ADD COLUMN .*DEFAULT [^,]*(random|clock_timestamp|now)\(": "a constant as its default",
 }
 
@@ -36,7 +42,9 @@ FORBIDDEN = {
 def revisions(*more: Path) -> list[str]:
     """All of them, oldest first, with those of further folders."""
     folders = [str(folder) for folder in (*migrations.VERSIONS, *more)]
-    found = ScriptDirectory(str(Path(migrations.__file__).parent), version_locations=folders).walk_revisions()
+    found = ScriptDirectory(
+        str(Path(migrations.__file__).parent), version_locations=folders
+    ).walk_revisions()
     return [script.revision for script in found][::-1]
 
 
@@ -65,7 +73,16 @@ def statements(stack) -> dict[str, list[tuple[str, set[str]]]]:
                 before = set(inspect(connection).get_table_names())
             ran[revision] = []
 
-            def note(connection, cursor, statement, parameters, context, executemany, into=ran[revision], before=before):
+            def note(
+                connection,
+                cursor,
+                statement,
+                parameters,
+                context,
+                executemany,
+                into=ran[revision],
+                before=before,
+            ):
                 into.append((" ".join(statement.split()), before))
 
             event.listen(migrations.Engine, "before_cursor_execute", note)
@@ -76,7 +93,9 @@ def statements(stack) -> dict[str, list[tuple[str, set[str]]]]:
     return ran
 
 
-@pytest.mark.parametrize("revision", [revision for revision in revisions(LATER) if revision > BASELINE])
+@pytest.mark.parametrize(
+    "revision", [revision for revision in revisions(LATER) if revision > BASELINE]
+)
 def test_a_migration_locks_no_table_that_is_in_use_for_long(statements, revision):
     assert statements[revision]
     for statement, tables in statements[revision]:
@@ -84,11 +103,17 @@ def test_a_migration_locks_no_table_that_is_in_use_for_long(statements, revision
             if re.match(pattern, statement, re.IGNORECASE):
                 table = re.search(r" (?:ON|TABLE) (?:ONLY )?(\w+)", f" {statement}")
                 assert table is not None
-                assert table[1] not in tables, f"{revision}: {statement}: {table[1]} is in use; {instead} changes it while others write"
+                assert table[1] not in tables, (
+                    f"{revision}: {statement}: {table[1]} is in use; "
+                    f"{instead} changes it while others write"
+                )
 
 
 class Traffic:
-    """A client of the tables that were there at the first release: reads and writes all the time, and how long that took."""
+    """A client of the tables that were there at the first release.
+
+    Reads and writes all the time, and how long that took.
+    """
 
     def __init__(self, owner_url: str) -> None:
         self._engine = create_engine(owner_url, connect_args={"options": "-c lock_timeout=4000"})
@@ -96,11 +121,16 @@ class Traffic:
         self.rounds = 0
 
     def run(self) -> None:
-        """Until `stop`. Raises if anything has to wait for a lock for longer than somebody in front of it may wait."""
+        """Until `stop`.
+
+        Raises if anything has to wait for a lock for longer than somebody in front of it may wait.
+        """
         while not self._is_over:
             with self._engine.begin() as connection:
                 tenant = {"id": uuid.uuid4(), "name": f"t-{uuid.uuid4()}"}
-                connection.execute(text("INSERT INTO tenants (id, name) VALUES (:id, :name)"), tenant)
+                connection.execute(
+                    text("INSERT INTO tenants (id, name) VALUES (:id, :name)"), tenant
+                )
                 connection.execute(text("UPDATE jobs SET worker = 'w'"))
                 connection.execute(text("SELECT count(*) FROM jobs"))
             self.rounds += 1
@@ -114,13 +144,15 @@ def test_a_forgotten_transaction_delays_a_migration_and_nobody_else(of_this_vers
     with ThreadPoolExecutor(2) as threads:
         told: list[str] = []
         with database.owner.connect() as forgotten:
-            forgotten.execute(text("SELECT count(*) FROM jobs"))  # its lock stays, and with it whoever wants the table for himself
+            # its lock stays, and with it whoever wants the table for himself
+            forgotten.execute(text("SELECT count(*) FROM jobs"))
             traffic = Traffic(database.owner_url)
             client = threads.submit(traffic.run)
             until(lambda: traffic.rounds, what="traffic")
             migrated = threads.submit(migrations.upgrade, database.owner_url, say=told.append)
 
-            until(lambda: len(told) >= 2, within_s=60, what="a second try")  # each had to give way to the traffic
+            # each had to give way to the traffic
+            until(lambda: len(told) >= 2, within_s=60, what="a second try")
             rounds = traffic.rounds
             until(lambda: traffic.rounds > rounds, within_s=30)
             assert not migrated.done()
@@ -153,7 +185,12 @@ def test_a_migration_that_was_cut_short_anywhere_begins_again(of_this_version, m
         monkeypatch.setattr(online, name, then_cut(getattr(online, name)))
     with of_this_version.owner.begin() as connection:
         before = living_definitions(connection)
-        connection.execute(text("INSERT INTO tenants (id, name) SELECT gen_random_uuid(), 'tenant-' || n FROM generate_series(1, 5) n"))
+        connection.execute(
+            text(
+                "INSERT INTO tenants (id, name) SELECT gen_random_uuid(), 'tenant-' || n "
+                "FROM generate_series(1, 5) n"
+            )
+        )
     while True:
         try:
             migrations.upgrade(of_this_version.owner_url)
@@ -162,8 +199,12 @@ def test_a_migration_that_was_cut_short_anywhere_begins_again(of_this_version, m
             continue
 
     with of_this_version.owner.connect() as connection:
-        invalid = connection.scalars(text("SELECT indexrelid::regclass::text FROM pg_index WHERE NOT indisvalid")).all()
-        unchecked = connection.scalars(text("SELECT conname FROM pg_constraint WHERE NOT convalidated")).all()
+        invalid = connection.scalars(
+            text("SELECT indexrelid::regclass::text FROM pg_index WHERE NOT indisvalid")
+        ).all()
+        unchecked = connection.scalars(
+            text("SELECT conname FROM pg_constraint WHERE NOT convalidated")
+        ).all()
         running = connection.scalar(text("SELECT pg_get_indexdef('jobs_running'::regclass)"))
         filled = connection.scalar(text("SELECT count(*) FROM tenants WHERE later = name"))
         dropped = connection.scalar(text("SELECT to_regclass('jobs_dead')"))
@@ -176,16 +217,27 @@ def test_a_migration_that_was_cut_short_anywhere_begins_again(of_this_version, m
 def migrate(env, database, **changes) -> subprocess.CompletedProcess[str]:
     """`python -m migrations` on a database of one's own."""
     names = ("MIGRATION_DATABASE_URL", "DATABASE_URL", "AUDITOR_DATABASE_URL")
-    urls = {name: make_url(env[name]).set(database=make_url(database.owner_url).database) for name in names}
+    urls = {
+        name: make_url(env[name]).set(database=make_url(database.owner_url).database)
+        for name in names
+    }
     variables = {name: url.render_as_string(hide_password=False) for name, url in urls.items()}
     command = [sys.executable, "-m", "migrations"]
-    return subprocess.run(command, cwd=REPO, env={**variables, **changes}, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, cwd=REPO, env={**variables, **changes}, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_the_migrations_say_at_which_revision_the_database_is(stack, empty_database):
     logins = "migrations: logins of darkroom_app, darkroom_auditor set\n"
-    assert migrate(stack.env, empty_database).stdout == f"migrations: at revision {HEAD}, was empty\n{logins}"
-    assert migrate(stack.env, empty_database).stdout == f"migrations: at revision {HEAD}, nothing to do\n{logins}"
+    assert (
+        migrate(stack.env, empty_database).stdout
+        == f"migrations: at revision {HEAD}, was empty\n{logins}"
+    )
+    assert (
+        migrate(stack.env, empty_database).stdout
+        == f"migrations: at revision {HEAD}, nothing to do\n{logins}"
+    )
 
 
 def test_a_database_of_a_newer_version_ends_the_migrations_with_one_sentence(stack, empty_database):
@@ -196,6 +248,8 @@ def test_a_database_of_a_newer_version_ends_the_migrations_with_one_sentence(sta
     done = migrate(stack.env, empty_database)
 
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("migrations: the database is at revision 9999, which this version does not know")
+    assert done.stderr.startswith(
+        "migrations: the database is at revision 9999, which this version does not know"
+    )
     assert len(done.stderr.splitlines()) == 1
     assert "docs/operating.md" in done.stderr

@@ -1,4 +1,6 @@
-"""What is too old goes for good, with all that belongs to it, and the audit log that is left verifies as before."""
+"""What is too old goes for good, with all that belongs to it, and the audit log that is left
+verifies as before.
+"""
 
 import uuid
 from collections.abc import Iterator
@@ -20,7 +22,10 @@ from tests.models.conftest import a_database
 
 LONG_AGO = timedelta(days=100)
 CUTOFF = datetime.now(UTC) - timedelta(days=30)
-CHANGED, MISSING = "the event was changed: its hash does not fit its content", "events are missing before this one"
+CHANGED, MISSING = (
+    "the event was changed: its hash does not fit its content",
+    "events are missing before this one",
+)
 FORGED = "the checkpoints of pruned months were changed"
 AUGUST, SEPTEMBER, OCTOBER = date(2001, 8, 1), date(2001, 9, 1), date(2001, 10, 1)
 
@@ -47,7 +52,12 @@ def months(own_database) -> Iterator[None]:
         for month in (AUGUST, SEPTEMBER, OCTOBER):
             ends = (month + timedelta(days=32)).replace(day=1)
             bounds = f"FROM ('{month} 00:00+00') TO ('{ends} 00:00+00')"
-            connection.execute(text(f"CREATE TABLE {pruning.partition_of(month)} PARTITION OF audit_events FOR VALUES {bounds}"))
+            connection.execute(
+                text(
+                    f"CREATE TABLE {pruning.partition_of(month)} PARTITION OF audit_events "
+                    f"FOR VALUES {bounds}"
+                )
+            )
     yield
     with own_database.owner.begin() as connection:
         for month in (AUGUST, SEPTEMBER, OCTOBER):
@@ -67,7 +77,10 @@ def append(database, chain, *months):
     """An event in each of these months, in this order."""
     with transaction(database.app) as session:
         for number, month in enumerate(months):
-            session.execute(_EVENT, {"at": datetime(month.year, month.month, 3, 0, number, tzinfo=UTC), "chain": chain})
+            session.execute(
+                _EVENT,
+                {"at": datetime(month.year, month.month, 3, 0, number, tzinfo=UTC), "chain": chain},
+            )
 
 
 def verify(database, chain=None) -> list[tuple[str, int, str]]:
@@ -83,10 +96,15 @@ def prune_month(owner, month) -> int:
 
 @pytest.fixture
 def chains(own_database, months) -> None:
-    """`busy` has events in every month, `idle` in August alone; in `late` some came in another order than that of their instants."""
+    """`busy` has events in every month, `idle` in August alone.
+
+    In `late` some came in another order than that of their instants.
+    """
     append(own_database, "busy", AUGUST, AUGUST, SEPTEMBER, OCTOBER, OCTOBER)
     append(own_database, "idle", AUGUST, AUGUST)
-    append(own_database, "late", AUGUST, SEPTEMBER, AUGUST, SEPTEMBER, SEPTEMBER, OCTOBER, SEPTEMBER)
+    append(
+        own_database, "late", AUGUST, SEPTEMBER, AUGUST, SEPTEMBER, SEPTEMBER, OCTOBER, SEPTEMBER
+    )
     append(own_database, "new", OCTOBER)
 
 
@@ -109,11 +127,13 @@ def test_months_can_be_pruned_in_any_order(own_database, owner, chains):
         assert verify(own_database) == []
 
 
-def test_what_was_pruned_is_told_by_an_event(own_database, owner, chains):
+def test_a_pruned_month_is_told_by_an_event(own_database, owner, chains):
     prune_month(owner, AUGUST)
 
     with own_database.auditor.connect() as connection:
-        facts = connection.scalar(text("SELECT facts FROM audit_log WHERE event = 'audit:month:pruned'"))
+        facts = connection.scalar(
+            text("SELECT facts FROM audit_log WHERE event = 'audit:month:pruned'")
+        )
     assert (facts["month"], facts["events"]) == ("2001-08", 6)
 
 
@@ -126,12 +146,19 @@ def test_what_was_pruned_is_told_by_an_event(own_database, owner, chains):
             ("busy", 4, CHANGED),
         ),
         ("DELETE FROM audit_checkpoints WHERE chain_id = 'busy'", ("busy", 3, MISSING)),
-        ("DELETE FROM audit_checkpoints WHERE chain_id = 'idle'", ("idle", 2, "the newest events are missing")),
-        ("UPDATE audit_checkpoints SET hash = '\\x00' WHERE chain_id = 'busy'", ("busy", 3, "the link to the event before is broken")),
+        (
+            "DELETE FROM audit_checkpoints WHERE chain_id = 'idle'",
+            ("idle", 2, "the newest events are missing"),
+        ),
+        (
+            "UPDATE audit_checkpoints SET hash = '\\x00' WHERE chain_id = 'busy'",
+            ("busy", 3, "the link to the event before is broken"),
+        ),
         ("DELETE FROM audit_checkpoints WHERE chain_id = 'busy'", ("system", 1, FORGED)),
         (  # a hole that is passed off as something that was pruned
-            """WITH gone AS (DELETE FROM audit_events WHERE chain_id = 'busy' AND seq = 4 RETURNING chain_id, seq, hash)
-               INSERT INTO audit_checkpoints SELECT * FROM gone""",
+            "WITH gone AS (DELETE FROM audit_events WHERE chain_id = 'busy' AND seq = 4 "
+            "RETURNING chain_id, seq, hash)\n"
+            "               INSERT INTO audit_checkpoints SELECT * FROM gone",
             ("system", 1, FORGED),
         ),
         (
@@ -140,13 +167,18 @@ def test_what_was_pruned_is_told_by_an_event(own_database, owner, chains):
         ),
     ],
 )
-def test_what_is_left_of_a_pruned_log_still_tells_every_change(own_database, owner, chains, edit, found):
+def test_a_pruned_log_still_tells_every_change_to_what_is_left_of_it(
+    own_database, owner, chains, edit, found
+):
     prune_month(owner, AUGUST)
 
     with Session(own_database.owner) as session:
         session.execute(text("SET LOCAL session_replication_role = replica"))  # no trigger fires
         session.execute(text(edit))
-        problems = [(row.chain_id, row.seq, row.problem) for row in session.execute(text("SELECT * FROM audit_verify()"))]
+        problems = [
+            (row.chain_id, row.seq, row.problem)
+            for row in session.execute(text("SELECT * FROM audit_verify()"))
+        ]
         session.rollback()
 
     assert found in problems
@@ -155,14 +187,21 @@ def test_what_is_left_of_a_pruned_log_still_tells_every_change(own_database, own
 def test_a_log_can_be_verified_from_an_instant_on(own_database, chains):
     def since(instant) -> list[tuple[str, int, str]]:
         query = text("SELECT * FROM audit_verify_since(:since)")
-        return [(row.chain_id, row.seq, row.problem) for row in session.execute(query, {"since": instant})]
+        return [
+            (row.chain_id, row.seq, row.problem)
+            for row in session.execute(query, {"since": instant})
+        ]
 
-    september, october = (datetime(month.year, month.month, 1, tzinfo=UTC) for month in (SEPTEMBER, OCTOBER))
+    september, october = (
+        datetime(month.year, month.month, 1, tzinfo=UTC) for month in (SEPTEMBER, OCTOBER)
+    )
     with Session(own_database.owner) as session:
         assert since(september) == since(october) == []
 
         session.execute(text("SET LOCAL session_replication_role = replica"))
-        session.execute(text("UPDATE audit_events SET actor = 'x' WHERE chain_id = 'busy' AND seq = 1"))
+        session.execute(
+            text("UPDATE audit_events SET actor = 'x' WHERE chain_id = 'busy' AND seq = 1")
+        )
         assert since(september) == []
         session.execute(text("DELETE FROM audit_events WHERE chain_id = 'busy' AND seq = 2"))
         assert since(september) == [("busy", 3, MISSING)]
@@ -213,10 +252,19 @@ def age(session, job, by: timedelta = LONG_AGO) -> uuid.UUID:
     old = first_id(datetime.now(UTC) - by).int | (job.id.int & (1 << 80) - 1)
     job_id, old_id = job.id, uuid.UUID(int=old)
     session.execute(text("SET LOCAL session_replication_role = replica"))
-    for table, column in [("jobs", "id"), *((table, "job_id") for table in ("job_labels", *pruning.OF_A_JOB))]:
-        session.execute(text(f"UPDATE {table} SET {column} = :new WHERE {column} = :old"), {"new": old_id, "old": job_id})
+    for table, column in [
+        ("jobs", "id"),
+        *((table, "job_id") for table in ("job_labels", *pruning.OF_A_JOB)),
+    ]:
+        session.execute(
+            text(f"UPDATE {table} SET {column} = :new WHERE {column} = :old"),
+            {"new": old_id, "old": job_id},
+        )
     for column in pruning.NAME_ANOTHER_JOB:
-        session.execute(text(f"UPDATE jobs SET {column} = :new WHERE {column} = :old"), {"new": old_id, "old": job_id})
+        session.execute(
+            text(f"UPDATE jobs SET {column} = :new WHERE {column} = :old"),
+            {"new": old_id, "old": job_id},
+        )
     moved = "accepted_at = accepted_at - :age, finished_at = finished_at - :age"
     session.execute(text(f"UPDATE jobs SET {moved} WHERE id = :id"), {"id": old_id, "age": by})
     session.execute(text("SET LOCAL session_replication_role = DEFAULT"))
@@ -243,14 +291,22 @@ def test_a_job_goes_with_everything_that_belongs_to_it_and_its_objects(own_datab
     key = an_artifact()["object_key"]
     with transaction(owner) as session:
         tenant = a_tenant(session)
-        endpoint = WebhookEndpoint(tenant_id=tenant.id, url="https://example.com", events=["job.succeeded"])
+        endpoint = WebhookEndpoint(
+            tenant_id=tenant.id, url="https://example.com", events=["job.succeeded"]
+        )
         session.add(endpoint)
         session.flush()
         job = a_succeeded_job(session, tenant=tenant, num_images=2, tenant_metadata={"set": "x"})
-        session.execute(text("UPDATE artifacts SET object_key = :key WHERE job_id = :id AND index = 0"), {"key": key, "id": job.id})
+        session.execute(
+            text("UPDATE artifacts SET object_key = :key WHERE job_id = :id AND index = 0"),
+            {"key": key, "id": job.id},
+        )
         session.add(IdempotencyKey(tenant_id=tenant.id, key="k", request_sha256="", job_id=job.id))
         replay = a_job(session, tenant=tenant)
-        session.execute(text("UPDATE jobs SET replay_of = :old, requeue_of = :old WHERE id = :id"), {"old": job.id, "id": replay.id})
+        session.execute(
+            text("UPDATE jobs SET replay_of = :old, requeue_of = :old WHERE id = :id"),
+            {"old": job.id, "id": replay.id},
+        )
         session.flush()
         assert count(session, "webhook_deliveries", job_id=job.id) == 1
         old_id, tenant_id, replay_id = age(session, job), tenant.id, replay.id
@@ -272,12 +328,16 @@ def test_a_job_goes_with_everything_that_belongs_to_it_and_its_objects(own_datab
 
 
 def test_every_table_that_names_a_job_is_known_to_pruning(own_database):
-    query = """SELECT conrelid::regclass::text, (SELECT attname FROM pg_attribute WHERE attrelid = conrelid AND attnum = conkey[1])
+    query = """SELECT conrelid::regclass::text,
+                      (SELECT attname FROM pg_attribute
+                       WHERE attrelid = conrelid AND attnum = conkey[1])
                FROM pg_constraint WHERE contype = 'f' AND confrelid = 'jobs'::regclass"""
     with own_database.owner.connect() as connection:
         names = {(str(table), column) for table, column in connection.execute(text(query))}
 
-    assert names == {(table, "job_id") for table in pruning.OF_A_JOB} | {("jobs", column) for column in pruning.NAME_ANOTHER_JOB}
+    assert names == {(table, "job_id") for table in pruning.OF_A_JOB} | {
+        ("jobs", column) for column in pruning.NAME_ANOTHER_JOB
+    }
 
 
 def test_every_reference_to_what_is_pruned_is_found_by_an_index(own_database):
@@ -285,10 +345,13 @@ def test_every_reference_to_what_is_pruned_is_found_by_an_index(own_database):
     query = """
         SELECT c.conrelid::regclass::text || '.' || a.attname FROM pg_constraint c
         JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attnum = c.conkey[1]
-        WHERE c.contype = 'f' AND c.confrelid IN ('jobs'::regclass, 'files'::regclass, 'artifacts'::regclass, 'webhook_endpoints'::regclass)
+        WHERE c.contype = 'f' AND c.confrelid IN
+              ('jobs'::regclass, 'files'::regclass, 'artifacts'::regclass,
+               'webhook_endpoints'::regclass)
         AND NOT EXISTS (
             SELECT FROM pg_index i WHERE i.indrelid = c.conrelid AND i.indkey[0] = c.conkey[1]
-            AND (i.indpred IS NULL OR pg_get_expr(i.indpred, i.indrelid) = '(' || a.attname || ' IS NOT NULL)'))
+            AND (i.indpred IS NULL
+                 OR pg_get_expr(i.indpred, i.indrelid) = '(' || a.attname || ' IS NOT NULL)'))
     """
     with own_database.owner.connect() as connection:
         assert connection.scalars(text(query)).all() == []
@@ -299,13 +362,31 @@ def test_jobs_that_are_young_unfinished_or_of_another_tier_stay(owner):
         tenant = a_tenant(session)
         young = a_succeeded_job(session, tenant=tenant).id
         unfinished = age(session, a_job(session, tenant=tenant))
-        of_tier = age(session, jobs.cancel(session, a_job(session, tenant=tenant, tier="batch").id, tenant_id=tenant.id, actor="tests"))
-        other = age(session, jobs.cancel(session, a_job(session, tenant=tenant, tier="fast").id, tenant_id=tenant.id, actor="tests"))
+        of_tier = age(
+            session,
+            jobs.cancel(
+                session,
+                a_job(session, tenant=tenant, tier="batch").id,
+                tenant_id=tenant.id,
+                actor="tests",
+            ),
+        )
+        other = age(
+            session,
+            jobs.cancel(
+                session,
+                a_job(session, tenant=tenant, tier="fast").id,
+                tenant_id=tenant.id,
+                actor="tests",
+            ),
+        )
 
     assert prune_all(owner, tier="batch") == 1
 
     with transaction(owner) as session:
-        assert [count(session, "jobs", id=job_id) for job_id in (young, unfinished, of_tier, other)] == [1, 1, 0, 1]
+        assert [
+            count(session, "jobs", id=job_id) for job_id in (young, unfinished, of_tier, other)
+        ] == [1, 1, 0, 1]
         due = pruning.due(session, before=CUTOFF)
         assert due.jobs >= 1
     assert prune_all(owner) >= 1
@@ -314,7 +395,12 @@ def test_jobs_that_are_young_unfinished_or_of_another_tier_stay(owner):
 def test_a_job_that_is_just_being_replayed_waits_for_the_next_pruning(owner):
     with transaction(owner) as session:
         tenant = a_tenant(session)
-        old = age(session, jobs.cancel(session, a_job(session, tenant=tenant).id, tenant_id=tenant.id, actor="tests"))
+        old = age(
+            session,
+            jobs.cancel(
+                session, a_job(session, tenant=tenant).id, tenant_id=tenant.id, actor="tests"
+            ),
+        )
 
     with transaction(owner) as replay:
         jobs.hold(replay, old)
@@ -346,7 +432,10 @@ def test_a_file_that_no_job_starts_from_is_erased_and_a_day_later_forgotten(owne
         unused, used, young = (picture.id for picture in pictures)
         begins = {} if column == "control_file_id" else {"init_file_id": young, "strength": 0.5}
         a_job(session, tenant=tenant, **begins | {column: used})
-        session.execute(text("UPDATE files SET created_at = created_at - :age WHERE id <> :young"), {"age": LONG_AGO, "young": young})
+        session.execute(
+            text("UPDATE files SET created_at = created_at - :age WHERE id <> :young"),
+            {"age": LONG_AGO, "young": young},
+        )
 
     def prune() -> list[int]:
         with transaction(owner) as session:
@@ -357,22 +446,35 @@ def test_a_file_that_no_job_starts_from_is_erased_and_a_day_later_forgotten(owne
 
     assert prune() == [1, 1, 1]
     with transaction(owner) as session:
-        assert session.scalar(text("SELECT erased_at IS NOT NULL FROM files WHERE id = :id"), {"id": unused})
+        assert session.scalar(
+            text("SELECT erased_at IS NOT NULL FROM files WHERE id = :id"), {"id": unused}
+        )
         assert files.find(session, used, tenant_id=tenant.id) is not None
-        session.execute(text("UPDATE files SET erased_at = erased_at - interval '2 days' WHERE id = :id"), {"id": unused})
+        session.execute(
+            text("UPDATE files SET erased_at = erased_at - interval '2 days' WHERE id = :id"),
+            {"id": unused},
+        )
     assert prune() == [0, 1, 1]
 
 
 def test_endpoints_that_were_deleted_long_ago_and_old_days_of_the_ledger_go(owner):
     with transaction(owner) as session:
         tenant = a_tenant(session)
-        gone, live = (WebhookEndpoint(tenant_id=tenant.id, url="https://example.com", events=[]) for _ in range(2))
+        gone, live = (
+            WebhookEndpoint(tenant_id=tenant.id, url="https://example.com", events=[])
+            for _ in range(2)
+        )
         gone.secrets = [WebhookSecret(secret="whsec_x")]
         session.add_all([gone, live])
         session.flush()
         gone.deleted_at = datetime.now(UTC) - LONG_AGO
         today = datetime.now(UTC).date()
-        session.add_all([UsageDay(tenant_id=tenant.id, day=day) for day in (today - timedelta(days=900), today - timedelta(days=10))])
+        session.add_all(
+            [
+                UsageDay(tenant_id=tenant.id, day=day)
+                for day in (today - timedelta(days=900), today - timedelta(days=10))
+            ]
+        )
         session.flush()
         ids = [gone.id, live.id]
 
@@ -381,9 +483,17 @@ def test_endpoints_that_were_deleted_long_ago_and_old_days_of_the_ledger_go(owne
         pruning.prune_usage(session, before=today - timedelta(days=800))
 
     with transaction(owner) as session:
-        assert [count(session, "webhook_endpoints", id=endpoint_id) for endpoint_id in ids] == [0, 1]
+        assert [count(session, "webhook_endpoints", id=endpoint_id) for endpoint_id in ids] == [
+            0,
+            1,
+        ]
         assert count(session, "usage_ledger", tenant_id=tenant.id) == 1
-        newest = session.execute(text("SELECT event, facts FROM audit_events WHERE chain_id = 'system' ORDER BY seq DESC LIMIT 1")).one()
+        newest = session.execute(
+            text(
+                "SELECT event, facts FROM audit_events WHERE chain_id = 'system' "
+                "ORDER BY seq DESC LIMIT 1"
+            )
+        ).one()
         assert (newest.event, newest.facts["days"]) == ("usage:days:pruned", 1)
 
 

@@ -21,25 +21,45 @@ def pool() -> str:
 
 
 def pick(session, pool, limit_images, tier="fast") -> list[uuid.UUID]:
-    """The jobs picked where one tenant's are as good as another's: nobody goes to the front, for nothing else is running there."""
+    """The jobs picked where one tenant's are as good as another's.
+
+    Nobody goes to the front, for nothing else is running there.
+    """
     limits = ReleaseLimits(slots=limit_images, limit_images=limit_images, least_share=0)
-    return [job.job_id for job in releasing.pick(session, pool=pool, tier=tier, limits=limits) if not job.is_front]
+    return [
+        job.job_id
+        for job in releasing.pick(session, pool=pool, tier=tier, limits=limits)
+        if not job.is_front
+    ]
 
 
 def fronted(session, pool, tenant_id=None, **limits) -> list[tuple[uuid.UUID, bool]]:
-    """The jobs picked, and whether each goes to the front; workers hold 8 images, 4 more may wait for them."""
+    """The jobs picked, and whether each goes to the front.
+
+    Workers hold 8 images, 4 more may wait for them.
+    """
     allowed = ReleaseLimits(**{"slots": 8, "limit_images": 12, **limits})
-    return [(job.job_id, job.is_front) for job in releasing.pick(session, pool=pool, tier="fast", limits=allowed, tenant_id=tenant_id)]
+    return [
+        (job.job_id, job.is_front)
+        for job in releasing.pick(
+            session, pool=pool, tier="fast", limits=allowed, tenant_id=tenant_id
+        )
+    ]
 
 
 def dump(session, pool, count, tenant=None, **params) -> list[uuid.UUID]:
     """One tenant submits that many jobs; their ids in fair order."""
     tenant = tenant or a_tenant(session)
-    return [a_job(session, pool=pool, tenant=tenant, predicted_s=1, **params).id for _ in range(count)]
+    return [
+        a_job(session, pool=pool, tenant=tenant, predicted_s=1, **params).id for _ in range(count)
+    ]
 
 
 def busy(session, pool, count, tenant=None, **limits) -> list[uuid.UUID]:
-    """One tenant's dump, as much of it announced as there is room for and running as workers hold; the ids of those announced."""
+    """One tenant's dump, as much of it announced as there is room for and running as workers hold.
+
+    The result is the ids of those announced.
+    """
     dump(session, pool, count, tenant)
     announced = [job_id for job_id, _ in fronted(session, pool, **limits)]
     for job_id in announced[:8]:
@@ -48,7 +68,8 @@ def busy(session, pool, count, tenant=None, **limits) -> list[uuid.UUID]:
 
 
 def end(session, *job_ids) -> None:
-    query = """UPDATE jobs SET state = 'succeeded', finished_at = clock_timestamp(), announced_at = NULL, lease_expires_at = NULL
+    query = """UPDATE jobs SET state = 'succeeded', finished_at = clock_timestamp(),
+                      announced_at = NULL, lease_expires_at = NULL
                WHERE id = ANY(:ids)"""
     session.execute(text(query), {"ids": list(job_ids)})
 
@@ -73,7 +94,9 @@ def test_without_a_tag_of_its_own_a_job_waits_since_its_accept(session, pool):
 
 def test_no_more_images_than_the_limit_are_let_out(session, pool):
     tenant = a_tenant(session)
-    first, second, third = (a_job(session, tenant=tenant, pool=pool, num_images=2) for _ in range(3))
+    first, second, third = (
+        a_job(session, tenant=tenant, pool=pool, num_images=2) for _ in range(3)
+    )
 
     assert pick(session, pool, limit_images=5) == [first.id, second.id]
     assert pick(session, pool, limit_images=5) == []
@@ -114,7 +137,11 @@ def test_a_job_larger_than_the_limit_goes_alone(session, pool):
 
 
 def test_pools_and_tiers_have_room_of_their_own(session, pool):
-    fast, batch, elsewhere = a_job(session, pool=pool), a_job(session, pool=pool, tier="batch"), a_job(session, pool=pool + "2")
+    fast, batch, elsewhere = (
+        a_job(session, pool=pool),
+        a_job(session, pool=pool, tier="batch"),
+        a_job(session, pool=pool + "2"),
+    )
 
     assert pick(session, pool, limit_images=1) == [fast.id]
     assert pick(session, pool, limit_images=1, tier="batch") == [batch.id]
@@ -148,7 +175,11 @@ def test_jobs_announced_long_ago_are_found_oldest_first(session, pool):
     pick(session, pool, limit_images=4)
     for job, seconds in ((older, 20), (newer, 10)):
         session.execute(
-            text("UPDATE jobs SET announced_at = clock_timestamp() - make_interval(secs => :seconds) WHERE id = :id"),
+            text(
+                "UPDATE jobs "
+                "SET announced_at = clock_timestamp() - make_interval(secs => :seconds) "
+                "WHERE id = :id"
+            ),
             {"seconds": seconds, "id": job.id},
         )
 
@@ -180,11 +211,18 @@ def test_the_queue_can_be_read_at_a_glance(session, pool):
 
     row = session.execute(text("SELECT * FROM queue_now WHERE pool = :pool"), {"pool": pool}).one()
 
-    assert (row.tier, row.waiting, row.announced, row.running, row.storing, row.images) == ("fast", 2, 1, 1, 0, 4)
+    assert (row.tier, row.waiting, row.announced, row.running, row.storing, row.images) == (
+        "fast",
+        2,
+        1,
+        1,
+        0,
+        4,
+    )
     assert row.oldest_wait_s >= 0
 
 
-def test_what_runs_is_told_by_tier_in_device_seconds_and_images(session, pool):
+def test_running_work_is_told_by_tier_in_device_seconds_and_images(session, pool):
     tenant = a_tenant(session)
     a_lease(session, pool=pool, tenant=tenant, num_images=2, predicted_s=3)
     dump(session, pool, 3, tenant)
@@ -196,7 +234,9 @@ def test_what_runs_is_told_by_tier_in_device_seconds_and_images(session, pool):
     assert in_hand(session, pool) == 4
 
 
-def test_while_one_tenant_s_dump_takes_all_room_another_s_job_goes_to_the_front_at_once(session, pool):
+def test_while_one_tenant_s_dump_takes_all_room_another_s_job_goes_to_the_front_at_once(
+    session, pool
+):
     assert len(busy(session, pool, 100)) == 12
 
     job = a_job(session, pool=pool)
@@ -215,7 +255,9 @@ def test_whose_jobs_only_stand_in_line_is_passed_by_nobody(session, pool):
 
 
 def test_a_crowd_of_small_tenants_does_not_keep_a_large_one_from_its_share(session, pool):
-    """A worker of 8 slots that takes from the front first, and up to twice as many from there; whose job ends asks for the next."""
+    """A worker of 8 slots that takes from the front first, and up to twice as many from there;
+    whose job ends asks for the next.
+    """
     large, small = a_tenant(session), [a_tenant(session) for _ in range(12)]
     dump(session, pool, 80, large)
     owner, front, line, runs = {}, [], [], []
@@ -243,14 +285,16 @@ def test_a_crowd_of_small_tenants_does_not_keep_a_large_one_from_its_share(sessi
         for job_id in ended:
             served[owner[job_id]] += 1
             if owner[job_id] != large.id:
-                dump(session, pool, 1, next(tenant for tenant in small if tenant.id == owner[job_id]))
+                dump(
+                    session, pool, 1, next(tenant for tenant in small if tenant.id == owner[job_id])
+                )
 
     fair = served.total() / 13
     assert served[large.id] >= 0.6 * fair
     assert min(served[tenant.id] for tenant in small) >= 0.5 * fair
 
 
-def test_who_comes_when_workers_are_full_and_room_is_left_goes_to_the_front_as_well(session, pool):
+def test_a_newcomer_goes_to_the_front_also_when_workers_are_full_and_room_is_left(session, pool):
     busy(session, pool, 10)
 
     job = a_job(session, pool=pool)
@@ -288,7 +332,9 @@ def test_with_the_front_no_more_than_twice_the_limit_is_in_hand(session, pool):
     assert fronted(session, pool) == []
 
 
-def test_after_an_accept_only_the_tenant_s_own_jobs_are_looked_at_when_there_is_no_room(session, pool):
+def test_after_an_accept_only_the_tenant_s_own_jobs_are_looked_at_when_there_is_no_room(
+    session, pool
+):
     busy(session, pool, 100)
     mine, another_s = a_job(session, pool=pool), a_job(session, pool=pool)
 
@@ -297,7 +343,9 @@ def test_after_an_accept_only_the_tenant_s_own_jobs_are_looked_at_when_there_is_
 
 
 @pytest.mark.parametrize("limit_images", [12, 11], ids=["with room", "without room"])
-def test_a_job_that_comes_back_from_a_worker_goes_to_the_front_whoever_s_it_is(session, pool, limit_images):
+def test_a_job_that_comes_back_from_a_worker_goes_to_the_front_whoever_s_it_is(
+    session, pool, limit_images
+):
     tenant = a_tenant(session)
     running = a_lease(session, pool=pool, tenant=tenant, predicted_s=1)
     dump(session, pool, 100, tenant)
@@ -327,14 +375,16 @@ def test_a_tenant_never_has_more_in_hand_than_its_cap_and_lets_the_others_pass(s
     dumped = dump(session, pool, 100)
     others = dump(session, pool, 3, release_tag=1e10)
 
-    assert fronted(session, pool, max_per_tenant=4) == [(job_id, False) for job_id in (*dumped[:4], *others)]
+    assert fronted(session, pool, max_per_tenant=4) == [
+        (job_id, False) for job_id in (*dumped[:4], *others)
+    ]
 
     assert fronted(session, pool, max_per_tenant=4) == []
     end(session, dumped[0])
     assert fronted(session, pool, max_per_tenant=4) == [(dumped[4], False)]
 
 
-def test_who_comes_after_the_capped_passes_their_backlog(session, pool):
+def test_a_tenant_that_comes_after_capped_ones_passes_their_backlog(session, pool):
     dump(session, pool, 100)
     fronted(session, pool, max_per_tenant=4)
 
@@ -382,14 +432,17 @@ def test_nothing_is_picked_twice_by_pickers_at_work_together_not_even_for_the_fr
         assert len(picked) == in_hand(session, pool) <= 24
 
 
-def test_a_message_for_the_front_that_was_lost_is_sent_there_again_and_a_withdrawn_one_begins_anew(session, pool):
+def test_a_lost_front_message_is_sent_there_again_and_a_withdrawn_one_begins_anew(session, pool):
     busy(session, pool, 100)
     job = a_job(session, pool=pool)
     fronted(session, pool)
 
     [again] = releasing.announce_again(session, [job.id])
     assert again.is_front
-    assert [announced.is_front for announced in releasing.announced(session, pool=pool, tier="fast", older_than_s=-1)].count(True) == 1
+    assert [
+        announced.is_front
+        for announced in releasing.announced(session, pool=pool, tier="fast", older_than_s=-1)
+    ].count(True) == 1
 
     releasing.withdraw(session, [job.id])
     session.refresh(job)
@@ -411,7 +464,9 @@ def may_pass(session, pool, *, tenant=None, num_images=1, **limits) -> bool:
     """Workers hold 8 images; 4 more may wait for them."""
     allowed = ReleaseLimits(**{"slots": 8, "limit_images": 12, **limits})
     tenant_id = (tenant or a_tenant(session)).id
-    return releasing.may_pass_at_once(session, pool=pool, tier="fast", limits=allowed, tenant_id=tenant_id, num_images=num_images)
+    return releasing.may_pass_at_once(
+        session, pool=pool, tier="fast", limits=allowed, tenant_id=tenant_id, num_images=num_images
+    )
 
 
 def test_a_new_job_may_pass_at_once_up_to_the_slots_and_no_further(session, pool):

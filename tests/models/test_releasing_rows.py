@@ -1,4 +1,7 @@
-"""The rows that a release reads are enough: it picks what the rule would pick of everything that waits."""
+"""The rows that a release reads are enough.
+
+It picks what the rule would pick of everything that waits.
+"""
 
 import uuid
 from collections import Counter
@@ -19,14 +22,31 @@ LIMITS = st.builds(
     least_share=st.integers(0, 4),
     max_per_tenant=st.none() | st.integers(1, 3),
 )
-STATES = ("waiting", "waiting", "waiting", "came back", "lacks its pictures", "announced", "running", "over")
-JOBS = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 3), st.sampled_from(STATES)), max_size=14)
+STATES = (
+    "waiting",
+    "waiting",
+    "waiting",
+    "came back",
+    "lacks its pictures",
+    "announced",
+    "running",
+    "over",
+)
+JOBS = st.lists(
+    st.tuples(st.integers(0, 2), st.integers(1, 3), st.sampled_from(STATES)), max_size=14
+)
 
 
 def make(session, pool, jobs) -> None:
     tenants = [a_tenant(session) for _ in range(3)]
     for owner, num_images, state in jobs:
-        job = a_job(session, tenant=tenants[owner], pool=pool, num_images=num_images, predicted_s=float(num_images))
+        job = a_job(
+            session,
+            tenant=tenants[owner],
+            pool=pool,
+            num_images=num_images,
+            predicted_s=float(num_images),
+        )
         if state in ("running", "over"):
             a_lease(session, job)
         changes = {
@@ -36,7 +56,9 @@ def make(session, pool, jobs) -> None:
             "over": "state = 'canceled', finished_at = clock_timestamp(), lease_expires_at = NULL",
         }
         if state in changes:
-            session.execute(text(f"UPDATE jobs SET {changes[state]} WHERE id = :id"), {"id": job.id})
+            session.execute(
+                text(f"UPDATE jobs SET {changes[state]} WHERE id = :id"), {"id": job.id}
+            )
 
 
 def read(session, pool) -> tuple[Outstanding, list[WaitingJob]]:
@@ -51,7 +73,9 @@ def read(session, pool) -> tuple[Outstanding, list[WaitingJob]]:
             there.images[job.tenant_id] += job.num_images
             there.announced_jobs += job.state == "queued"
         elif job.state == "queued" and not job.lacks_inputs:
-            line.append(WaitingJob(job.id, job.tenant_id, job.num_images, job.release_tag, job.attempt))
+            line.append(
+                WaitingJob(job.id, job.tenant_id, job.num_images, job.release_tag, job.attempt)
+            )
     return there, line
 
 
@@ -66,13 +90,17 @@ def heads(line: list[WaitingJob], of_each: int) -> list[WaitingJob]:
 
 
 @given(limits=LIMITS, jobs=JOBS)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_a_release_picks_what_the_rule_picks_of_all_that_waits(session, limits, jobs):
     pool = f"pool-{uuid.uuid4().hex[:8]}"
     make(session, pool, jobs)
     there, line = read(session, pool)
     assert releasing.outstanding_in(session, pool=pool, tier="fast") == there
-    assert releasing.outstanding_by_tier(session, pool=pool) == ({"fast": there} if there.images else {})
+    assert releasing.outstanding_by_tier(session, pool=pool) == (
+        {"fast": there} if there.images else {}
+    )
     expected = Selection(there, limits)
     room = limits.limit_images - there.total_images
     if room > 0:  # under a cap a tenant's jobs beyond so many are not looked at

@@ -6,7 +6,18 @@ from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import Session
 
 from migrations import roles
-from models import files, idempotency, jobs, learning, leases, releasing, sweeping, uploads, webhooks, workers
+from models import (
+    files,
+    idempotency,
+    jobs,
+    learning,
+    leases,
+    releasing,
+    sweeping,
+    uploads,
+    webhooks,
+    workers,
+)
 from models.tables import Base
 from models.webhooks import Tried
 from policy.release import ReleaseLimits
@@ -72,7 +83,9 @@ def as_process(stack, database):
     """An engine for each kind of process, logged in as it is."""
     engines = {}
     for kind, role in roles.OF_PROCESS.items():
-        url = make_url(database.owner_url).set(username=role, password=stack.env[f"{kind.upper()}_PASSWORD"])
+        url = make_url(database.owner_url).set(
+            username=role, password=stack.env[f"{kind.upper()}_PASSWORD"]
+        )
         engines[kind] = create_engine(url)
     yield engines
     for engine in engines.values():
@@ -85,18 +98,34 @@ def test_every_table_says_who_may_touch_it():
     assert {table.name for table in Base.metadata.sorted_tables} - named == set()
 
 
-@pytest.mark.parametrize(("kind", "statement"), [(kind, statement) for kind, all_of_them in REFUSED.items() for statement in all_of_them])
+@pytest.mark.parametrize(
+    ("kind", "statement"),
+    [(kind, statement) for kind, all_of_them in REFUSED.items() for statement in all_of_them],
+)
 def test_a_process_cannot(as_process, kind, statement):
-    with as_process[kind].connect() as connection, pytest.raises(ProgrammingError, match="permission denied"):
+    with (
+        as_process[kind].connect() as connection,
+        pytest.raises(ProgrammingError, match="permission denied"),
+    ):
         connection.execute(text(statement))
 
 
 def test_a_process_is_never_the_owner_nor_another_role(as_process):
     for kind, engine in as_process.items():
         with engine.connect() as connection:
-            query = "SELECT rolsuper OR rolcreaterole OR rolcreatedb OR rolbypassrls FROM pg_roles WHERE rolname = current_user"
+            query = (
+                "SELECT rolsuper OR rolcreaterole OR rolcreatedb OR rolbypassrls FROM pg_roles "
+                "WHERE rolname = current_user"
+            )
             assert connection.scalar(text(query)) is False, kind
-            assert connection.scalar(text("SELECT count(*) FROM pg_auth_members WHERE member = current_user::regrole")) == 0
+            assert (
+                connection.scalar(
+                    text(
+                        "SELECT count(*) FROM pg_auth_members WHERE member = current_user::regrole"
+                    )
+                )
+                == 0
+            )
 
 
 def test_a_worker_takes_renders_and_fails_jobs(as_process, database):
@@ -114,14 +143,20 @@ def test_a_worker_takes_renders_and_fails_jobs(as_process, database):
         assert lease.job.prompt
 
     with Session(database.app) as session:
-        assert [jobs.state_of(session, job_id) for job_id in (first, second)] == ["storing", "failed"]
+        assert [jobs.state_of(session, job_id) for job_id in (first, second)] == [
+            "storing",
+            "failed",
+        ]
 
 
 def test_a_worker_sees_no_prompt_of_a_job_that_is_long_over(as_process, database):
     with Session(database.app, expire_on_commit=False) as session, session.begin():
         over, under_way = a_succeeded_job(session), a_job(session)
     with database.owner.begin() as connection:
-        connection.execute(text("UPDATE jobs SET finished_at = now() - interval '2 hours' WHERE id = :id"), {"id": over.id})
+        connection.execute(
+            text("UPDATE jobs SET finished_at = now() - interval '2 hours' WHERE id = :id"),
+            {"id": over.id},
+        )
 
     def seen_by(engine):
         with engine.connect() as connection:
@@ -129,7 +164,13 @@ def test_a_worker_sees_no_prompt_of_a_job_that_is_long_over(as_process, database
             return set(connection.scalars(query, {"over": over.id, "under_way": under_way.id}))
 
     assert seen_by(as_process["worker"]) == {under_way.id}
-    for engine in (as_process["gateway"], as_process["sweeper"], as_process["results"], database.app, database.owner):
+    for engine in (
+        as_process["gateway"],
+        as_process["sweeper"],
+        as_process["results"],
+        database.app,
+        database.owner,
+    ):
         assert seen_by(engine) == {over.id, under_way.id}
 
 
@@ -137,13 +178,23 @@ def test_a_worker_sees_no_prompt_of_a_job_that_is_long_over(as_process, database
     ("condition", "found_by"),
     [
         ("id = '01a22ba7-316c-7b3c-a400-a0e07bd5d144'", "Index Cond: (id ="),
-        ("pool = 'p' AND tier = 't' AND state = 'queued' AND announced_at IS NULL", "Index Cond: ((pool ="),
+        (
+            "pool = 'p' AND tier = 't' AND state = 'queued' AND announced_at IS NULL",
+            "Index Cond: ((pool =",
+        ),
     ],
 )
-def test_what_a_worker_looks_for_is_still_found_by_an_index(as_process, condition, found_by):
+def test_a_worker_s_searches_are_still_answered_by_an_index(as_process, condition, found_by):
     with as_process["worker"].connect() as connection:
         connection.execute(text("SET enable_seqscan = off"))
-        plan = "\n".join(connection.scalars(text(f"EXPLAIN SELECT id FROM jobs WHERE {condition} ORDER BY release_tag, id LIMIT 4")))
+        plan = "\n".join(
+            connection.scalars(
+                text(
+                    f"EXPLAIN SELECT id FROM jobs WHERE {condition} ORDER BY release_tag, id "
+                    "LIMIT 4"
+                )
+            )
+        )
 
     assert found_by in plan, plan
 
@@ -179,7 +230,8 @@ def test_a_courier_reads_what_is_to_be_told_without_the_prompt(as_process, datab
 
 def test_the_grants_are_the_same_however_often_they_are_applied(as_process, database):
     query = text(
-        "SELECT grantee, table_name, column_name, privilege_type FROM information_schema.column_privileges WHERE grantee LIKE 'darkroom_%'"
+        "SELECT grantee, table_name, column_name, privilege_type "
+        "FROM information_schema.column_privileges WHERE grantee LIKE 'darkroom_%'"
     )
     with database.owner.connect() as connection:
         before = set(connection.execute(query))
@@ -198,7 +250,13 @@ def test_the_sweeper_can_look_at_everything_that_it_sweeps(as_process, database)
         hand_off(session, lost)
 
     with Session(as_process["sweeper"], expire_on_commit=False) as session, session.begin():
-        looks = (sweeping.expired_leases, sweeping.missed_starts, sweeping.overruns, sweeping.overdue_stores, learning.newly_ended)
+        looks = (
+            sweeping.expired_leases,
+            sweeping.missed_starts,
+            sweeping.overruns,
+            sweeping.overdue_stores,
+            learning.newly_ended,
+        )
         for look in looks:
             look(session)
         assert leases.lose(session, silent.job_id, max_attempts=5).state == "queued"
@@ -210,7 +268,9 @@ def test_the_sweeper_can_look_at_everything_that_it_sweeps(as_process, database)
         sweeping.finished_of(session, ids)
         sweeping.rendered_of(session, ids)
         releasing.announced(session, pool="local", tier="fast", older_than_s=0)
-        releasing.pick(session, pool="local", tier="fast", limits=ReleaseLimits(slots=1, limit_images=1))
+        releasing.pick(
+            session, pool="local", tier="fast", limits=ReleaseLimits(slots=1, limit_images=1)
+        )
         uploads.are_left_behind(session, older_than_s=0)
         webhooks.due(session, webhooks.endpoints_with_pending(session, after=None, limit=1))
         webhooks.pending(session)
@@ -233,13 +293,21 @@ def test_a_results_worker_can_bring_store_and_tidy(as_process, database):
         uploads.end(session, "t/x")
         assert files.find(session, lease.job_id, tenant_id=lease.job.tenant_id) is None
         assert leases.lose_hand_off(session, lease.job_id, [0], attempt_of={0: 1}).state == "queued"
-        releasing.pick(session, pool="local", tier="fast", limits=ReleaseLimits(slots=1, limit_images=1))
+        releasing.pick(
+            session, pool="local", tier="fast", limits=ReleaseLimits(slots=1, limit_images=1)
+        )
 
 
 def test_a_courier_claims_records_and_disables(as_process, database):
     with Session(database.app, expire_on_commit=False) as session, session.begin():
         job = a_job(session)
-        wish = {"url": "https://x.example", "events": ["job.canceled"], "description": "", "secret": "whsec_x", "actor": "tests"}
+        wish = {
+            "url": "https://x.example",
+            "events": ["job.canceled"],
+            "description": "",
+            "secret": "whsec_x",
+            "actor": "tests",
+        }
         endpoint = webhooks.create(session, tenant_id=job.tenant_id, **wish)
         session.flush()
         jobs.cancel(session, job.id, tenant_id=job.tenant_id, actor="tests")

@@ -9,20 +9,31 @@ from policy.failures import FailureCode
 from tests.builders import a_job, a_lease, a_succeeded_job, hand_off, preempt, store
 
 
-def test_who_waits_again_past_the_run_deadline_is_found_the_earliest_deadline_first(session):
+def test_overruns_of_jobs_that_wait_again_are_found_the_earliest_deadline_first(session):
     late, later, in_time = (a_job(session, run_within_s=seconds) for seconds in (50, 10, 600))
     for job in (late, later, in_time):
         preempt(session, a_lease(session, job))
     running = a_lease(session, run_within_s=0).job
-    session.execute(text("UPDATE jobs SET run_by = run_by - interval '100 seconds' WHERE run_within_s < 100"))
+    session.execute(
+        text("UPDATE jobs SET run_by = run_by - interval '100 seconds' WHERE run_within_s < 100")
+    )
 
     found = sweeping.overruns(session)
 
-    assert [job_id for job_id in found if job_id in (late.id, later.id, in_time.id, running.id)] == [later.id, late.id]
+    assert [
+        job_id for job_id in found if job_id in (late.id, later.id, in_time.id, running.id)
+    ] == [later.id, late.id]
 
 
 def seconds_until(session, column: str, job) -> float:
-    return float(session.scalar(text(f"SELECT extract(epoch FROM {column} - clock_timestamp()) FROM jobs WHERE id = :id"), {"id": job.id}))
+    return float(
+        session.scalar(
+            text(
+                f"SELECT extract(epoch FROM {column} - clock_timestamp()) FROM jobs WHERE id = :id"
+            ),
+            {"id": job.id},
+        )
+    )
 
 
 def test_an_outage_leaves_who_waits_as_long_again_as_it_lasted_and_nobody_less_than_he_had(session):
@@ -52,7 +63,10 @@ def test_tries_to_have_a_job_stored_come_further_and_further_apart_up_to_a_limit
 
     for rendered_ago_s, next_in_s in ((0, 10), (25, 25), (1000, 60)):
         session.execute(
-            text("UPDATE jobs SET rendered_at = clock_timestamp() - make_interval(secs => :ago) WHERE id = :id"),
+            text(
+                "UPDATE jobs SET rendered_at = clock_timestamp() - make_interval(secs => :ago) "
+                "WHERE id = :id"
+            ),
             {"ago": rendered_ago_s, "id": job.id},
         )
         sweeping.postpone_store(session, job.id, store_within_s=10)
@@ -77,7 +91,9 @@ def test_pixels_are_awaited_from_the_moment_a_worker_has_the_job_until_they_are_
     def awaited():
         return sweeping.awaited_pixels(session, [job_id])
 
-    assert awaited() == {(job_id, 0, 1), (job_id, 1, 1)}, "the worker may put them away at any moment"
+    assert awaited() == {(job_id, 0, 1), (job_id, 1, 1)}, (
+        "the worker may put them away at any moment"
+    )
     for index in (0, 1):
         hand_off(session, lease, index)
     assert awaited() == {(job_id, 0, 1), (job_id, 1, 1)}
@@ -87,7 +103,9 @@ def test_pixels_are_awaited_from_the_moment_a_worker_has_the_job_until_they_are_
     assert awaited() == set()
 
 
-def test_pixels_of_an_attempt_that_was_lost_before_it_handed_them_off_are_awaited_by_nobody(session):
+def test_pixels_of_an_attempt_that_was_lost_before_it_handed_them_off_are_awaited_by_nobody(
+    session,
+):
     lease = a_lease(session, num_images=2, ttl_s=-1)
     hand_off(session, lease, 0)
     leases.lose(session, lease.job_id, max_attempts=5)
@@ -104,7 +122,9 @@ def test_pixels_of_a_job_nobody_knows_are_awaited_by_nobody(session):
     assert sweeping.awaited_pixels(session, []) == set()
 
 
-def test_snapshots_of_a_job_that_is_over_or_unknown_are_of_no_use_and_those_of_any_other_are(session):
+def test_snapshots_of_a_job_that_is_over_or_unknown_are_of_no_use_and_those_of_any_other_are(
+    session,
+):
     queued, running, storing = a_job(session), a_lease(session).job, a_lease(session)
     hand_off(session, storing)
     succeeded, canceled = a_succeeded_job(session), a_job(session)

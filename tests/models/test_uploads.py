@@ -1,4 +1,7 @@
-"""Objects on their way into the store: noted before the upload, struck out with their artifact, found when neither came of it."""
+"""Objects on their way into the store.
+
+Noted before the upload, struck out with their artifact, found when neither came of it.
+"""
 
 import threading
 import uuid
@@ -19,12 +22,18 @@ def key() -> str:
 def begin(session, key, *, ago_s=0.0):
     """Note an upload that began that long ago."""
     uploads.begin(session, key)
-    query = "UPDATE uploads SET started_at = started_at - make_interval(secs => :ago) WHERE object_key = :key"
+    query = (
+        "UPDATE uploads SET started_at = started_at - make_interval(secs => :ago) "
+        "WHERE object_key = :key"
+    )
     session.execute(text(query), {"ago": ago_s, "key": key})
 
 
 def is_noted(session, key) -> bool:
-    return session.scalar(text("SELECT count(*) FROM uploads WHERE object_key = :key"), {"key": key}) == 1
+    return (
+        session.scalar(text("SELECT count(*) FROM uploads WHERE object_key = :key"), {"key": key})
+        == 1
+    )
 
 
 def test_an_interrupted_upload_is_found_when_its_time_is_over(session, key):
@@ -58,7 +67,7 @@ def test_an_upload_that_begins_again_has_all_its_time(session, key):
     assert is_noted(session, key)
 
 
-def test_what_is_struck_out_is_found_no_more_and_striking_out_again_is_harmless(session, key):
+def test_an_upload_struck_out_is_found_no_more_and_striking_it_out_again_is_harmless(session, key):
     begin(session, key, ago_s=100)
 
     uploads.end(session, key)
@@ -87,9 +96,13 @@ def test_a_store_that_is_refused_leaves_the_object_to_be_found(session):
     assert uploads.left_behind(session, older_than_s=90) == artifact["object_key"]
 
 
-def test_an_object_that_an_artifact_names_is_not_deleted_only_because_another_delivery_began_to_upload_it(session):
+def test_an_object_of_an_artifact_is_not_deleted_because_another_upload_of_it_began(
+    session,
+):
     job = a_succeeded_job(session)
-    key = session.scalar(text("SELECT object_key FROM artifacts WHERE job_id = :id"), {"id": job.id})
+    key = session.scalar(
+        text("SELECT object_key FROM artifacts WHERE job_id = :id"), {"id": job.id}
+    )
     begin(session, key, ago_s=100)
 
     assert uploads.left_behind(session, older_than_s=90) is None
@@ -135,7 +148,9 @@ def test_an_upload_does_not_begin_while_its_object_is_being_deleted(database, ke
 
 def test_a_doubled_delivery_leaves_no_note_that_keeps_an_erased_picture_in_the_store(session):
     job = a_succeeded_job(session)
-    key = session.scalar(text("SELECT object_key FROM artifacts WHERE job_id = :id"), {"id": job.id})
+    key = session.scalar(
+        text("SELECT object_key FROM artifacts WHERE job_id = :id"), {"id": job.id}
+    )
     begin(session, key)  # by the second delivery, when the first had stored the image already
 
     uploads.end_if_named(session, key)

@@ -1,4 +1,6 @@
-"""The ledger: reserved when a job is accepted, settled when it succeeds, released when it comes to nothing; sums of days and months."""
+"""The ledger: reserved when a job is accepted, settled when it succeeds, released when it comes to
+nothing; sums of days and months.
+"""
 
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
@@ -11,7 +13,16 @@ from models import accepting, jobs, leases, usage
 from models.accepting import NewJob
 from models.tables import UsageDay
 from policy.failures import FailureCode
-from tests.builders import a_job, a_lease, a_succeeded_job, a_tenant, a_zone_of_another_day, hand_off, resolved, store
+from tests.builders import (
+    a_job,
+    a_lease,
+    a_succeeded_job,
+    a_tenant,
+    a_zone_of_another_day,
+    hand_off,
+    resolved,
+    store,
+)
 
 A_JOB, NOTHING = Decimal("1.5"), Decimal(0)  # megapixel-steps
 
@@ -19,12 +30,18 @@ A_JOB, NOTHING = Decimal("1.5"), Decimal(0)  # megapixel-steps
 def a_counted_job(session, tenant, amount=A_JOB, **params):
     """An accepted job that counts `amount` megapixel-steps against its tenant's quotas."""
     own = {"tenant_id": tenant.id, "api_key_id": None, "currency": "EUR", "actor": "tests"}
-    new_job = NewJob(params=replace(resolved(), **params), start_within_s=600, megapixel_steps=amount)
+    new_job = NewJob(
+        params=replace(resolved(), **params), start_within_s=600, megapixel_steps=amount
+    )
     return jobs.accept(session, new_job, **own)
 
 
 def a_day(session, tenant, day, *, reserved=NOTHING, settled=NOTHING, abandoned=NOTHING):
-    session.add(UsageDay(tenant_id=tenant.id, day=day, reserved=reserved, settled=settled, abandoned=abandoned))
+    session.add(
+        UsageDay(
+            tenant_id=tenant.id, day=day, reserved=reserved, settled=settled, abandoned=abandoned
+        )
+    )
     session.flush()
 
 
@@ -36,7 +53,9 @@ def today_of(session) -> date:
 def ledger_of(session, tenant) -> list[UsageDay]:
     """Every day of the tenant, as the database has it."""
     session.expire_all()
-    return list(usage.days(session, tenant_id=tenant.id, since=date(2000, 1, 1), until=date(2100, 1, 1)))
+    return list(
+        usage.days(session, tenant_id=tenant.id, since=date(2000, 1, 1), until=date(2100, 1, 1))
+    )
 
 
 def stand_of(session, tenant, count_jobs_to=None):
@@ -60,9 +79,14 @@ def test_accepting_a_job_reserves_what_it_counts(session):
 
 def test_jobs_accepted_together_are_reserved_together(session):
     tenant = a_tenant(session)
-    together = [NewJob(params=resolved(), start_within_s=600, megapixel_steps=amount) for amount in (A_JOB, Decimal("0.25"))]
+    together = [
+        NewJob(params=resolved(), start_within_s=600, megapixel_steps=amount)
+        for amount in (A_JOB, Decimal("0.25"))
+    ]
 
-    accepting.accept(session, together, tenant_id=tenant.id, api_key_id=None, currency="EUR", actor="tests")
+    accepting.accept(
+        session, together, tenant_id=tenant.id, api_key_id=None, currency="EUR", actor="tests"
+    )
 
     assert [facts(day) for day in ledger_of(session, tenant)] == [(Decimal("1.75"), NOTHING, 2, 0)]
 
@@ -134,12 +158,17 @@ def is_tried_too_often(session, job):
 
 
 def expires(session, job):
-    session.execute(text("UPDATE jobs SET start_by = clock_timestamp() - interval '1 s' WHERE id = :id"), {"id": job.id})
+    session.execute(
+        text("UPDATE jobs SET start_by = clock_timestamp() - interval '1 s' WHERE id = :id"),
+        {"id": job.id},
+    )
     assert jobs.expire(session, job.id) is not None
 
 
-@pytest.mark.parametrize("ends", [is_taken_back, is_taken_back_while_it_runs, fails, is_tried_too_often, expires])
-def test_what_was_reserved_for_a_job_that_comes_to_nothing_is_free_again(session, ends):
+@pytest.mark.parametrize(
+    "ends", [is_taken_back, is_taken_back_while_it_runs, fails, is_tried_too_often, expires]
+)
+def test_a_reservation_for_a_job_that_comes_to_nothing_is_free_again(session, ends):
     tenant = a_tenant(session)
     job = a_counted_job(session, tenant)
 
@@ -163,7 +192,10 @@ def test_a_job_is_booked_on_the_day_on_which_it_was_accepted(session):
     tenant = a_tenant(session)
     job = a_counted_job(session, tenant)
     yesterday = job.usage_day - timedelta(days=1)
-    for statement in ("UPDATE usage_ledger SET day = :day WHERE tenant_id = :tenant_id", "UPDATE jobs SET usage_day = :day WHERE id = :id"):
+    for statement in (
+        "UPDATE usage_ledger SET day = :day WHERE tenant_id = :tenant_id",
+        "UPDATE jobs SET usage_day = :day WHERE id = :id",
+    ):
         session.execute(text(statement), {"day": yesterday, "tenant_id": tenant.id, "id": job.id})
     session.expire_all()
 
@@ -171,13 +203,17 @@ def test_a_job_is_booked_on_the_day_on_which_it_was_accepted(session):
     hand_off(session, lease)
     store(session, job)
 
-    assert [(day.day, *facts(day)) for day in ledger_of(session, tenant)] == [(yesterday, NOTHING, A_JOB, 1, 1)]
+    assert [(day.day, *facts(day)) for day in ledger_of(session, tenant)] == [
+        (yesterday, NOTHING, A_JOB, 1, 1)
+    ]
 
 
 def test_a_job_of_before_there_was_a_ledger_is_settled_nowhere(session):
     tenant = a_tenant(session)
 
-    booking = usage.Booking(reserved=A_JOB, settled=A_JOB, abandoned=NOTHING, cost=Decimal(1), succeeded=True)
+    booking = usage.Booking(
+        reserved=A_JOB, settled=A_JOB, abandoned=NOTHING, cost=Decimal(1), succeeded=True
+    )
 
     usage.settle(session, booking, tenant_id=tenant.id, day=None)
     usage.abandon(session, A_JOB, tenant_id=tenant.id, day=None)
@@ -187,8 +223,18 @@ def test_a_job_of_before_there_was_a_ledger_is_settled_nowhere(session):
 
 def test_the_stand_is_what_is_reserved_settled_and_abandoned_today_and_this_month(session):
     tenant, today = a_tenant(session), today_of(session)
-    this_month, last_month = today.replace(day=2 if today.day == 1 else 1), today.replace(day=1) - timedelta(days=1)
-    a_day(session, tenant, today, reserved=Decimal("0.5"), settled=Decimal("0.25"), abandoned=Decimal("0.125"))
+    this_month, last_month = (
+        today.replace(day=2 if today.day == 1 else 1),
+        today.replace(day=1) - timedelta(days=1),
+    )
+    a_day(
+        session,
+        tenant,
+        today,
+        reserved=Decimal("0.5"),
+        settled=Decimal("0.25"),
+        abandoned=Decimal("0.125"),
+    )
     a_day(session, tenant, this_month, settled=Decimal(10), reserved=Decimal(1))
     a_day(session, tenant, last_month, settled=Decimal(100))
     a_day(session, a_tenant(session), today, settled=Decimal(1000))
@@ -200,7 +246,10 @@ def test_the_stand_is_what_is_reserved_settled_and_abandoned_today_and_this_mont
 
 def test_the_stand_follows_the_jobs_of_the_same_transaction(session):
     tenant = a_tenant(session)
-    assert (stand_of(session, tenant).used_today, stand_of(session, tenant).used_this_month) == (0, 0)
+    assert (stand_of(session, tenant).used_today, stand_of(session, tenant).used_this_month) == (
+        0,
+        0,
+    )
 
     first, _ = a_counted_job(session, tenant), a_counted_job(session, tenant)
     both = stand_of(session, tenant)
@@ -218,7 +267,9 @@ def test_the_stand_tells_how_long_the_day_and_the_month_still_are(session):
 
     stand = stand_of(session, a_tenant(session))
 
-    assert stand.day_ends_in_s == pytest.approx((midnight + timedelta(days=1) - now).total_seconds(), abs=30)
+    assert stand.day_ends_in_s == pytest.approx(
+        (midnight + timedelta(days=1) - now).total_seconds(), abs=30
+    )
     assert stand.month_ends_in_s == pytest.approx((first - now).total_seconds(), abs=30)
 
 
@@ -252,10 +303,19 @@ def test_jobs_under_way_are_counted_as_far_as_is_asked(session):
     a_succeeded_job(session, tenant=tenant)
     a_job(session)  # another tenant's
 
-    counts = {count_jobs_to: stand_of(session, tenant, count_jobs_to).active_jobs for count_jobs_to in (None, 0, 1, 2, 3, 1_000_000)}
+    counts = {
+        count_jobs_to: stand_of(session, tenant, count_jobs_to).active_jobs
+        for count_jobs_to in (None, 0, 1, 2, 3, 1_000_000)
+    }
 
-    assert (queued.state, running.state, storing.state, over.state) == ("queued", "running", "storing", "canceled")
-    assert counts == {None: 0, 0: 1, 1: 2, 2: 3, 3: 3, 1_000_000: 3}  # one more than asked: enough to know that it is over
+    assert (queued.state, running.state, storing.state, over.state) == (
+        "queued",
+        "running",
+        "storing",
+        "canceled",
+    )
+    # one more than asked: enough to know that it is over
+    assert counts == {None: 0, 0: 1, 1: 2, 2: 3, 3: 3, 1_000_000: 3}
 
 
 def test_days_are_told_from_the_first_to_the_last_both_included_and_oldest_first(session):
@@ -266,4 +326,6 @@ def test_days_are_told_from_the_first_to_the_last_both_included_and_oldest_first
 
     days = usage.days(session, tenant_id=tenant.id, since=date(2026, 3, 2), until=date(2026, 3, 4))
 
-    assert [(day.day, day.settled) for day in days] == [(date(2026, 3, number), Decimal(number)) for number in (2, 3, 4)]
+    assert [(day.day, day.settled) for day in days] == [
+        (date(2026, 3, number), Decimal(number)) for number in (2, 3, 4)
+    ]

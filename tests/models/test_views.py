@@ -305,7 +305,11 @@ def usage_by_tenant_day(session, tenant) -> Rows:
     def accept(megapixel_steps: str):
         own = {"tenant_id": tenant.id, "api_key_id": None, "currency": "EUR", "actor": "tests"}
         counts = Decimal(megapixel_steps)
-        return jobs.accept(session, jobs.NewJob(params=resolved(), start_within_s=60, megapixel_steps=counts), **own)
+        return jobs.accept(
+            session,
+            jobs.NewJob(params=resolved(), start_within_s=60, megapixel_steps=counts),
+            **own,
+        )
 
     accept("0.5")
     done, taken_back = accept("0.25"), accept("1.0")

@@ -1,4 +1,6 @@
-"""Which deliveries of webhooks are tried, how many at once, and which never again; in a database that no courier looks at."""
+"""Which deliveries of webhooks are tried, how many at once, and which never again; in a database
+that no courier looks at.
+"""
 
 import uuid
 from datetime import timedelta
@@ -47,11 +49,22 @@ def a_tenant(session) -> uuid.UUID:
     return tenants.create(session, name=f"t-{uuid.uuid4().hex[:12]}").id
 
 
-def an_endpoint(session, tenant_id=None, *, is_slow=False, deliveries=1, **columns) -> WebhookEndpoint:
-    """An endpoint with test events (they are about no job) that are due; disabled ones refuse others."""
+def an_endpoint(
+    session, tenant_id=None, *, is_slow=False, deliveries=1, **columns
+) -> WebhookEndpoint:
+    """An endpoint with test events (they are about no job) that are due.
+
+    Disabled ones refuse others.
+    """
     tenant_id = tenant_id or a_tenant(session)
     made = webhooks.create(
-        session, tenant_id=tenant_id, url="https://example.com/", events=[], description="", secret="whsec_AAAA", actor="tests"
+        session,
+        tenant_id=tenant_id,
+        url="https://example.com/",
+        events=[],
+        description="",
+        secret="whsec_AAAA",
+        actor="tests",
     )
     session.flush()
     made.is_slow = is_slow
@@ -69,7 +82,9 @@ def all_due(session, *, limit=1000) -> list[uuid.UUID]:
 
 def of(session, *endpoints) -> list[uuid.UUID]:
     here = WebhookDelivery.endpoint_id.in_([endpoint.id for endpoint in endpoints])
-    return list(session.scalars(select(WebhookDelivery.id).where(here).order_by(WebhookDelivery.id)))
+    return list(
+        session.scalars(select(WebhookDelivery.id).where(here).order_by(WebhookDelivery.id))
+    )
 
 
 def claim_all(session, delivery_ids) -> tuple[list[webhooks.Claim], int]:
@@ -179,7 +194,9 @@ def test_an_endpoint_that_is_quick_again_leaves_the_slow_ones(session):
     assert ([claim.is_slow for claim in claims], put_off) == ([False, False], 0)
 
 
-def test_what_nobody_may_deliver_ends_after_three_days_and_what_is_asked_for_again_does_not(session):
+def test_deliveries_that_nobody_may_make_end_after_three_days_unless_asked_for_again(
+    session,
+):
     now = session.scalar(text("SELECT clock_timestamp()"))
     old = now - timedelta(seconds=GIVE_UP_AFTER_S + 60)
     disabled = an_endpoint(session, deliveries=3, disabled_at=old)
@@ -197,7 +214,9 @@ def test_what_nobody_may_deliver_ends_after_three_days_and_what_is_asked_for_aga
 
 
 def test_a_test_event_reaches_a_disabled_endpoint(session):
-    endpoint = an_endpoint(session, deliveries=0, disabled_at=session.scalar(text("SELECT clock_timestamp()")))
+    endpoint = an_endpoint(
+        session, deliveries=0, disabled_at=session.scalar(text("SELECT clock_timestamp()"))
+    )
     delivery = webhooks.note_test(session, endpoint, TEST_EVENT)
     session.commit()
 

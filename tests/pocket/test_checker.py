@@ -12,7 +12,9 @@ from pocket.world import SIDE_PX, Scene, Thing, caption, draw, random_scene
 
 
 def a_picture(background="white", *things):
-    return draw(Scene(background, things or (Thing("red", "circle", "small", "left"),)), random.Random(0))
+    return draw(
+        Scene(background, things or (Thing("red", "circle", "small", "left"),)), random.Random(0)
+    )
 
 
 def test_a_true_picture_always_passes():
@@ -43,7 +45,7 @@ def test_a_wrong_attribute_is_caught_by_name(caption_text, wrong):
     assert [name for name, is_right in verdict.attributes().items() if is_right is False] == [wrong]
 
 
-def test_what_the_caption_does_not_name_is_free():
+def test_features_that_the_caption_does_not_name_are_free():
     verdict = check(a_picture(), "a red circle on white")
 
     assert verdict.everything_right
@@ -51,10 +53,16 @@ def test_what_the_caption_does_not_name_is_free():
 
 
 def test_two_objects_may_not_change_sides():
-    picture = a_picture("black", Thing("green", "star", "small"), Thing("white", "triangle", "small"))
+    picture = a_picture(
+        "black", Thing("green", "star", "small"), Thing("white", "triangle", "small")
+    )
 
-    assert check(picture, "a small green star left of a small white triangle on black").everything_right
-    assert not check(picture, "a small white triangle and a small green star on black").everything_right
+    assert check(
+        picture, "a small green star left of a small white triangle on black"
+    ).everything_right
+    assert not check(
+        picture, "a small white triangle and a small green star on black"
+    ).everything_right
 
 
 def test_a_missing_second_object_is_caught():
@@ -69,7 +77,9 @@ def test_an_empty_picture_shows_nothing():
     assert "nothing" in verdict.summary
 
 
-@pytest.mark.parametrize("text", ["a red cat on white", "a red circle", "", "red", "a red circle and a star on white"])
+@pytest.mark.parametrize(
+    "text", ["a red cat on white", "a red circle", "", "red", "a red circle and a star on white"]
+)
 def test_a_sentence_from_another_world_is_refused(text):
     with pytest.raises(CaptionNotUnderstood):
         read_caption(text)

@@ -1,4 +1,6 @@
-"""The weights in the repository are the ones that were measured, and they still do what they are told."""
+"""The weights in the repository are the ones that were measured, and they still do what they are
+told.
+"""
 
 import hashlib
 import json
@@ -38,13 +40,21 @@ def test_the_checkpoint_is_small_enough_for_a_repository():
 
 @pytest.mark.parametrize("path", WEIGHTS, ids=lambda path: path.parent.name)
 def test_the_readme_tells_the_digest_of_every_weight_file(path):
-    assert hashlib.sha256(path.read_bytes()).hexdigest() in (CHECKPOINT.parent / "README.md").read_text()
+    assert (
+        hashlib.sha256(path.read_bytes()).hexdigest()
+        in (CHECKPOINT.parent / "README.md").read_text()
+    )
 
 
 def test_the_folder_loads_as_an_ordinary_pipeline():
-    pipeline = StableDiffusionPipeline.from_pretrained(CHECKPOINT, safety_checker=None, use_safetensors=True, local_files_only=True)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        CHECKPOINT, safety_checker=None, use_safetensors=True, local_files_only=True
+    )
 
-    assert json.loads((CHECKPOINT / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
+    assert (
+        json.loads((CHECKPOINT / "model_index.json").read_text())["_class_name"]
+        == "StableDiffusionPipeline"
+    )
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
 
 
@@ -52,7 +62,9 @@ def test_the_shipped_tokenizer_knows_every_caption_word():
     tokenizer = CLIPTokenizer.from_pretrained(CHECKPOINT / "tokenizer")
 
     for prompt in unseen_prompts(100):
-        assert [token.removesuffix("</w>") for token in tokenizer.tokenize(prompt)] == prompt.split()
+        assert [
+            token.removesuffix("</w>") for token in tokenizer.tokenize(prompt)
+        ] == prompt.split()
 
 
 def test_four_steps_follow_at_least_nine_of_ten_unseen_prompts():
@@ -61,4 +73,6 @@ def test_four_steps_follow_at_least_nine_of_ten_unseen_prompts():
     pictures = render(load_pipeline(), prompts, num_steps=4)
 
     verdicts = [check(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
-    assert sum(verdict.everything_right for verdict in verdicts) >= 9, [verdict.summary for verdict in verdicts]
+    assert sum(verdict.everything_right for verdict in verdicts) >= 9, [
+        verdict.summary for verdict in verdicts
+    ]

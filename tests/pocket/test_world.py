@@ -26,9 +26,14 @@ def test_every_caption_word_is_one_token(tokenizer):
 
 
 def test_every_process_builds_the_same_vocabulary(tokenizer):
-    script = "import json; from pocket.tokenizer import build_tokenizer; print(json.dumps(build_tokenizer().get_vocab()))"
+    script = (
+        "import json; from pocket.tokenizer import build_tokenizer; "
+        "print(json.dumps(build_tokenizer().get_vocab()))"
+    )
 
-    elsewhere = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    ).stdout
 
     assert json.loads(elsewhere) == tokenizer.get_vocab()
 

@@ -1,4 +1,7 @@
-"""Who is let in, and how long they will wait: by what goes before them, and by nothing that comes after."""
+"""Who is let in, and how long they will wait.
+
+By what goes before them, and by nothing that comes after.
+"""
 
 from dataclasses import dataclass
 
@@ -39,7 +42,10 @@ def waiting(cost_s, *, jobs=10, tier="fast", weight=1.0, is_own=False) -> Flow:
 
 
 def a_snapshot(flows, *, devices=1, running=None, handoff_fill=0.0) -> PoolSnapshot:
-    lines = {tier: Line(flow.waiting for flow in flows if flow.tier == tier) for tier in {flow.tier for flow in flows}}
+    lines = {
+        tier: Line(flow.waiting for flow in flows if flow.tier == tier)
+        for tier in {flow.tier for flow in flows}
+    }
     own = {flow.tier: TenantBacklog(flow.waiting, flow.waiting) for flow in flows if flow.is_own}
     return PoolSnapshot(devices, lines, running or {}, handoff_fill, own)
 
@@ -47,17 +53,40 @@ def a_snapshot(flows, *, devices=1, running=None, handoff_fill=0.0) -> PoolSnaps
 def place(*flows, tier="fast", lead_s=0.0, num_images=1, devices=1, running=None):
     """Where a job of the pool of 16 slots stands."""
     snapshot = a_snapshot(flows, devices=devices, running=running)
-    return place_in(a_fleet(), snapshot, pool="local", tier=tier, num_images=num_images, lead_s=lead_s)
+    return place_in(
+        a_fleet(), snapshot, pool="local", tier=tier, num_images=num_images, lead_s=lead_s
+    )
 
 
 def guess_s(*flows, job_device_s=1.0, devices=1, num_images=1, **where) -> float:
     there = place(*flows, devices=devices, num_images=num_images, **where)
-    return first_guess_s(there, a_snapshot(flows, devices=devices), job_device_s=job_device_s, num_images=num_images)
+    return first_guess_s(
+        there, a_snapshot(flows, devices=devices), job_device_s=job_device_s, num_images=num_images
+    )
 
 
-def refused(*flows, there=NOTHING_AHEAD, ratios=None, tier="fast", job_device_s=1.0, draw=0.5, devices=1, handoff_fill=0.0, fleet=None):
+def refused(
+    *flows,
+    there=NOTHING_AHEAD,
+    ratios=None,
+    tier="fast",
+    job_device_s=1.0,
+    draw=0.5,
+    devices=1,
+    handoff_fill=0.0,
+    fleet=None,
+):
     snapshot = a_snapshot(flows, devices=devices, handoff_fill=handoff_fill)
-    return refusal(fleet or a_fleet(), snapshot, there, ratios, pool="local", tier=tier, job_device_s=job_device_s, draw=draw)
+    return refusal(
+        fleet or a_fleet(),
+        snapshot,
+        there,
+        ratios,
+        pool="local",
+        tier=tier,
+        job_device_s=job_device_s,
+        draw=draw,
+    )
 
 
 def ahead(seconds) -> Place:
@@ -69,39 +98,57 @@ def within_jitter(retry_after_s, seconds) -> bool:
     return seconds * (1 - JITTER) <= retry_after_s < seconds * (1 + JITTER) + 1
 
 
-def test_what_a_batch_adds_goes_before_its_own_next_item_and_counts_against_the_tenant():
+def test_items_of_a_batch_go_before_its_next_one_and_count_against_the_tenant():
     own = {"fast": TenantBacklog(Waiting(1.0, 2, 20.0), Waiting(1.0, 5, 50.0))}
-    snapshot = PoolSnapshot(1, {"fast": Line([Waiting(1.0, 2, 20.0), Waiting(1.0, 4, 40.0)])}, own=own)
+    snapshot = PoolSnapshot(
+        1, {"fast": Line([Waiting(1.0, 2, 20.0), Waiting(1.0, 4, 40.0)])}, own=own
+    )
     fleet = a_fleet({"tiers.fast.max_queued_s_per_tenant": 50.5})
 
     there = place_in(fleet, snapshot, pool="local", tier="fast", num_images=1, lead_s=50)
 
     assert (there.ahead_s, there.jobs_ahead) == (50 + 40, 5 + 4)
-    assert place_in(fleet, snapshot, pool="local", tier="batch", num_images=1, lead_s=0).ahead_s == 50 + 40
-    assert refusal(fleet, snapshot, there, None, pool="local", tier="fast", job_device_s=1.0, draw=0.5).reason == "tenant_queue_full"
+    assert (
+        place_in(fleet, snapshot, pool="local", tier="batch", num_images=1, lead_s=0).ahead_s
+        == 50 + 40
+    )
+    assert (
+        refusal(
+            fleet, snapshot, there, None, pool="local", tier="fast", job_device_s=1.0, draw=0.5
+        ).reason
+        == "tenant_queue_full"
+    )
 
 
 def test_the_longer_one_s_own_backlog_the_longer_one_waits():
-    guesses = [guess_s(waiting(backlog_s, is_own=True), lead_s=backlog_s) for backlog_s in (10, 20, 40)]
-    jobs = [place(waiting(10.0 * count, jobs=count, is_own=True), lead_s=10.0 * count).jobs_ahead for count in (1, 2, 4)]
+    guesses = [
+        guess_s(waiting(backlog_s, is_own=True), lead_s=backlog_s) for backlog_s in (10, 20, 40)
+    ]
+    jobs = [
+        place(waiting(10.0 * count, jobs=count, is_own=True), lead_s=10.0 * count).jobs_ahead
+        for count in (1, 2, 4)
+    ]
 
     assert guesses == [11, 21, 41]
     assert jobs == [1, 2, 4]
 
 
 @given(dump_s=st.floats(100, 1e6), jobs=st.integers(10, 10_000))
-def test_what_another_tenant_dumps_behind_one_s_own_place_changes_nothing(dump_s, jobs):
+def test_another_tenant_s_dump_behind_one_s_own_place_changes_nothing(dump_s, jobs):
     mine, small = waiting(20, jobs=2, is_own=True), waiting(40, jobs=4)
     large = waiting(40 + dump_s, jobs=round(4 * (40 + dump_s) / 40))
 
     for lead_s in (0, 10, 40):
-        with_small, with_large = place(mine, small, lead_s=lead_s), place(mine, large, lead_s=lead_s)
+        with_small, with_large = (
+            place(mine, small, lead_s=lead_s),
+            place(mine, large, lead_s=lead_s),
+        )
 
         assert with_large.ahead_s == with_small.ahead_s
         assert abs(with_large.jobs_ahead - with_small.jobs_ahead) <= 1, "rounded"
 
 
-def test_who_has_nothing_waiting_has_nothing_of_a_dump_ahead():
+def test_a_tenant_with_nothing_waiting_has_nothing_of_a_dump_ahead():
     dump = waiting(1e5, jobs=10_000)
 
     assert place(dump).jobs_ahead == 0
@@ -112,7 +159,9 @@ def test_all_that_better_tiers_have_goes_before_and_nothing_of_lower_ones():
     flows = (waiting(10, tier="fast"), waiting(20, tier="quality"), waiting(40, tier="batch"))
     in_hand = {"fast": Running(1, 2), "quality": Running(3, 4), "batch": Running(5, 6)}
 
-    assert [place(*flows, tier=tier, running=in_hand).ahead_s for tier in ("fast", "quality", "batch")] == [
+    assert [
+        place(*flows, tier=tier, running=in_hand).ahead_s for tier in ("fast", "quality", "batch")
+    ] == [
         1,
         10 + 1 + 3,
         10 + 20 + 1 + 3 + 5,
@@ -125,13 +174,15 @@ def test_more_devices_shorten_the_wait():
 
 def test_company_on_the_device_is_what_is_in_hand_up_to_its_slots():
     def company(images, devices=1, num_images=1):
-        return place(running={"batch": Running(0.0, images)}, devices=devices, num_images=num_images).concurrent_images
+        return place(
+            running={"batch": Running(0.0, images)}, devices=devices, num_images=num_images
+        ).concurrent_images
 
     assert (company(0), company(5), company(100)) == (1, 6, 16)
     assert (company(11, devices=4), company(0, num_images=4, devices=4)) == (3, 4)
 
 
-def test_who_would_be_done_in_time_is_let_in():
+def test_a_job_that_would_be_done_in_time_is_let_in():
     assert refused() is None
     assert refused(waiting(1e9), there=ahead(29)) is None
 
@@ -144,7 +195,11 @@ def test_a_pool_that_nothing_serves_is_said_to_be_unserved():
     assert within_jitter(no.retry_after_s, 60)
 
 
-@pytest.mark.parametrize("change", [{"pools.local.warm_floor": 1}, {"pools.local.scalable": True}], ids=["warm", "scalable"])
+@pytest.mark.parametrize(
+    "change",
+    [{"pools.local.warm_floor": 1}, {"pools.local.scalable": True}],
+    ids=["warm", "scalable"],
+)
 def test_a_pool_whose_workers_are_still_to_come_is_served(change):
     assert refused(devices=0, there=ahead(1e6), fleet=a_fleet(change)) is None
 
@@ -161,8 +216,12 @@ def test_a_tenant_with_enough_waiting_is_refused_while_another_is_let_in():
     assert refused(waiting(99.5, is_own=True, tier="batch"), fleet=fleet) is None
 
 
-@pytest.mark.parametrize(("weight", "devices", "wait_s"), [(1.0, 1, 80), (3.0, 1, 40), (1.0, 2, 40)])
-def test_who_has_enough_waiting_is_told_when_the_excess_will_be_gone_by_its_share(weight, devices, wait_s):
+@pytest.mark.parametrize(
+    ("weight", "devices", "wait_s"), [(1.0, 1, 80), (3.0, 1, 40), (1.0, 2, 40)]
+)
+def test_a_tenant_with_enough_waiting_is_told_when_its_share_will_have_done_the_excess(
+    weight, devices, wait_s
+):
     fleet = a_fleet({"tiers.fast.max_queued_s_per_tenant": 100.0})
     mine = waiting(110, weight=weight, is_own=True)
 
@@ -172,7 +231,10 @@ def test_who_has_enough_waiting_is_told_when_the_excess_will_be_gone_by_its_shar
 
 
 def test_a_first_job_is_let_in_however_large_it_is():
-    assert refused(job_device_s=1e6, fleet=a_fleet({"tiers.fast.max_queued_s_per_tenant": 100.0})) is None
+    assert (
+        refused(job_device_s=1e6, fleet=a_fleet({"tiers.fast.max_queued_s_per_tenant": 100.0}))
+        is None
+    )
 
 
 def test_while_the_hand_off_is_overfull_nothing_is_let_in():
@@ -185,7 +247,7 @@ def test_while_the_hand_off_is_overfull_nothing_is_let_in():
 
 
 @pytest.mark.parametrize(("tier", "deadline_s"), [("fast", 30), ("quality", 600)])
-def test_what_would_not_start_before_its_deadline_is_refused(tier, deadline_s):
+def test_a_job_that_would_not_start_before_its_deadline_is_refused(tier, deadline_s):
     assert refused(tier=tier, there=ahead(deadline_s)) is None
 
     no = refused(tier=tier, there=ahead(deadline_s + 50))
@@ -209,7 +271,7 @@ def test_whoever_was_wrong_before_is_careful_now_but_no_more_than_fourfold(p90, 
 
 
 @given(wait_s=st.floats(31, 1e6), draw=DRAWS)
-def test_who_is_refused_is_asked_back_within_ten_minutes_in_whole_seconds(wait_s, draw):
+def test_refusals_ask_back_within_ten_minutes_in_whole_seconds(wait_s, draw):
     no = refused(there=ahead(wait_s), draw=draw)
 
     assert isinstance(no.retry_after_s, int)
@@ -217,8 +279,10 @@ def test_who_is_refused_is_asked_back_within_ten_minutes_in_whole_seconds(wait_s
 
 
 @pytest.mark.parametrize("wait_s", [130, 100_000])
-def test_who_is_refused_together_does_not_come_back_together(wait_s):
-    asked_back = {refused(there=ahead(wait_s), draw=number / 100).retry_after_s for number in range(100)}
+def test_refusals_given_together_do_not_ask_back_together(wait_s):
+    asked_back = {
+        refused(there=ahead(wait_s), draw=number / 100).retry_after_s for number in range(100)
+    }
 
     assert len(asked_back) > 30
     assert max(asked_back) > 1.3 * min(asked_back)

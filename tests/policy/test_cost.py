@@ -22,7 +22,9 @@ from tests.builders import a_fleet, resolved
         ("quality", 0.00149, "0.000000"),
     ],
 )
-def test_the_price_is_device_time_at_the_pool_s_hour_and_the_tier_s_weight(tier, device_seconds, amount):
+def test_the_price_is_device_time_at_the_pool_s_hour_and_the_tier_s_weight(
+    tier, device_seconds, amount
+):
     assert str(price(a_fleet(), pool="local", tier=tier, device_seconds=device_seconds)) == amount
 
 
@@ -60,7 +62,10 @@ def test_megapixel_steps_are_all_that_a_job_asks_for_rounded_up(factor, wish, co
 def test_a_price_is_rounded_half_up_and_never_to_even():
     a_millionth_s = 3600 / 1.2 / 1_000_000
 
-    rounded = [str(price(a_fleet(), pool="local", tier="quality", device_seconds=n / 2 * a_millionth_s)) for n in (1, 3, 5)]
+    rounded = [
+        str(price(a_fleet(), pool="local", tier="quality", device_seconds=n / 2 * a_millionth_s))
+        for n in (1, 3, 5)
+    ]
 
     assert rounded == ["0.000001", "0.000002", "0.000003"]
 

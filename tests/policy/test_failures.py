@@ -17,7 +17,14 @@ from policy.formats import FORMATS, extension_of
 from policy.states import ACTIVE_STATES, FINAL_STATES, TAKEN_BACK, JobState
 from policy.webhooks import ENDED_EVENTS, event_of
 
-OURS = {"attempts_exhausted", "out_of_memory", "input_gone", "run_deadline", "not_stored", "internal"}
+OURS = {
+    "attempts_exhausted",
+    "out_of_memory",
+    "input_gone",
+    "run_deadline",
+    "not_stored",
+    "internal",
+}
 KEPT_INSIDE = {"attempts_exhausted", "internal"}
 
 
@@ -48,7 +55,13 @@ def test_states_are_final_or_active_and_never_both():
 
 
 def test_states_have_an_event_of_their_own_each_once_final():
-    assert ENDED_EVENTS == ("job.succeeded", "job.failed", "job.rejected", "job.canceled", "job.expired")
+    assert ENDED_EVENTS == (
+        "job.succeeded",
+        "job.failed",
+        "job.rejected",
+        "job.canceled",
+        "job.expired",
+    )
     assert tuple(event_of(state) for state in FINAL_STATES) == ENDED_EVENTS
 
 
@@ -59,7 +72,8 @@ def test_states_are_the_same_to_the_client_and_the_command_line():
     assert isinstance(option.type, Choice)
     assert list(option.type.choices) == [state.value for state in JobState]
     for state in set(FINAL_STATES) - {JobState.SUCCEEDED}:
-        assert f'"{state}"' in inspect.getsource(cli.many)  # of the lines that --retry-failed begins again
+        # of the lines that --retry-failed begins again
+        assert f'"{state}"' in inspect.getsource(cli.many)
 
 
 def test_formats_are_the_same_to_the_encoder_the_client_and_the_command_line():

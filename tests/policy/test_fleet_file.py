@@ -29,7 +29,7 @@ def test_tiers_are_ordered_by_rank_and_not_by_their_place_in_the_file():
     assert fleet.tiers_by_rank == ("quality", "batch", "fast")
 
 
-def test_what_is_not_said_is_the_first_of_the_file():
+def test_a_default_that_is_not_said_is_the_first_of_the_file():
     fleet = a_fleet({"tiers.fast.rank": 9})
 
     assert (fleet.default_tier(), fleet.default_model()) == ("fast", "pocket")
@@ -81,32 +81,87 @@ def test_a_wrong_value_is_named_by_its_key(key, value):
     ("changes", "key", "reason"),
     [
         ({"tiers.batch.rank": 0}, "tiers.batch.rank", "taken by another tier"),
-        ({"tiers.fast.default_steps": 21}, "tiers.fast.default_steps", "must not exceed max_steps (20)"),
+        (
+            {"tiers.fast.default_steps": 21},
+            "tiers.fast.default_steps",
+            "must not exceed max_steps (20)",
+        ),
         ({"tiers.fast.guaranteed_share": 0.9}, "tiers.*.guaranteed_share", "more than 1"),
-        ({"tiers.fast.max_megapixels": 0.01}, "tiers.fast.max_megapixels", "no size of model 'pocket' fits"),
-        ({"pools.local.models": ["pocket", "poket"]}, "pools.local.models", "'poket' is not a model"),
-        ({"pools.local.row_buckets": [4, 2]}, "pools.local.row_buckets", "ascending numbers from 1 to max_batch_rows (16)"),
+        (
+            {"tiers.fast.max_megapixels": 0.01},
+            "tiers.fast.max_megapixels",
+            "no size of model 'pocket' fits",
+        ),
+        (
+            {"pools.local.models": ["pocket", "poket"]},
+            "pools.local.models",
+            "'poket' is not a model",
+        ),
+        (
+            {"pools.local.row_buckets": [4, 2]},
+            "pools.local.row_buckets",
+            "ascending numbers from 1 to max_batch_rows (16)",
+        ),
         ({"pools.local.row_buckets": [4, 32]}, "pools.local.row_buckets", "ascending numbers"),
-        ({"models.pocket.pipeline_class": "SanaPipeline"}, "models.pocket.pipeline_class", "means nothing to family 'sd'"),
-        ({"models.pocket.options": {"eta": 0.5}}, "models.pocket.options", "means nothing to family 'sd'"),
-        ({"models.pocket.block_cache_threshold": 0.1}, "models.pocket.block_cache_threshold", "means nothing to family 'sd'"),
+        (
+            {"models.pocket.pipeline_class": "SanaPipeline"},
+            "models.pocket.pipeline_class",
+            "means nothing to family 'sd'",
+        ),
+        (
+            {"models.pocket.options": {"eta": 0.5}},
+            "models.pocket.options",
+            "means nothing to family 'sd'",
+        ),
+        (
+            {"models.pocket.block_cache_threshold": 0.1},
+            "models.pocket.block_cache_threshold",
+            "means nothing to family 'sd'",
+        ),
         ({"pools.big.slots": 7}, "pools.big.slots", "less than tiers.quality.max_images (8)"),
         ({"pools.big.models": ["large", "pocket"]}, "models.pocket", "exactly one pool, is in 2"),
         ({"pools.big": GONE}, "models.large", "exactly one pool, is in 0"),
         (
-            {"pools.results": {"models": ["pocket"], "slots": 8, "max_batch_rows": 8}, "pools.local": GONE},
+            {
+                "pools.results": {"models": ["pocket"], "slots": 8, "max_batch_rows": 8},
+                "pools.local": GONE,
+            },
             "pools.results",
             "results queues",
         ),
         ({"models.pocket.aliases": ["large"]}, "models.pocket.aliases", "'large' is taken"),
         ({"models.pocket.aliases": ["a", "a"]}, "models.pocket.aliases", "'a' is taken"),
-        ({"models.pocket.aliases": ["a"], "models.large.aliases": ["a"]}, "models.large.aliases", "'a' is taken"),
-        ({"models.pocket.default_sampler": "unipc"}, "models.pocket.default_sampler", "one of samplers"),
-        ({"models.pocket.default_guidance": 15.5}, "models.pocket.default_guidance", "must not exceed max_guidance (15.0)"),
-        ({"models.pocket.versions.0.traffic_weight": 0.0}, "models.pocket.versions", "traffic_weight above 0"),
+        (
+            {"models.pocket.aliases": ["a"], "models.large.aliases": ["a"]},
+            "models.large.aliases",
+            "'a' is taken",
+        ),
+        (
+            {"models.pocket.default_sampler": "unipc"},
+            "models.pocket.default_sampler",
+            "one of samplers",
+        ),
+        (
+            {"models.pocket.default_guidance": 15.5},
+            "models.pocket.default_guidance",
+            "must not exceed max_guidance (15.0)",
+        ),
+        (
+            {"models.pocket.versions.0.traffic_weight": 0.0},
+            "models.pocket.versions",
+            "traffic_weight above 0",
+        ),
         ({"models.pocket.tiers.slow.default_steps": 4}, "models.pocket.tiers.slow", "not a tier"),
-        ({"models.pocket.tiers.fast.default_steps": 21}, "models.pocket.tiers.fast.default_steps", "exceeds the tier's max_steps"),
-        ({"models.large.tiers.fast.default_guidance": 20.5}, "models.large.tiers.fast.default_guidance", "exceeds max_guidance (20.0)"),
+        (
+            {"models.pocket.tiers.fast.default_steps": 21},
+            "models.pocket.tiers.fast.default_steps",
+            "exceeds the tier's max_steps",
+        ),
+        (
+            {"models.large.tiers.fast.default_guidance": 20.5},
+            "models.large.tiers.fast.default_guidance",
+            "exceeds max_guidance (20.0)",
+        ),
         ({"models.pocket.tiers.quality": GONE}, BUCKETS, "'128x128' needs 2 to 16 rows"),
         (
             {"models.pocket.tiers.quality.bucket_rows.128x192": 17},
@@ -129,11 +184,19 @@ def test_a_name_that_could_not_be_part_of_a_queue_s_is_refused():
 def test_two_versions_may_not_share_an_id():
     versions = [{"id": "1", "source": "a"}, {"id": "1", "source": "b"}]
 
-    assert problems_of({"models.pocket.versions": versions}) == ["models.pocket.versions: ids must differ"]
+    assert problems_of({"models.pocket.versions": versions}) == [
+        "models.pocket.versions: ids must differ"
+    ]
 
 
 def test_every_problem_is_told_at_once():
-    found = problems_of({"tiers.fast.default_steps": 21, "models.pocket.default_sampler": "unipc", "pools.big.slots": 1})
+    found = problems_of(
+        {
+            "tiers.fast.default_steps": 21,
+            "models.pocket.default_sampler": "unipc",
+            "pools.big.slots": 1,
+        }
+    )
 
     assert {problem.partition(":")[0] for problem in found} >= {
         "tiers.fast.default_steps",
@@ -152,7 +215,22 @@ def test_a_size_is_width_times_height_in_multiples_of_eight():
 
 
 @pytest.mark.parametrize(
-    "text", ["512", "512X512", "x512", "512x", "512x513", "0x0", "-8x8", "8 x8", "4104x8", "٨x8", "1e2x8", "512x512x512", ""]
+    "text",
+    [
+        "512",
+        "512X512",
+        "x512",
+        "512x",
+        "512x513",
+        "0x0",
+        "-8x8",
+        "8 x8",
+        "4104x8",
+        "٨x8",
+        "1e2x8",
+        "512x512x512",
+        "",
+    ],
 )
 def test_anything_else_is_not_a_size(text):
     with pytest.raises(ValueError, match=r"multiples of 8|WIDTHxHEIGHT"):

@@ -1,7 +1,9 @@
-"""The gate of a worker under arbitrary arrivals: messages of any size, leases that come late or never, images that end in any order.
+"""The gate of a worker under arbitrary arrivals.
 
-The worker here is the real one's rule on plain values: `may_take` asked queue by queue in the order of `render_queues`, with the images
-of leases and of messages that have no lease yet.
+Messages of any size, leases that come late or never, images that end in any order.
+
+The worker here is the real one's rule on plain values: `may_take` asked queue by queue in the order
+of `render_queues`, with the images of leases and of messages that have no lease yet.
 """
 
 from collections import Counter, deque
@@ -19,14 +21,19 @@ TIERS = ("fast", "quality", "batch")
 
 
 def most_images(fleet: Fleet, slots: int) -> int:
-    """What a worker may hold at most: that many jobs, and what sticks out of each tier's last one."""
+    """What a worker may hold at most.
+
+    That many jobs, and what sticks out of each tier's last one.
+    """
     largest = [tier.max_images for tier in fleet.tiers.values()]
     return most_jobs(fleet, slots) + sum(images - 1 for images in largest) + max(largest) - 1
 
 
 @dataclass(eq=False)
 class HeldJob:
-    """A job in the worker's hand: its message says `images`, its lease, once it is there, how many of them are to be rendered."""
+    """A job in the worker's hand: its message says `images`, its lease, once it is there, how many
+    of them are to be rendered.
+    """
 
     tier: str
     is_front: bool
@@ -75,12 +82,22 @@ class Worker:
 class Gate(RuleBasedStateMachine):
     """Anything may happen at any time, in any order."""
 
-    @initialize(slots=st.sampled_from((1, 2, 3, 8, 16, 24)), shares=st.sampled_from(((0.25, 0.15, 0.05), (0.5, 0.3, 0.1), (0.0, 0.0, 0.0))))
+    @initialize(
+        slots=st.sampled_from((1, 2, 3, 8, 16, 24)),
+        shares=st.sampled_from(((0.25, 0.15, 0.05), (0.5, 0.3, 0.1), (0.0, 0.0, 0.0))),
+    )
     def start(self, slots: int, shares: tuple[float, float, float]) -> None:
-        changes = {f"tiers.{tier}.guaranteed_share": share for tier, share in zip(TIERS, shares, strict=True)}
+        changes = {
+            f"tiers.{tier}.guaranteed_share": share
+            for tier, share in zip(TIERS, shares, strict=True)
+        }
         self.worker = Worker(a_fleet(changes), slots)
 
-    @rule(tier=st.sampled_from(TIERS), is_front=st.booleans(), sizes=st.lists(st.integers(1, 8), min_size=1, max_size=12))
+    @rule(
+        tier=st.sampled_from(TIERS),
+        is_front=st.booleans(),
+        sizes=st.lists(st.integers(1, 8), min_size=1, max_size=12),
+    )
     def arrive(self, tier: str, is_front: bool, sizes: list[int]) -> None:
         """A burst."""
         largest = self.worker.fleet.tiers[tier].max_images
@@ -101,7 +118,9 @@ class Gate(RuleBasedStateMachine):
         fleet, slots = self.worker.fleet, self.worker.slots
         rank = fleet.tiers[job.tier].rank
         upto = sum(images for tier, images in before.items() if fleet.tiers[tier].rank <= rank)
-        has_room = before[job.tier] < guaranteed_slots(fleet, job.tier, slots) or upto < own_slots(fleet, job.tier, slots)
+        has_room = before[job.tier] < guaranteed_slots(fleet, job.tier, slots) or upto < own_slots(
+            fleet, job.tier, slots
+        )
         assert has_room or (job.is_front and before.total() < 2 * slots)
 
     @precondition(lambda self: any(not job.has_lease for job in self.worker.jobs))
@@ -126,7 +145,9 @@ class Gate(RuleBasedStateMachine):
     def restart(self) -> None:
         """All that was in hand comes back at the front, at once, to a worker that holds nothing."""
         for job in self.worker.jobs:
-            self.worker.queued[queues.render_queue("local", job.tier, is_front=True)].append(job.images)
+            self.worker.queued[queues.render_queue("local", job.tier, is_front=True)].append(
+                job.images
+            )
         self.worker.jobs.clear()
 
     @invariant()
@@ -144,7 +165,10 @@ class Gate(RuleBasedStateMachine):
         held, open_queues = self.worker.held(), self.worker.open_queues()
         for tier in TIERS:
             if held[tier] < guaranteed_slots(self.worker.fleet, tier, self.worker.slots):
-                assert {queues.render_queue("local", tier, is_front=is_front) for is_front in (True, False)} <= set(open_queues)
+                assert {
+                    queues.render_queue("local", tier, is_front=is_front)
+                    for is_front in (True, False)
+                } <= set(open_queues)
 
     @invariant()
     def the_best_tier_has_every_slot(self) -> None:
@@ -152,7 +176,9 @@ class Gate(RuleBasedStateMachine):
             assert "local.fast" in self.worker.open_queues()
 
     def teardown(self) -> None:
-        """Nobody starves: once images end as they come, everything is taken, whatever the order in which it arrived."""
+        """Nobody starves: once images end as they come, everything is taken, whatever the order in
+        which it arrived.
+        """
         if not hasattr(self, "worker"):
             return
         rest = sum(map(len, self.worker.queued.values())) + len(self.worker.jobs)

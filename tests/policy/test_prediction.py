@@ -1,4 +1,7 @@
-"""What a job will take and when it will be done: guesses, and how they are corrected by how wrong the last ones were."""
+"""What a job will take and when it will be done.
+
+Guesses, and how they are corrected by how wrong the last ones were.
+"""
 
 import math
 import random
@@ -7,15 +10,33 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policy.prediction import Cost, EtaRatios, Line, Waiting, corrected, learn_ratios, predicted_s, raw_eta_s
+from policy.prediction import (
+    Cost,
+    EtaRatios,
+    Line,
+    Waiting,
+    corrected,
+    learn_ratios,
+    predicted_s,
+    raw_eta_s,
+)
 from policy.steps import Denoising
 
 SECONDS = st.floats(0, 1e6)
-FLOWS = st.lists(st.builds(Waiting, weight=st.floats(0.1, 10), jobs=st.integers(1, 100), cost_s=st.floats(0.1, 1e5)))
+FLOWS = st.lists(
+    st.builds(
+        Waiting, weight=st.floats(0.1, 10), jobs=st.integers(1, 100), cost_s=st.floats(0.1, 1e5)
+    )
+)
 
 
 def cost_of(cost=None, **changes) -> float:
-    wish = {"width_px": 1000, "height_px": 1000, "denoising": Denoising(steps=20, rows=1), "num_images": 1}
+    wish = {
+        "width_px": 1000,
+        "height_px": 1000,
+        "denoising": Denoising(steps=20, rows=1),
+        "num_images": 1,
+    }
     return predicted_s(cost, **{**wish, **changes})
 
 
@@ -28,10 +49,12 @@ def test_a_job_takes_its_rows_times_its_steps_and_what_is_fixed_of_each_image():
 
     assert cost_of(cost) == pytest.approx(20 * 0.01 + 0.3)
     assert cost_of(cost, denoising=Denoising(20, rows=2)) == pytest.approx(20 * 2 * 0.01 + 0.3)
-    assert cost_of(cost, denoising=Denoising(20, rows=2), num_images=4) == pytest.approx(4 * (20 * 2 * 0.01 + 0.3))
+    assert cost_of(cost, denoising=Denoising(20, rows=2), num_images=4) == pytest.approx(
+        4 * (20 * 2 * 0.01 + 0.3)
+    )
 
 
-def test_what_was_never_seen_is_guessed_by_its_pixels_and_never_free():
+def test_a_cost_that_was_never_seen_is_guessed_by_its_pixels_and_never_free():
     assert cost_of(width_px=128, height_px=128) > 0
     assert cost_of(width_px=2000) == pytest.approx(2 * cost_of())
     assert cost_of(denoising=Denoising(40, rows=1)) > cost_of()
@@ -61,7 +84,9 @@ def test_the_further_behind_the_more_is_ahead_and_never_more_than_there_is(flows
 
 @given(flows=FLOWS, lead_s=SECONDS)
 def test_a_line_gives_what_its_flows_give_each_for_itself(flows, lead_s):
-    given_s, jobs = zip(*(flow.before(lead_s) for flow in flows), strict=True) if flows else ((), ())
+    given_s, jobs = (
+        zip(*(flow.before(lead_s) for flow in flows), strict=True) if flows else ((), ())
+    )
 
     assert Line(flows).before(lead_s) == pytest.approx((sum(given_s), sum(jobs)), abs=1e-6)
 
@@ -75,7 +100,7 @@ def test_all_that_is_ahead_is_spread_over_the_devices_and_the_job_shares_its_own
     assert raw_eta_s(ahead_s=60, image_device_s=2, devices=0, concurrent_images=0.5) == 60 + 2
 
 
-def test_before_anything_was_learnt_the_guess_is_the_median_and_nine_in_ten_take_up_to_twice_as_long():
+def test_the_first_guess_is_the_median_and_nine_in_ten_take_up_to_twice_as_long():
     eta = corrected(10, None)
 
     assert (eta.p50_s, eta.p90_s) == (10, 20)
@@ -93,13 +118,17 @@ def test_a_corrected_guess_has_its_p90_never_below_its_p50(raw_s, p50, p90):
 @pytest.mark.parametrize("spread", [0.3, 0.8])
 def test_of_ratios_as_they_come_half_lie_below_p50_and_nine_tenths_below_p90(median, spread):
     chance = random.Random(11)
-    past, next_ones = ([chance.lognormvariate(math.log(median), spread) for _ in range(count)] for count in (400, 5000))
+    past, next_ones = (
+        [chance.lognormvariate(math.log(median), spread) for _ in range(count)]
+        for count in (400, 5000)
+    )
 
     known = None
     for observed, ratio in enumerate(past):
         known = learn_ratios(known, ratio, observed=observed)
 
-    # A step of 0.05 in the logarithm keeps a quantile trembling: for the narrower spread by about 0.11 and 0.05 of the share below.
+    # A step of 0.05 in the logarithm keeps a quantile trembling: for the narrower spread by about
+    # 0.11 and 0.05 of the share below.
     assert share_below(next_ones, known.p50) == pytest.approx(0.5, abs=0.2)
     assert share_below(next_ones, known.p90) == pytest.approx(0.9, abs=0.08)
 
@@ -115,7 +144,7 @@ def test_the_first_job_moves_the_ratios_by_half_their_way_and_the_hundredth_by_a
     assert (below.p50, below.p90) == pytest.approx((math.exp(-0.025), 2 * math.exp(-0.005)))
 
 
-def test_what_was_learnt_follows_when_jobs_begin_to_take_twice_as_long():
+def test_learnt_ratios_follow_when_jobs_begin_to_take_twice_as_long():
     chance, known = random.Random(5), None
     for observed in range(800):
         median = 1.0 if observed < 400 else 2.0

@@ -40,7 +40,10 @@ def outstanding(running=None, announced=None) -> Outstanding:
 
 
 def a_line(*owners, num_images=1, attempt=0) -> list[WaitingJob]:
-    return [WaitingJob(uuid.uuid4(), owner, num_images, float(tag), attempt) for tag, owner in enumerate(owners)]
+    return [
+        WaitingJob(uuid.uuid4(), owner, num_images, float(tag), attempt)
+        for tag, owner in enumerate(owners)
+    ]
 
 
 def picked(selection) -> list[tuple[uuid.UUID, bool]]:
@@ -48,7 +51,14 @@ def picked(selection) -> list[tuple[uuid.UUID, bool]]:
 
 
 def hint(there, *, tenant=ANNA, num_images=1, waiting=0, sharing=1, limits=LIMITS) -> ReleaseHint:
-    return release_hint(there, limits, tenant_id=tenant, num_images=num_images, waiting_jobs=waiting, sharing=sharing)
+    return release_hint(
+        there,
+        limits,
+        tenant_id=tenant,
+        num_images=num_images,
+        waiting_jobs=waiting,
+        sharing=sharing,
+    )
 
 
 def goes_at_once(there, *, tenant=ANNA, num_images=1, limits=LIMITS) -> bool:
@@ -59,17 +69,26 @@ def goes_at_once(there, *, tenant=ANNA, num_images=1, limits=LIMITS) -> bool:
 
 
 @pytest.mark.parametrize(("live_slots", "limit"), [(0, 32), (16, 32), (48, 64)])
-def test_the_limit_is_the_live_slots_and_one_batch_and_without_a_worker_one_worker_s(live_slots, limit):
-    assert release_limits(a_fleet(), pool="local", tier="fast", live_slots=live_slots).limit_images == limit
+def test_the_limit_is_the_live_slots_and_one_batch_and_without_a_worker_one_worker_s(
+    live_slots, limit
+):
+    assert (
+        release_limits(a_fleet(), pool="local", tier="fast", live_slots=live_slots).limit_images
+        == limit
+    )
 
 
-@pytest.mark.parametrize(("tier", "slots"), [("fast", 48), ("quality", 36), ("batch", 29), ("gone", 48)])
+@pytest.mark.parametrize(
+    ("tier", "slots"), [("fast", 48), ("quality", 36), ("batch", 29), ("gone", 48)]
+)
 def test_slots_are_all_but_those_kept_for_better_tiers(tier, slots):
     assert release_limits(a_fleet(), pool="local", tier=tier, live_slots=48).slots == slots
 
 
 def test_the_least_share_is_enough_for_one_person_and_no_more_than_a_worker_holds():
-    small = {f"tiers.{tier}.max_images": 1 for tier in ("fast", "quality", "batch")} | {"pools.local.slots": 2}
+    small = {f"tiers.{tier}.max_images": 1 for tier in ("fast", "quality", "batch")} | {
+        "pools.local.slots": 2
+    }
 
     assert release_limits(a_fleet(), pool="local", tier="fast", live_slots=16).least_share == 4
     assert release_limits(a_fleet(small), pool="local", tier="fast", live_slots=16).least_share == 2
@@ -90,7 +109,10 @@ def test_a_pool_that_is_gone_limits_to_what_one_small_worker_holds():
 # --- the cap
 
 
-@pytest.mark.parametrize(("held", "num_images", "exceeds"), [(0, 4, False), (3, 1, False), (3, 2, True), (0, 5, False), (1, 5, True)])
+@pytest.mark.parametrize(
+    ("held", "num_images", "exceeds"),
+    [(0, 4, False), (3, 1, False), (3, 2, True), (0, 5, False), (1, 5, True)],
+)
 def test_the_cap_bounds_what_a_tenant_has_and_lets_a_larger_job_go_alone(held, num_images, exceeds):
     capped = ReleaseLimits(slots=8, limit_images=12, max_per_tenant=4)
 
@@ -101,10 +123,11 @@ def test_the_cap_bounds_what_a_tenant_has_and_lets_a_larger_job_go_alone(held, n
 # --- behind
 
 
-def test_a_tenant_is_behind_with_at_most_half_of_its_share_while_another_runs_more_than_its_own():
+def test_a_tenant_is_behind_with_half_its_share_at_most_while_another_runs_too_much():
     there = outstanding(running={BERT: 8})
 
-    assert is_behind(there, LIMITS, tenant_id=ANNA, num_images=3, sharing=2)  # of 12 images 6 are fair
+    # of 12 images 6 are fair
+    assert is_behind(there, LIMITS, tenant_id=ANNA, num_images=3, sharing=2)
     assert not is_behind(there, LIMITS, tenant_id=BERT, num_images=1, sharing=2)
 
 
@@ -116,11 +139,15 @@ def test_a_tenant_with_something_outstanding_is_behind_up_to_half_of_its_share()
 
 
 def test_a_tenant_with_nothing_outstanding_is_behind_however_large_its_job_is():
-    assert is_behind(outstanding(running={BERT: 8}), LIMITS, tenant_id=ANNA, num_images=12, sharing=2)
+    assert is_behind(
+        outstanding(running={BERT: 8}), LIMITS, tenant_id=ANNA, num_images=12, sharing=2
+    )
 
 
 def test_nobody_is_behind_one_whose_jobs_only_stand_in_line():
-    assert not is_behind(outstanding(announced={BERT: 12}), LIMITS, tenant_id=ANNA, num_images=1, sharing=2)
+    assert not is_behind(
+        outstanding(announced={BERT: 12}), LIMITS, tenant_id=ANNA, num_images=1, sharing=2
+    )
 
 
 def test_nobody_is_behind_one_who_runs_no_more_than_its_share():
@@ -133,8 +160,16 @@ def test_nobody_is_behind_one_who_runs_no_more_than_its_share():
 def test_the_least_share_counts_where_many_share():
     limits = ReleaseLimits(slots=8, limit_images=12, least_share=4)
 
-    assert is_behind(outstanding(running={BERT: 8}, announced={ANNA: 1}), limits, tenant_id=ANNA, num_images=1, sharing=12)
-    assert not is_behind(outstanding(running={BERT: 4}), limits, tenant_id=ANNA, num_images=1, sharing=12)
+    assert is_behind(
+        outstanding(running={BERT: 8}, announced={ANNA: 1}),
+        limits,
+        tenant_id=ANNA,
+        num_images=1,
+        sharing=12,
+    )
+    assert not is_behind(
+        outstanding(running={BERT: 4}), limits, tenant_id=ANNA, num_images=1, sharing=12
+    )
 
 
 # --- at once
@@ -221,7 +256,11 @@ def test_a_selection_passes_tenants_at_their_cap():
 
     selection.take_in_order(line)
 
-    assert [job_id for job_id, _ in picked(selection)] == [line[0].job_id, line[1].job_id, line[3].job_id]
+    assert [job_id for job_id, _ in picked(selection)] == [
+        line[0].job_id,
+        line[1].job_id,
+        line[3].job_id,
+    ]
 
 
 def test_a_job_that_a_worker_had_before_goes_to_the_front_whoever_s_it_is():
@@ -270,7 +309,10 @@ def test_those_behind_are_not_picked_twice_and_the_cap_holds_there_too():
     jobs=st.lists(st.tuples(TENANTS, st.integers(1, 4), st.integers(0, 1)), max_size=12),
 )
 def test_whatever_waits_a_selection_keeps_its_limits(limits, running, announced, jobs):
-    line = [WaitingJob(uuid.UUID(int=100 + tag), owner, images, float(tag), attempt) for tag, (owner, images, attempt) in enumerate(jobs)]
+    line = [
+        WaitingJob(uuid.UUID(int=100 + tag), owner, images, float(tag), attempt)
+        for tag, (owner, images, attempt) in enumerate(jobs)
+    ]
     before, there = outstanding(running, announced), outstanding(running, announced)
     selection = Selection(there, limits)
 
@@ -279,7 +321,9 @@ def test_whatever_waits_a_selection_keeps_its_limits(limits, running, announced,
     after_line = there.total_images
     selection.take_those_behind(line)
 
-    assert after_line <= max(limits.limit_images, before.total_images, max((job.num_images for job in line), default=0))
+    assert after_line <= max(
+        limits.limit_images, before.total_images, max((job.num_images for job in line), default=0)
+    )
     assert there.total_images <= max(2 * limits.limit_images, after_line)
     taken = Counter()
     for job in line:
@@ -291,7 +335,11 @@ def test_whatever_waits_a_selection_keeps_its_limits(limits, running, announced,
     assert all(selection.picked[job_id].is_front for job_id in selection.picked.keys() - in_order)
     if limits.max_per_tenant is not None:
         for tenant in (ANNA, BERT, CARL):
-            own = [job.num_images for job in line if job.tenant_id == tenant and job.job_id in selection.picked]
+            own = [
+                job.num_images
+                for job in line
+                if job.tenant_id == tenant and job.job_id in selection.picked
+            ]
             assert not own or there.images[tenant] <= max(limits.max_per_tenant, max(own))
 
 
@@ -301,8 +349,15 @@ def test_whatever_waits_a_selection_keeps_its_limits(limits, running, announced,
     announced=st.dictionaries(TENANTS, st.integers(1, 6)),
     num_images=st.integers(1, 9),
 )
-def test_what_may_go_at_once_is_what_a_release_would_pick_for_the_tier_s_own_queue(limits, running, announced, num_images):
-    limits = ReleaseLimits(limits.slots, max(limits.slots, limits.limit_images), limits.least_share, limits.max_per_tenant)
+def test_a_job_that_may_go_at_once_is_one_that_a_release_would_pick_for_its_queue(
+    limits, running, announced, num_images
+):
+    limits = ReleaseLimits(
+        limits.slots,
+        max(limits.slots, limits.limit_images),
+        limits.least_share,
+        limits.max_per_tenant,
+    )
     [job], there = a_line(ANNA, num_images=num_images), outstanding(running, announced)
     may = goes_at_once(there, num_images=num_images, limits=limits)
 

@@ -1,4 +1,6 @@
-"""From a wish to parameters that say everything, or a refusal that names the field and what is accepted."""
+"""From a wish to parameters that say everything, or a refusal that names the field and what is
+accepted.
+"""
 
 from uuid import UUID
 
@@ -23,12 +25,18 @@ def test_a_bare_prompt_gets_every_parameter():
     job = resolve(a_fleet(), a_wish(prompt="a red circle"), default_seed=7, draw=0.0)
 
     assert (job.model, job.model_version, job.pool, job.tier) == ("pocket", "1", "local", "fast")
-    assert (job.width_px, job.height_px, job.num_steps, job.guidance, job.sampler) == (128, 128, 4, 4.0, "ddim")
+    assert (job.width_px, job.height_px, job.num_steps, job.guidance, job.sampler) == (
+        128,
+        128,
+        4,
+        4.0,
+        "ddim",
+    )
     assert (job.seed, job.num_images, job.output_format, job.negative_prompt) == (7, 1, "png", "")
     assert (job.precision, job.determinism, job.bucket_rows) == ("fp32", "best_effort", None)
 
 
-def test_what_was_asked_for_is_kept():
+def test_parameters_that_were_asked_for_are_kept():
     job = resolved(
         negative_prompt="blue",
         tier="batch",
@@ -41,8 +49,20 @@ def test_what_was_asked_for_is_kept():
         output_format="webp",
     )
 
-    assert (job.negative_prompt, job.tier, job.width_px, job.height_px) == ("blue", "batch", 128, 192)
-    assert (job.num_steps, job.guidance, job.sampler, job.seed, job.num_images, job.output_format) == (33, 0.0, "euler", 0, 8, "webp")
+    assert (job.negative_prompt, job.tier, job.width_px, job.height_px) == (
+        "blue",
+        "batch",
+        128,
+        192,
+    )
+    assert (
+        job.num_steps,
+        job.guidance,
+        job.sampler,
+        job.seed,
+        job.num_images,
+        job.output_format,
+    ) == (33, 0.0, "euler", 0, 8, "webp")
 
 
 def test_a_model_may_have_defaults_of_its_own_in_a_tier():
@@ -98,14 +118,21 @@ def test_a_refusal_names_the_field_and_what_is_accepted(fields, field, accepted)
 
 def test_a_tier_accepts_no_size_above_its_megapixels():
     fleet = a_fleet(
-        {"tiers.fast.max_megapixels": 0.02, "models.large.sizes": ["128x128"], "models.large.tiers.quality.bucket_rows.128x128": 4}
+        {
+            "tiers.fast.max_megapixels": 0.02,
+            "models.large.sizes": ["128x128"],
+            "models.large.tiers.quality.bucket_rows.128x128": 4,
+        }
     )
 
     with pytest.raises(InvalidWish) as refusal:
         resolve(fleet, a_wish(size="128x192"), default_seed=7, draw=0.0)
 
     assert (refusal.value.field, refusal.value.accepted) == ("size", ["128x128"])
-    assert resolve(fleet, a_wish(size="128x192", tier="batch"), default_seed=7, draw=0.0).height_px == 192
+    assert (
+        resolve(fleet, a_wish(size="128x192", tier="batch"), default_seed=7, draw=0.0).height_px
+        == 192
+    )
 
 
 def test_a_seed_of_minus_one_is_one_that_is_drawn():
@@ -120,7 +147,10 @@ def test_the_seed_of_the_last_image_is_still_exact_in_json():
 
 
 def test_versions_get_traffic_by_their_weight():
-    versions = [{"id": "1", "source": "a", "traffic_weight": 9.0}, {"id": "2", "source": "b", "traffic_weight": 1.0}]
+    versions = [
+        {"id": "1", "source": "a", "traffic_weight": 9.0},
+        {"id": "2", "source": "b", "traffic_weight": 1.0},
+    ]
     model = a_fleet({"models.pocket.versions": versions}).models["pocket"]
 
     drawn = [pick_version(model, draw / 100).id for draw in range(100)]
@@ -129,11 +159,16 @@ def test_versions_get_traffic_by_their_weight():
 
 
 @given(
-    weights=st.lists(st.sampled_from([0.0, 1e-9, 0.1, 1.0, 3.0, 1e9]), min_size=1, max_size=5).filter(any),
+    weights=st.lists(
+        st.sampled_from([0.0, 1e-9, 0.1, 1.0, 3.0, 1e9]), min_size=1, max_size=5
+    ).filter(any),
     draw=st.floats(0, 1, exclude_max=True),
 )
 def test_a_version_without_weight_gets_no_new_jobs(weights, draw):
-    versions = [{"id": str(number), "source": "a", "traffic_weight": weight} for number, weight in enumerate(weights)]
+    versions = [
+        {"id": str(number), "source": "a", "traffic_weight": weight}
+        for number, weight in enumerate(weights)
+    ]
     model = a_fleet({"models.pocket.versions": versions}).models["pocket"]
 
     assert pick_version(model, draw).traffic_weight > 0
@@ -169,7 +204,15 @@ def test_a_wish_is_resolved_within_all_limits_or_refused_by_field(**fields):
 
 
 def test_an_alias_is_its_model_and_stays_on_record():
-    fleet = a_fleet({"models.large.aliases": ["gpt-image-1.5", "stabilityai/stable-diffusion-3.5-large", "flux:dev"]})
+    fleet = a_fleet(
+        {
+            "models.large.aliases": [
+                "gpt-image-1.5",
+                "stabilityai/stable-diffusion-3.5-large",
+                "flux:dev",
+            ]
+        }
+    )
 
     for alias in fleet.models["large"].aliases:
         job = resolve(fleet, a_wish(model=alias), default_seed=7, draw=0.0)
@@ -215,7 +258,11 @@ def test_a_rule_holds_each_end_of_its_range_by_itself(rule, taken, refused, acce
 
 @pytest.mark.parametrize(
     ("family", "field", "value"),
-    [("flux", "clip_skip", 0), ("sd", "control_image", UUID(int=1)), ("sd3", "control_image", UUID(int=1))],
+    [
+        ("flux", "clip_skip", 0),
+        ("sd", "control_image", UUID(int=1)),
+        ("sd3", "control_image", UUID(int=1)),
+    ],
 )
 def test_a_parameter_that_the_family_has_not_is_refused_by_name(family, field, value):
     with pytest.raises(InvalidWish, match="by model pocket") as refusal:

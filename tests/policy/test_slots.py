@@ -40,7 +40,7 @@ def test_a_lower_tier_keeps_its_share_beside_a_busy_higher_one():
     assert filled_by("quality", 16, held) == {"fast": 14, "quality": 2}
 
 
-def test_a_worker_full_of_the_highest_tier_takes_no_more_of_it_and_still_the_guaranteed_share_of_the_others():
+def test_a_worker_full_of_the_highest_tier_takes_only_the_guaranteed_share_of_others():
     assert filled_by("fast", 16, {"fast": 16}) == {"fast": 16}
     assert filled_by("quality", 16, {"fast": 16}) == {"fast": 16, "quality": 2}
     assert filled_by("batch", 16, {"fast": 16}) == {"fast": 16, "batch": 1}
@@ -54,7 +54,9 @@ def test_a_higher_tier_is_taken_by_a_worker_full_of_lower_ones():
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_from_the_front_queue_a_worker_takes_up_to_twice_its_slots_less_what_the_other_tiers_are_promised(tier):
+def test_the_front_queue_fills_twice_the_slots_less_what_other_tiers_are_promised(
+    tier,
+):
     held = Counter({tier: 16})
 
     while may_take(a_fleet(), tier, held, 16, is_front=True):
@@ -99,14 +101,24 @@ def test_a_tier_within_its_guarantee_gets_in_whatever_others_hold(slots, tier, h
     assert may_take(a_fleet(), tier, held, slots, is_front=is_front)
 
 
-@given(slots=st.integers(1, 64), tier=st.sampled_from(TIERS), held=st.dictionaries(st.sampled_from(TIERS), st.integers(0, 200)))
-def test_what_is_held_of_lower_tiers_keeps_nobody_out(slots, tier, held):
+@given(
+    slots=st.integers(1, 64),
+    tier=st.sampled_from(TIERS),
+    held=st.dictionaries(st.sampled_from(TIERS), st.integers(0, 200)),
+)
+def test_images_held_of_lower_tiers_keep_nobody_out(slots, tier, held):
     fleet = a_fleet()
-    better = {name: images for name, images in held.items() if fleet.tiers[name].rank <= fleet.tiers[tier].rank}
+    better = {
+        name: images
+        for name, images in held.items()
+        if fleet.tiers[name].rank <= fleet.tiers[tier].rank
+    }
 
     assert may_take(fleet, tier, held, slots) == may_take(fleet, tier, better, slots)
 
 
-@pytest.mark.parametrize(("tier", "slots"), [("fast", 48), ("quality", 36), ("batch", 29), ("gone", 48)])
+@pytest.mark.parametrize(
+    ("tier", "slots"), [("fast", 48), ("quality", 36), ("batch", 29), ("gone", 48)]
+)
 def test_of_three_workers_a_tier_has_all_slots_but_those_kept_for_better_ones(tier, slots):
     assert own_slots(a_fleet(), tier, 48) == slots

@@ -21,11 +21,20 @@ PICTURE = {"tier": "quality", "init_image": uuid.uuid4()}
 
 
 def of_family(family, **changes):
-    return a_fleet({"models.pocket.family": family, **{f"models.pocket.{key}": value for key, value in changes.items()}})
+    return a_fleet(
+        {
+            "models.pocket.family": family,
+            **{f"models.pocket.{key}": value for key, value in changes.items()},
+        }
+    )
 
 
 def rows(family, *, guidance=4.0, negative_prompt="", **changes) -> int:
-    return rows_taken(of_family(family, **changes).models["pocket"], guidance=guidance, negative_prompt=negative_prompt)
+    return rows_taken(
+        of_family(family, **changes).models["pocket"],
+        guidance=guidance,
+        negative_prompt=negative_prompt,
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -47,7 +56,9 @@ def test_steps_that_come_out_even_are_the_same_for_every_family(family):
     assert steps_made(family, num_steps=20, strength=0.25) == 5
 
 
-@given(family=st.sampled_from(FAMILIES), num_steps=st.integers(1, 200), strength=st.floats(0.0001, 1.0))
+@given(
+    family=st.sampled_from(FAMILIES), num_steps=st.integers(1, 200), strength=st.floats(0.0001, 1.0)
+)
 def test_steps_are_at_least_one_and_never_more_than_were_asked_for(family, num_steps, strength):
     assert 1 <= steps_made(family, num_steps=num_steps, strength=strength) <= num_steps
 
@@ -59,10 +70,14 @@ def test_the_least_strength_that_is_accepted_leaves_one_step(family, num_steps):
     with pytest.raises(InvalidWish) as refused:
         resolved(fleet, **PICTURE, steps=num_steps, strength=0.0)
 
-    least = resolved(fleet, **PICTURE, steps=num_steps, strength=refused.value.accepted["min"]).strength
+    least = resolved(
+        fleet, **PICTURE, steps=num_steps, strength=refused.value.accepted["min"]
+    ).strength
 
     assert int(num_steps * least) == 1
-    assert steps_made(family, num_steps=num_steps, strength=least) in ((1,) if family == "sd" else (1, 2))
+    assert steps_made(family, num_steps=num_steps, strength=least) in (
+        (1,) if family == "sd" else (1, 2)
+    )
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "flux"])
@@ -89,7 +104,9 @@ def test_rows_of_a_pipeline_follow_the_option_that_the_catalogue_tells_every_cal
 
 
 def test_only_flux_says_whether_its_guidance_is_distilled():
-    with pytest.raises(FleetInvalid, match=r"models.pocket.guidance_distilled: means nothing to family 'sd'"):
+    with pytest.raises(
+        FleetInvalid, match=r"models.pocket.guidance_distilled: means nothing to family 'sd'"
+    ):
         of_family("sd", guidance_distilled=False)
 
 
@@ -111,7 +128,9 @@ def test_a_job_of_a_model_that_the_catalogue_no_longer_has_takes_what_sd_does():
 
 def test_megapixel_steps_count_the_steps_that_images_really_make():
     fleet = a_fleet()
-    whole, part = (resolved(fleet, **PICTURE, steps=20, n=2, strength=strength) for strength in (1.0, 0.25))
+    whole, part = (
+        resolved(fleet, **PICTURE, steps=20, n=2, strength=strength) for strength in (1.0, 0.25)
+    )
 
     assert megapixel_steps(fleet, whole) == Decimal(128 * 128 * 20 * 2) / 1_000_000
     assert megapixel_steps(fleet, part) * 4 == megapixel_steps(fleet, whole)
@@ -120,7 +139,9 @@ def test_megapixel_steps_count_the_steps_that_images_really_make():
 def test_megapixel_steps_do_not_count_rows():
     fleet = a_fleet()
 
-    assert megapixel_steps(fleet, resolved(fleet, guidance=1.0)) == megapixel_steps(fleet, resolved(fleet, guidance=4.0))
+    assert megapixel_steps(fleet, resolved(fleet, guidance=1.0)) == megapixel_steps(
+        fleet, resolved(fleet, guidance=4.0)
+    )
 
 
 @pytest.mark.parametrize(("noted", "steps"), [(None, 20), (5, 5)])

@@ -1,4 +1,7 @@
-"""Pictures that jobs start from: brought by who may read the store before a worker is asked, dropped in the end."""
+"""Pictures that jobs start from.
+
+Brought by who may read the store before a worker is asked, dropped in the end.
+"""
 
 import uuid
 from dataclasses import dataclass, replace
@@ -61,7 +64,9 @@ def shelf(stack, here, urls_here) -> Shelf:
 
 def accept(here, shelf, **params) -> Job:
     with transaction(here.database) as session:
-        return a_job(session, tenant=shelf.tenant, init_file_id=shelf.file.id, strength=0.5, **params)
+        return a_job(
+            session, tenant=shelf.tenant, init_file_id=shelf.file.id, strength=0.5, **params
+        )
 
 
 def bring(shelf, job) -> None:
@@ -79,7 +84,10 @@ def asked_for(here) -> list[uuid.UUID]:
 
 
 def _messages(here, queue) -> list[uuid.UUID]:
-    return [job_of_message(message) for message in redis.Redis.from_url(here.settings.broker_url).lrange(queue, 0, -1)]
+    return [
+        job_of_message(message)
+        for message in redis.Redis.from_url(here.settings.broker_url).lrange(queue, 0, -1)
+    ]
 
 
 @pytest.fixture
@@ -114,7 +122,9 @@ def test_a_job_without_its_pictures_gets_no_lease(here, shelf):
     assert (row.state, row.attempt) == (JobState.QUEUED, 0)
 
 
-def test_bringing_again_is_harmless_and_for_a_job_that_lacks_nothing_nothing_is_brought(here, shelf):
+def test_bringing_again_is_harmless_and_for_a_job_that_lacks_nothing_nothing_is_brought(
+    here, shelf
+):
     job, plain = accept(here, shelf), here.accept()
     for _ in range(3):
         bring(shelf, job)
@@ -160,7 +170,9 @@ def test_a_picture_that_is_gone_fails_the_job_and_says_so(here, shelf, what):
     assert not shelf.inputs.are_there(job.id)
 
 
-def test_a_job_whose_pictures_vanished_is_given_back_at_once_and_has_them_brought_again(here, shelf, no_messages):
+def test_a_job_whose_pictures_vanished_is_given_back_at_once_and_has_them_brought_again(
+    here, shelf, no_messages
+):
     job = accept(here, shelf)
     bring(shelf, job)
     shelf.inputs.drop([job.id])
@@ -178,7 +190,9 @@ def test_a_job_whose_pictures_vanished_is_given_back_at_once_and_has_them_brough
 def test_spoilt_pictures_are_thrown_away_and_brought_again(here, shelf):
     job = accept(here, shelf)
     bring(shelf, job)
-    redis.Redis.from_url(here.settings.handoff_url).hset(f"input:{job.id}", "init_image", b"\x00\x00\x00\x02{}")
+    redis.Redis.from_url(here.settings.handoff_url).hset(
+        f"input:{job.id}", "init_image", b"\x00\x00\x00\x02{}"
+    )
 
     here.render(job).join(timeout=30)
     assert here.row(job).lacks_inputs
@@ -202,7 +216,7 @@ def test_a_job_that_leaves_its_worker_leaves_its_pictures_for_the_next_one(here,
     assert shelf.inputs.are_there(job.id)
 
 
-def test_pictures_are_kept_as_long_as_somebody_may_render_from_them_and_found_by_the_sweeper_after_that(here, shelf):
+def test_pictures_are_kept_while_a_job_may_need_them_and_then_found_by_the_sweeper(here, shelf):
     waiting, over = accept(here, shelf), accept(here, shelf)
     for job in (waiting, over):
         bring(shelf, job)
@@ -231,8 +245,10 @@ def test_pictures_that_were_asked_for_in_vain_are_asked_for_again(here, shelf, n
     assert asked_for(here).count(job.id) == 2, "they are there"
 
 
-def test_what_an_error_about_pictures_means():
-    assert failure_code(InputGone("init_image: file x was erased"), is_exclusive=False) == "input_gone"
+def test_errors_about_pictures_are_told_apart_by_what_follows_from_them():
+    assert (
+        failure_code(InputGone("init_image: file x was erased"), is_exclusive=False) == "input_gone"
+    )
     assert failure_code(InputsMissing("late"), is_exclusive=True) is None
     assert not is_unplanned(InputGone("gone"))
     assert not is_unplanned(InputsMissing("late"))

@@ -42,7 +42,8 @@ class Delivering:
             session.flush()
             session.execute(
                 text(
-                    "UPDATE webhook_deliveries SET created_at = created_at - make_interval(secs => :s) WHERE id = :id",
+                    "UPDATE webhook_deliveries "
+                    "SET created_at = created_at - make_interval(secs => :s) WHERE id = :id",
                 ),
                 {"s": age_s, "id": delivery.id},
             )

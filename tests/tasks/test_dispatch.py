@@ -1,4 +1,7 @@
-"""The whole path on the running stack: accept, queue, lease, render in company, hand off, store; and what happens when parts of it die."""
+"""The whole path on the running stack.
+
+Accept, queue, lease, render in company, hand off, store; and what happens when parts of it die.
+"""
 
 import signal
 import time
@@ -20,7 +23,11 @@ from settings import REPO, BrokerSettings
 from tests.builders import until
 from tests.pictures import a_picture, png
 
-SHAPES = ("a large red circle on a blue background", "a small green star at the top on a white background", "a yellow square on black")
+SHAPES = (
+    "a large red circle on a blue background",
+    "a small green star at the top on a white background",
+    "a yellow square on black",
+)
 
 
 @pytest.fixture(scope="session")
@@ -52,13 +59,20 @@ def attempts_of(sql, job: Job) -> list[dict]:
 
 
 def test_forty_jobs_over_all_tiers_all_succeed_and_share_batches(client, sql):
-    jobs = [client.create_job(SHAPES[n % 3], tier=("fast", "quality", "batch")[n % 3], seed=n, steps=4 + n % 5) for n in range(40)]
+    jobs = [
+        client.create_job(
+            SHAPES[n % 3], tier=("fast", "quality", "batch")[n % 3], seed=n, steps=4 + n % 5
+        )
+        for n in range(40)
+    ]
 
     ended = [finished(client, job) for job in jobs]
 
     assert {job.state for job in ended} == {"succeeded"}
     ids = [uuid.UUID(job.id) for job in jobs]
-    rows = sql("SELECT max_images, shared_steps, outcome FROM attempts WHERE job_id = ANY(:ids)", ids=ids)
+    rows = sql(
+        "SELECT max_images, shared_steps, outcome FROM attempts WHERE job_id = ANY(:ids)", ids=ids
+    )
     assert len(rows) == 40, "one attempt each"
     assert max(row["max_images"] for row in rows) > 1
     assert sum(row["shared_steps"] for row in rows) > 0
@@ -67,9 +81,23 @@ def test_forty_jobs_over_all_tiers_all_succeed_and_share_batches(client, sql):
     assert stored == [{"n": 40}]
 
 
-def test_a_burst_of_large_jobs_never_takes_more_slots_than_its_tiers_have(client, second_tenant, sql):
-    """Of 16 slots batch has 10 beside those kept for better tiers, quality 12; the last job of each may stick out by 7 images."""
-    wishes = [{"prompt": SHAPES[n % 3], "tier": ("batch", "quality")[n % 2], "seed": n, "steps": 30, "n": 8} for n in range(12)]
+def test_a_burst_of_large_jobs_never_takes_more_slots_than_its_tiers_have(
+    client, second_tenant, sql
+):
+    """Of 16 slots batch has 10 beside those kept for better tiers, quality 12.
+
+    The last job of each may stick out by 7 images.
+    """
+    wishes = [
+        {
+            "prompt": SHAPES[n % 3],
+            "tier": ("batch", "quality")[n % 2],
+            "seed": n,
+            "steps": 30,
+            "n": 8,
+        }
+        for n in range(12)
+    ]
     burst = [submission.job_id for submission in client.create_jobs(wishes)]
     held: list[dict[str, int]] = []
 
@@ -84,7 +112,12 @@ def test_a_burst_of_large_jobs_never_takes_more_slots_than_its_tiers_have(client
     try:
         eventually(took_what_it_may)
         for _ in range(8):
-            assert finished(second_tenant.client, second_tenant.client.create_job(SHAPES[0], tier="fast")).state == "succeeded"
+            assert (
+                finished(
+                    second_tenant.client, second_tenant.client.create_job(SHAPES[0], tier="fast")
+                ).state
+                == "succeeded"
+            )
             took_what_it_may()
     finally:
         for job_id in burst:
@@ -99,7 +132,10 @@ def test_a_reproducible_image_is_the_same_alone_and_in_company(client, sql):
     wish = {"prompt": SHAPES[0], "tier": "quality", "seed": 77, "steps": 12}
     alone = finished(client, client.create_job(**wish))
 
-    crowd = [client.create_job(SHAPES[n % 3], tier="quality", seed=n, steps=9 + n, guidance=2.0 + n) for n in range(6)]
+    crowd = [
+        client.create_job(SHAPES[n % 3], tier="quality", seed=n, steps=9 + n, guidance=2.0 + n)
+        for n in range(6)
+    ]
     together = finished(client, client.create_job(**wish))
     for job in crowd:
         finished(client, job)
@@ -107,7 +143,11 @@ def test_a_reproducible_image_is_the_same_alone_and_in_company(client, sql):
     assert attempts_of(sql, alone)[0]["shared_steps"] == 0
     in_company = attempts_of(sql, together)[0]
     assert in_company["shared_steps"] > 0, "neighbours really shared the forward"
-    assert in_company["bucket_rows"] == attempts_of(sql, alone)[0]["bucket_rows"] == together.members["bucket_rows"]
+    assert (
+        in_company["bucket_rows"]
+        == attempts_of(sql, alone)[0]["bucket_rows"]
+        == together.members["bucket_rows"]
+    )
     assert together.images[0].pixels_sha256 == alone.images[0].pixels_sha256
 
 
@@ -128,30 +168,55 @@ def test_flower_lists_the_worker_its_queues_and_the_tasks(client, stack):
     assert flower.get("/api/workers").status_code == 401
     flower.auth = (env["FLOWER_USER"], env["FLOWER_PASSWORD"])
     workers = flower.get("/api/workers", params={"refresh": 1}).json()
-    name, worker = next((name, worker) for name, worker in workers.items() if queues.RENDER_JOB in worker.get("registered", []))
+    name, worker = next(
+        (name, worker)
+        for name, worker in workers.items()
+        if queues.RENDER_JOB in worker.get("registered", [])
+    )
     consumed = {queue["name"] for queue in worker["active_queues"]}
-    assert consumed == {f"local.{tier}{front}" for tier in ("fast", "quality", "batch") for front in ("", ".front")}, name
-    eventually(lambda: queues.RENDER_JOB in {task["name"] for task in flower.get("/api/tasks").json().values()})
+    assert consumed == {
+        f"local.{tier}{front}" for tier in ("fast", "quality", "batch") for front in ("", ".front")
+    }, name
+    eventually(
+        lambda: (
+            queues.RENDER_JOB in {task["name"] for task in flower.get("/api/tasks").json().values()}
+        )
+    )
 
 
 def test_flower_has_no_route_that_acts(stack):
     env = stack.env
-    with httpx.Client(base_url=env["FLOWER_URL"], timeout=20, auth=(env["FLOWER_USER"], env["FLOWER_PASSWORD"])) as flower:
-        for route in ("worker/shutdown/x", "worker/pool/grow/x", "worker/queue/add-consumer/x", "task/revoke/x", "task/timeout/x"):
+    with httpx.Client(
+        base_url=env["FLOWER_URL"], timeout=20, auth=(env["FLOWER_USER"], env["FLOWER_PASSWORD"])
+    ) as flower:
+        for route in (
+            "worker/shutdown/x",
+            "worker/pool/grow/x",
+            "worker/queue/add-consumer/x",
+            "task/revoke/x",
+            "task/timeout/x",
+        ):
             assert flower.post(f"/api/{route}").text.find("Unknown") < 0, route
         for route in ("task/apply", "task/async-apply", "task/send-task"):
-            assert flower.post(f"/api/{route}/{queues.TIDY_STORE}", json={}).status_code == 404, route
+            assert flower.post(f"/api/{route}/{queues.TIDY_STORE}", json={}).status_code == 404, (
+                route
+            )
 
 
 def test_a_worker_answers_inspections_and_obeys_nobody(stack):
-    celery = make_celery(BrokerSettings(broker_url=stack.env["BROKER_URL"]), parse_fleet((REPO / "fleet.toml").read_text()))
+    celery = make_celery(
+        BrokerSettings(broker_url=stack.env["BROKER_URL"]),
+        parse_fleet((REPO / "fleet.toml").read_text()),
+    )
     before = {name: stack.pid(name) for name in ("worker", "results", "webhooks")}
     asked = until(lambda: celery.control.inspect(timeout=2).ping())
 
     celery.control.broadcast("shutdown")
     celery.control.broadcast("cancel_consumer", arguments={"queue": queues.WEBHOOKS})
 
-    assert until(lambda: (celery.control.inspect(timeout=2).ping() or {}).keys() == asked.keys(), within_s=30)
+    assert until(
+        lambda: (celery.control.inspect(timeout=2).ping() or {}).keys() == asked.keys(), within_s=30
+    )
     assert {name: stack.pid(name) for name in before} == before
     consumed = celery.control.inspect(timeout=2).active_queues()
     assert queues.WEBHOOKS in {queue["name"] for own in consumed.values() for queue in own}
@@ -168,7 +233,8 @@ def test_a_killed_worker_loses_no_job_and_doubles_no_image(client, sql, stack):
     assert all(len({image.content_sha256 for image in job.images}) == 2 for job in ended)
     assert max(job.attempt for job in ended) == 2
     lost = sql(
-        "SELECT count(*) AS n FROM attempts WHERE outcome = 'lease_lost' AND job_id = ANY(:ids)", ids=[uuid.UUID(job.id) for job in jobs]
+        "SELECT count(*) AS n FROM attempts WHERE outcome = 'lease_lost' AND job_id = ANY(:ids)",
+        ids=[uuid.UUID(job.id) for job in jobs],
     )
     assert lost[0]["n"] >= 1
     assert sql("SELECT * FROM audit_verify()") == []
@@ -185,7 +251,10 @@ def test_flushed_redises_lose_no_job(client, stack):
 
 @pytest.mark.parametrize("url", ["BROKER_URL", "HANDOFF_URL"])
 def test_a_failover_ends_no_process_and_no_job(client, stack, url):
-    before, server = {status.name: status.pid for status in stack.status()}, redis.Redis.from_url(stack.env[url])
+    before, server = (
+        {status.name: status.pid for status in stack.status()},
+        redis.Redis.from_url(stack.env[url]),
+    )
 
     server.execute_command("REPLICAOF", "127.0.0.1", "1")
     try:
@@ -213,23 +282,33 @@ def test_rendered_jobs_wait_for_a_results_worker_and_are_stored_once(client, sql
 
 
 @pytest.mark.parametrize("part", ["results", "s3"])
-def test_jobs_that_wait_for_their_pictures_are_in_nobody_s_way(client, second_tenant, sql, stack, part):
+def test_jobs_that_wait_for_their_pictures_are_in_nobody_s_way(
+    client, second_tenant, sql, stack, part
+):
     file = client.upload(png(a_picture(128, 128)))
     wish = {"tier": "quality", "steps": 4, "init_image": file.id}
     stack.stop(part)
     try:
-        waiting = client.create_jobs([{"prompt": SHAPES[n % 3], "seed": n, **wish} for n in range(40)])
+        waiting = client.create_jobs(
+            [{"prompt": SHAPES[n % 3], "seed": n, **wish} for n in range(40)]
+        )
         waiting_ids = [uuid.UUID(submission.job_id) for submission in waiting]
         for tenant in (client, second_tenant.client):
             for tier in ("fast", "quality", "batch"):
                 job = tenant.create_job(SHAPES[0], tier=tier, steps=4)
                 eventually(lambda job=job, tenant=tenant: tenant.job(job.id).state == "storing")
-        assert sql("SELECT DISTINCT state, attempt FROM jobs WHERE id = ANY(:ids)", ids=waiting_ids) == [{"state": "queued", "attempt": 0}]
+        assert sql(
+            "SELECT DISTINCT state, attempt FROM jobs WHERE id = ANY(:ids)", ids=waiting_ids
+        ) == [{"state": "queued", "attempt": 0}]
     finally:
         stack.start(part)
 
-    assert {finished(client, client.job(str(job_id))).state for job_id in waiting_ids} == {"succeeded"}
-    rows = sql("SELECT count(*) AS attempts FROM attempts WHERE job_id = ANY(:ids)", ids=waiting_ids)
+    assert {finished(client, client.job(str(job_id))).state for job_id in waiting_ids} == {
+        "succeeded"
+    }
+    rows = sql(
+        "SELECT count(*) AS attempts FROM attempts WHERE job_id = ANY(:ids)", ids=waiting_ids
+    )
     assert rows == [{"attempts": 40}], "each got its lease once, when its picture was there"
 
 
@@ -245,7 +324,9 @@ def test_a_vanished_hand_off_is_rendered_again_without_counting_as_a_try(client,
     ended = finished(client, job)
 
     assert (ended.state, ended.attempt) == ("succeeded", 2)
-    assert sql("SELECT counted_attempts FROM jobs WHERE id = :id", id=job.id) == [{"counted_attempts": 0}]
+    assert sql("SELECT counted_attempts FROM jobs WHERE id = :id", id=job.id) == [
+        {"counted_attempts": 0}
+    ]
 
 
 def test_an_object_store_that_is_away_only_delays(client, stack):
@@ -280,7 +361,10 @@ def test_a_running_job_stops_when_it_is_canceled(client, sql):
 def test_a_message_delivered_twice_renders_once(client, sql, stack):
     job = finished(client, client.create_job(SHAPES[1], tier="fast", seed=3))
 
-    broker = Broker(BrokerSettings(broker_url=stack.env["BROKER_URL"]), parse_fleet((REPO / "fleet.toml").read_text()))
+    broker = Broker(
+        BrokerSettings(broker_url=stack.env["BROKER_URL"]),
+        parse_fleet((REPO / "fleet.toml").read_text()),
+    )
     for _ in range(3):
         broker.announce(queues.RENDER_JOB, queues.render_queue("local", "fast"), uuid.UUID(job.id))
         broker.announce(queues.STORE_IMAGES, "results.fast", uuid.UUID(job.id))
@@ -294,12 +378,22 @@ def test_a_message_delivered_twice_renders_once(client, sql, stack):
 def test_the_price_of_a_job_is_its_device_seconds_times_its_tiers_weight(client, sql):
     job = finished(client, client.create_job(SHAPES[2], tier="batch", seed=4, steps=6, n=2))
 
-    seconds = sum(row["device_seconds"] for row in sql("SELECT device_seconds FROM images WHERE job_id = :id", id=job.id))
+    seconds = sum(
+        row["device_seconds"]
+        for row in sql("SELECT device_seconds FROM images WHERE job_id = :id", id=job.id)
+    )
     assert job.cost.gpu_seconds == pytest.approx(seconds, abs=1e-5)
     assert float(job.cost.amount) == pytest.approx(seconds * 1.20 * 0.5 / 3600, abs=2e-6)
     assert job.cost.currency == "USD"
 
 
 def test_everything_listens_on_the_loopback_only(stack):
-    for name in ("DARKROOM_URL", "FLOWER_URL", "S3_ENDPOINT_URL", "BROKER_URL", "HANDOFF_URL", "DATABASE_URL"):
+    for name in (
+        "DARKROOM_URL",
+        "FLOWER_URL",
+        "S3_ENDPOINT_URL",
+        "BROKER_URL",
+        "HANDOFF_URL",
+        "DATABASE_URL",
+    ):
         assert "@127.0.0.1:" in stack.env[name] or "//127.0.0.1:" in stack.env[name], name

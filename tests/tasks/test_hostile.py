@@ -1,4 +1,6 @@
-"""What a worker decides when its device, its surroundings or a request itself is hostile: that job alone suffers."""
+"""What a worker decides when its device, its surroundings or a request itself is hostile: that job
+alone suffers.
+"""
 
 import threading
 import time
@@ -26,7 +28,13 @@ from tasks.preemption import Preemption
 from tests.builders import a_job, a_lease, hand_off, until
 from tests.tasks.conftest import a_worker, metric
 
-LONG = {"tier": "quality", "determinism": "reproducible", "bucket_rows": 8, "num_steps": 60, "guidance": 1.0}
+LONG = {
+    "tier": "quality",
+    "determinism": "reproducible",
+    "bucket_rows": 8,
+    "num_steps": 60,
+    "guidance": 1.0,
+}
 
 
 @pytest.fixture
@@ -77,7 +85,7 @@ def steps_of(here, job):
     return here.renderer.news.steps(job.id) if expected is not None else []
 
 
-def test_an_image_that_does_not_fit_is_tried_again_then_alone_and_then_fails_by_that_name_and_its_neighbours_do_not(
+def test_an_image_that_does_not_fit_is_tried_again_then_alone_and_fails_without_others(
     here, breaks_the_device
 ):
     large, neighbour = here.accept(), here.accept(num_steps=12)
@@ -108,7 +116,9 @@ def test_latents_that_are_not_numbers_fail_their_job_at_once_and_no_other(here, 
 def test_a_job_that_was_there_when_its_worker_died_twice_runs_alone(here):
     suspect, other = here.accept(num_steps=20), here.accept(num_steps=40)
     with transaction(here.database) as session:
-        session.execute(text("UPDATE jobs SET counted_attempts = 2 WHERE id = :id"), {"id": suspect.id})
+        session.execute(
+            text("UPDATE jobs SET counted_attempts = 2 WHERE id = :id"), {"id": suspect.id}
+        )
 
     first = here.render(other)
     until(lambda: here.keeper.all_held(), what="the other's lease")
@@ -120,12 +130,14 @@ def test_a_job_that_was_there_when_its_worker_died_twice_runs_alone(here):
     with transaction(here.database) as session:
         query = text("SELECT max_images, steps FROM attempts WHERE job_id = :id")
         alone = session.execute(query, {"id": suspect.id}).one()
-        shared = session.execute(text("SELECT shared_steps FROM attempts WHERE job_id = :id"), {"id": suspect.id}).scalar_one()
+        shared = session.execute(
+            text("SELECT shared_steps FROM attempts WHERE job_id = :id"), {"id": suspect.id}
+        ).scalar_one()
     assert (alone.max_images, alone.steps, shared) == (1, 20, 0)
     assert not here.keeper.is_reserved()
 
 
-def test_what_comes_to_a_worker_where_a_job_wants_to_be_alone_is_given_back_uncounted(here):
+def test_a_job_that_comes_where_another_wants_to_be_alone_is_given_back_uncounted(here):
     suspect, another, plain = here.accept(**LONG), here.accept(), here.accept()
     with transaction(here.database) as session:
         ids = {"ids": [suspect.id, another.id]}
@@ -141,7 +153,9 @@ def test_what_comes_to_a_worker_where_a_job_wants_to_be_alone_is_given_back_unco
     assert here.row(suspect).state == "storing"
 
 
-def test_a_worker_whose_jobs_all_fail_unplanned_leaves_before_it_has_failed_the_backlog(here, monkeypatch):
+def test_a_worker_whose_jobs_all_fail_unplanned_leaves_before_it_has_failed_the_backlog(
+    here, monkeypatch
+):
     jobs = [here.accept() for _ in range(4)]
     monkeypatch.setattr(here.engine._runner, "predict", lambda batch: 1 / 0)
 
@@ -164,10 +178,15 @@ def test_an_error_now_and_then_is_no_reason_to_leave(here, monkeypatch):
     assert here.notices.poll() is None
 
 
-def test_a_job_that_breaks_the_device_thread_is_counted_and_its_worker_leaves(fleet_here, settings_here, monkeypatch):
+def test_a_job_that_breaks_the_device_thread_is_counted_and_its_worker_leaves(
+    fleet_here, settings_here, monkeypatch
+):
     pool = fleet_here.pools["local"]
     with (
-        Engine(engine_config(settings_here, fleet_here, pool), checkpoint_specs(fleet_here, pool.models, REPO)) as engine,
+        Engine(
+            engine_config(settings_here, fleet_here, pool),
+            checkpoint_specs(fleet_here, pool.models, REPO),
+        ) as engine,
         a_worker(fleet_here, settings_here, engine, name="cpu1@here") as worker,
     ):
         monkeypatch.setattr(engine._ledger, "enter_forward", lambda batch, watch: 1 / 0)
@@ -181,7 +200,9 @@ def test_a_job_that_breaks_the_device_thread_is_counted_and_its_worker_leaves(fl
 
 def test_a_device_that_hangs_ends_its_worker(here, monkeypatch):
     predict, goes_on, exits = here.engine._runner.predict, threading.Event(), []
-    monkeypatch.setattr(here.engine._runner, "predict", lambda batch: (goes_on.wait(20), predict(batch))[1])
+    monkeypatch.setattr(
+        here.engine._runner, "predict", lambda batch: (goes_on.wait(20), predict(batch))[1]
+    )
     monkeypatch.setattr(tasks.health, "LOOK_EVERY_S", 0.05)
     monkeypatch.setattr(tasks.health.os, "_exit", exits.append)
     health = tasks.health.Health(here.engine, stuck_after_s=0.3, leave=here.notices.announce)
@@ -217,7 +238,9 @@ def test_a_lost_answer_to_a_commit_bills_an_image_once(here):
         assert [session.scalar(query, {"id": job.id}) for query in (images, attempts)] == [0.5, 0.5]
 
 
-def test_a_full_hand_off_gives_the_job_back_without_counting_a_try(here, handoff_redis, monkeypatch):
+def test_a_full_hand_off_gives_the_job_back_without_counting_a_try(
+    here, handoff_redis, monkeypatch
+):
     monkeypatch.setattr(tasks.verdicts, "PIXELS_PATIENCE_S", (0.1,))
     job = here.accept()
     handoff_redis.config_set("maxmemory", "1")
@@ -231,7 +254,9 @@ def test_a_full_hand_off_gives_the_job_back_without_counting_a_try(here, handoff
     assert row.state == "storing"
 
 
-def test_pixels_wait_for_a_hand_off_that_takes_nothing_for_some_seconds_and_are_not_rendered_again(here, handoff_redis, monkeypatch):
+def test_pixels_wait_for_a_full_hand_off_for_some_seconds_and_are_not_rendered_again(
+    here, handoff_redis, monkeypatch
+):
     monkeypatch.setattr(tasks.verdicts, "PATIENCE_S", (0.1,))
     job = here.accept()
     handoff_redis.config_set("maxmemory", "1")
@@ -245,13 +270,17 @@ def test_pixels_wait_for_a_hand_off_that_takes_nothing_for_some_seconds_and_are_
     assert (here.row(job).state, outcomes(here, job)) == ("storing", ["rendered"])
 
 
-def test_a_worker_that_has_to_go_gives_its_jobs_up_even_where_no_snapshot_can_be_kept(here, handoff_redis):
+def test_a_worker_that_has_to_go_gives_its_jobs_up_even_where_no_snapshot_can_be_kept(
+    here, handoff_redis
+):
     job = here.accept(**LONG)
     thread = here.render(job)
     until(lambda: steps_of(here, job), what="a step")
     handoff_redis.config_set("maxmemory", "1")
     notices, gone = FakeNotices(), []
-    watch = NoticeWatch([notices], Preemption(here.keeper, when_empty=lambda: gone.append(time.monotonic())).begin)
+    watch = NoticeWatch(
+        [notices], Preemption(here.keeper, when_empty=lambda: gone.append(time.monotonic())).begin
+    )
 
     notices.announce(0.5)
     until(lambda: gone, what="the worker's leave")
@@ -261,7 +290,9 @@ def test_a_worker_that_has_to_go_gives_its_jobs_up_even_where_no_snapshot_can_be
     row = here.row(job)
     assert (row.state, row.counted_attempts, outcomes(here, job)) == ("queued", 0, ["preempted"])
     with transaction(here.database) as session:
-        query = text("SELECT waste_class, device_seconds, snapshot_bytes FROM attempts WHERE job_id = :id")
+        query = text(
+            "SELECT waste_class, device_seconds, snapshot_bytes FROM attempts WHERE job_id = :id"
+        )
         attempt = session.execute(query, {"id": job.id}).one()
     assert (attempt.waste_class, attempt.snapshot_bytes) == ("preempted", 0)
     assert attempt.device_seconds > 0
@@ -408,7 +439,11 @@ def test_a_wall_clock_that_is_a_day_off_changes_nothing_about_leases(here, monke
     time.sleep(1.5)  # renewed once meanwhile
     with transaction(here.database) as session:
         left_s = session.scalar(
-            text("SELECT extract(epoch FROM lease_expires_at - clock_timestamp()) FROM jobs WHERE id = :id"), {"id": job.id}
+            text(
+                "SELECT extract(epoch FROM lease_expires_at - clock_timestamp()) FROM jobs "
+                "WHERE id = :id"
+            ),
+            {"id": job.id},
         )
     thread.join(timeout=60)
 
@@ -430,7 +465,9 @@ def test_a_damaged_snapshot_costs_its_steps_and_not_the_image(here):
         assert tuple(session.execute(query, {"id": job.id}).one()) == (12, 0)
 
 
-def test_steps_that_are_done_again_are_on_record_also_when_the_hand_off_has_lost_everything(here, handoff_redis):
+def test_steps_that_are_done_again_are_on_record_also_when_the_hand_off_has_lost_everything(
+    here, handoff_redis
+):
     job = here.accept(**LONG)
     thread = here.render(job)
     held = until(lambda: next(iter(here.keeper.all_held()), None), what="the lease")
@@ -438,14 +475,19 @@ def test_steps_that_are_done_again_are_on_record_also_when_the_hand_off_has_lost
     held.leave("a test wants it")
     thread.join(timeout=30)
     with transaction(here.database) as session:
-        left = session.scalar(text("SELECT reached_step FROM images WHERE job_id = :id"), {"id": job.id})
+        left = session.scalar(
+            text("SELECT reached_step FROM images WHERE job_id = :id"), {"id": job.id}
+        )
 
     handoff_redis.flushall()
     (row,) = ended(here, job)
 
     assert row.state == "storing"
     with transaction(here.database) as session:
-        query = text("SELECT resumed_steps, lost_steps, lost_cause FROM attempts WHERE job_id = :id AND attempt = 2")
+        query = text(
+            "SELECT resumed_steps, lost_steps, lost_cause FROM attempts WHERE job_id = :id "
+            "AND attempt = 2"
+        )
         assert tuple(session.execute(query, {"id": job.id}).one()) == (0, left, "preempted")
     assert left > 0
 
@@ -456,7 +498,9 @@ def test_how_far_a_running_image_has_come_is_in_its_row_with_every_heartbeat(her
 
     def reached() -> int:
         with transaction(here.database) as session:
-            return session.scalar(text("SELECT reached_step FROM images WHERE job_id = :id"), {"id": job.id})
+            return session.scalar(
+                text("SELECT reached_step FROM images WHERE job_id = :id"), {"id": job.id}
+            )
 
     until(lambda: here.keeper._beat() or reached() > 1, within_s=30, what="a second step")
     here.keeper.drop(job.id)
@@ -476,7 +520,9 @@ def test_a_resumed_image_has_the_bits_it_would_have_had(here):
     (row,) = ended(here, parted)
 
     assert row.state == "storing"
-    pixels = [here.renderer.handoff.get(job.id, 0, here.row(job).attempt) for job in (whole, parted)]
+    pixels = [
+        here.renderer.handoff.get(job.id, 0, here.row(job).attempt) for job in (whole, parted)
+    ]
     assert np.array_equal(pixels[0].array, pixels[1].array)
 
 
@@ -492,13 +538,21 @@ def test_a_leaving_worker_passes_on_what_the_broker_still_hands_it(here):
         assert job.id in {job_of_message(raw) for raw in client.lrange("local.fast", 0, -1)}
 
 
-def test_a_job_that_came_back_to_the_same_worker_is_not_forgotten_when_the_attempt_before_it_ends(here):
-    """Its lease was lost while the worker stood still; the old task is still about to notice when the new one has begun."""
+def test_a_job_back_on_the_same_worker_is_not_forgotten_when_its_old_attempt_ends(
+    here,
+):
+    """Its lease was lost while the worker stood still.
+
+    The old task is still about to notice when the new one has begun.
+    """
     job = here.accept()
     with ExitStack() as first, ExitStack() as second:
         first.enter_context(here.keeper.leased(job.id))
         with transaction(here.database) as session:
-            session.execute(text("UPDATE jobs SET lease_expires_at = clock_timestamp() WHERE id = :id"), {"id": job.id})
+            session.execute(
+                text("UPDATE jobs SET lease_expires_at = clock_timestamp() WHERE id = :id"),
+                {"id": job.id},
+            )
             leases.lose(session, job.id, max_attempts=5)
         again = second.enter_context(here.keeper.leased(job.id))
 

@@ -1,4 +1,7 @@
-"""What a worker counts as in its hand: images of messages until their lease is known, of leases as long as they are to be rendered."""
+"""What a worker counts as in its hand.
+
+Images of messages until their lease is known, of leases as long as they are to be rendered.
+"""
 
 import uuid
 
@@ -32,7 +35,9 @@ def test_a_task_whose_lease_has_ended_counts_nothing_while_it_clears_up(here):
 
     assert here.keeper.images_in_hand({job.id: ("batch", 2)}) == {}
     here.keeper.end_task(job.id)
-    assert here.keeper.images_in_hand({job.id: ("batch", 2)}) == {"batch": 2}, "another message of the job"
+    assert here.keeper.images_in_hand({job.id: ("batch", 2)}) == {"batch": 2}, (
+        "another message of the job"
+    )
 
 
 def test_a_task_that_was_refused_the_lease_counts_nothing(here):
@@ -62,12 +67,22 @@ def test_a_rendered_job_leaves_nothing_behind(here):
 
 
 @pytest.mark.parametrize(
-    ("headers", "images"), [({queues.NUM_IMAGES: 3}, 3), ({}, 8), ({queues.NUM_IMAGES: "3"}, 8), ({queues.NUM_IMAGES: 0}, 8)]
+    ("headers", "images"),
+    [
+        ({queues.NUM_IMAGES: 3}, 3),
+        ({}, 8),
+        ({queues.NUM_IMAGES: "3"}, 8),
+        ({queues.NUM_IMAGES: 0}, 8),
+    ],
 )
-def test_a_message_that_does_not_say_how_large_it_is_counts_as_the_largest_of_its_tier(headers, images):
+def test_a_message_that_does_not_say_how_large_it_is_counts_as_the_largest_of_its_tier(
+    headers, images
+):
     job_id = uuid.uuid4()
 
-    assert images_by_job(a_fleet(), [TakenTask("local.batch.front", {"job_id": str(job_id)}, headers)]) == {job_id: ("batch", images)}
+    assert images_by_job(
+        a_fleet(), [TakenTask("local.batch.front", {"job_id": str(job_id)}, headers)]
+    ) == {job_id: ("batch", images)}
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"job_id": "not an id"}, {"job_id": None}])

@@ -16,8 +16,12 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize(("guidance", "rows", "width_px", "height_px"), [(4.0, 2, 128, 192), (1.0, 1, 128, 128)])
-def test_a_guided_image_teaches_the_cost_of_one_row_and_not_of_two(here, guidance, rows, width_px, height_px):
+@pytest.mark.parametrize(
+    ("guidance", "rows", "width_px", "height_px"), [(4.0, 2, 128, 192), (1.0, 1, 128, 128)]
+)
+def test_a_guided_image_teaches_the_cost_of_one_row_and_not_of_two(
+    here, guidance, rows, width_px, height_px
+):
     pool = "taught"  # by nobody else, though this worker is another pool's
     size = {"width_px": width_px, "height_px": height_px}
     job = here.accept(pool=pool, model="pocket", num_steps=6, guidance=guidance, **size)
@@ -30,7 +34,9 @@ def test_a_guided_image_teaches_the_cost_of_one_row_and_not_of_two(here, guidanc
 
     cost = until(learnt, what="the next heartbeat")
     with transaction(here.database) as session:
-        denoise_s = session.scalar(text("SELECT denoise_s FROM attempts WHERE job_id = :id"), {"id": job.id})
+        denoise_s = session.scalar(
+            text("SELECT denoise_s FROM attempts WHERE job_id = :id"), {"id": job.id}
+        )
     assert cost.row_step_s == pytest.approx(denoise_s / (6 * rows))
 
 

@@ -1,4 +1,7 @@
-"""The sweeper while its surroundings answer with errors: what it does not hold against jobs, and what it does not multiply."""
+"""The sweeper while its surroundings answer with errors.
+
+What it does not hold against jobs, and what it does not multiply.
+"""
 
 import threading
 import time
@@ -65,12 +68,16 @@ class Sweeping:
     def left_s(self, job: Job) -> float:
         """Seconds until the job's start deadline."""
         with transaction(self.database.app) as session:
-            query = text("SELECT extract(epoch FROM start_by - clock_timestamp()) FROM jobs WHERE id = :id")
+            query = text(
+                "SELECT extract(epoch FROM start_by - clock_timestamp()) FROM jobs WHERE id = :id"
+            )
             return float(session.scalar(query, {"id": job.id}))
 
     def can_start(self, job: Job) -> bool:
         with transaction(self.database.app) as session:
-            return leases.take(session, job.id, worker="gpu0@here", device="cpu", ttl_s=15) is not None
+            return (
+                leases.take(session, job.id, worker="gpu0@here", device="cpu", ttl_s=15) is not None
+            )
 
     def sweep_for(self, seconds: float) -> None:
         until_at = time.monotonic() + seconds
@@ -89,9 +96,14 @@ def own_database(stack) -> Iterator[Database]:
 def sweeping(stack, own_database) -> Iterator[Sweeping]:
     urls, ways, clients = {}, {}, {}
     for name in ("broker", "handoff"):
-        parts, port = urlsplit(stack.env[f"{name.upper()}_URL"])._replace(path=f"/{CORNER}"), a_closed_port()
+        parts, port = (
+            urlsplit(stack.env[f"{name.upper()}_URL"])._replace(path=f"/{CORNER}"),
+            a_closed_port(),
+        )
         ways[name] = RefusingProxy(port, parts.port)
-        urls[f"{name}_url"] = parts._replace(netloc=parts.netloc.replace(f":{parts.port}", f":{port}")).geturl()
+        urls[f"{name}_url"] = parts._replace(
+            netloc=parts.netloc.replace(f":{parts.port}", f":{port}")
+        ).geturl()
         clients[name] = redis.Redis.from_url(parts.geturl())
         clients[name].flushdb()
     urls["database_url"] = own_database.app.url.render_as_string(hide_password=False)
@@ -112,14 +124,21 @@ def refusing(sweeping: Sweeping, part: str) -> Iterator[None]:
             yield
         return
     url, name = sweeping.database.owner_url, sweeping.database.app.url.database
-    server = create_engine(url, isolation_level="AUTOCOMMIT", connect_args={"options": "-c default_transaction_read_only=off"})
+    server = create_engine(
+        url,
+        isolation_level="AUTOCOMMIT",
+        connect_args={"options": "-c default_transaction_read_only=off"},
+    )
 
     def say(statement: str) -> None:
         with server.connect() as connection:
             connection.execute(text(statement))
 
     say(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
-    say("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND usename = 'darkroom_app'")
+    say(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND usename = 'darkroom_app'"
+    )
     try:
         yield
     finally:
@@ -163,7 +182,9 @@ def test_a_deadline_that_leaves_time_enough_stays_where_it_is(sweeping):
     assert sweeping.row(job).start_by == before
 
 
-def test_a_database_that_comes_back_in_the_midst_of_a_sweep_does_not_make_it_hasty(sweeping, monkeypatch):
+def test_a_database_that_comes_back_in_the_midst_of_a_sweep_does_not_make_it_hasty(
+    sweeping, monkeypatch
+):
     sweeping.sweeper.sweep()
     job = sweeping.accept(start_within_s=0.3)
     time.sleep(0.4)
@@ -190,7 +211,7 @@ def test_without_an_outage_a_deadline_is_a_deadline(sweeping):
     assert sweeping.row(job).state == "expired"
 
 
-def test_what_waits_in_an_outage_of_the_broker_is_announced_by_the_first_sweep_after_it(sweeping):
+def test_jobs_that_wait_in_a_broker_outage_are_announced_by_the_first_sweep_after_it(sweeping):
     with refusing(sweeping, "broker"):
         job = sweeping.accept()
         sweeping.sweeper.sweep()
@@ -268,7 +289,12 @@ def a_storing_job(sweeping: Sweeping) -> Job:
 
 def make_overdue(sweeping: Sweeping) -> None:
     with transaction(sweeping.database.app) as session:
-        session.execute(text("UPDATE jobs SET store_by = clock_timestamp() - interval '1 second' WHERE state = 'storing'"))
+        session.execute(
+            text(
+                "UPDATE jobs SET store_by = clock_timestamp() - interval '1 second' "
+                "WHERE state = 'storing'"
+            )
+        )
 
 
 def test_while_nobody_stores_a_queue_gets_no_more_messages_than_there_are_jobs_to_store(sweeping):
@@ -324,7 +350,9 @@ def test_a_sweep_that_fails_is_followed_by_the_next_and_the_loop_tells_that_it_m
 
 def test_a_worker_waits_for_a_database_that_is_away_when_it_starts(sweeping):
     identity = WorkerIdentity(name="cpu0@early", pool="local", device="cpu", slots=4, facts={})
-    keeper = LeaseKeeper(sweeping.database.app, identity, ended=sweeping.sweeper.ended, ttl_s=6, renew_s=1, stop_s=5)
+    keeper = LeaseKeeper(
+        sweeping.database.app, identity, ended=sweeping.sweeper.ended, ttl_s=6, renew_s=1, stop_s=5
+    )
     starting = threading.Thread(target=lambda: keeper.start(max_attempts=5))
 
     with refusing(sweeping, "postgres"):

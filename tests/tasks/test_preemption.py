@@ -1,4 +1,7 @@
-"""Workers that have to go: with a notice, and without one. On a stack of its own with two workers, one of which goes."""
+"""Workers that have to go: with a notice, and without one.
+
+On a stack of its own with two workers, one of which goes.
+"""
 
 import base64
 import shutil
@@ -18,7 +21,8 @@ from models.database import make_engine
 from tests.builders import until
 from tests.pictures import a_picture, png
 
-LEASE = {"LEASE_TTL_S": "6", "LEASE_RENEW_S": "2", "LEASE_STOP_S": "5"}  # shorter than an operator's, for the sake of the suite
+# shorter than an operator's, for the sake of the suite
+LEASE = {"LEASE_TTL_S": "6", "LEASE_RENEW_S": "2", "LEASE_STOP_S": "5"}
 WISH = {"prompt": "a large red circle on a blue background", "tier": "quality", "steps": 60, "n": 4}
 
 
@@ -67,18 +71,29 @@ def sql(pair):
 @pytest.fixture(autouse=True)
 def both_are_here(sql):
     until(
-        lambda: len(sql("SELECT FROM workers WHERE slots > 0 AND seen_at > now() - interval '8 s'")) == 2, within_s=60, what="two workers"
+        lambda: (
+            len(sql("SELECT FROM workers WHERE slots > 0 AND seen_at > now() - interval '8 s'"))
+            == 2
+        ),
+        within_s=60,
+        what="two workers",
     )
 
 
 def progressed(tenant, job, steps: int):
-    until(lambda: ((tenant.job(job.id).members["progress"] or {}).get("step") or 0) >= steps, within_s=30, what=f"{steps} steps")
+    until(
+        lambda: ((tenant.job(job.id).members["progress"] or {}).get("step") or 0) >= steps,
+        within_s=30,
+        what=f"{steps} steps",
+    )
 
 
 def asked_for(pair, wish) -> str:
     """The id of a new job with fields that the client does not know."""
     headers = {"Authorization": f"Bearer {pair.env['DARKROOM_API_KEY']}"}
-    return httpx.post(f"{pair.env['DARKROOM_URL']}/v1/jobs", json=wish, headers=headers, trust_env=False).json()["id"]
+    return httpx.post(
+        f"{pair.env['DARKROOM_URL']}/v1/jobs", json=wish, headers=headers, trust_env=False
+    ).json()["id"]
 
 
 def attempts_of(sql, job):
@@ -93,7 +108,9 @@ def process_of(worker: str) -> str:
     return worker.partition("@")[0]
 
 
-def test_a_worker_with_a_notice_gives_its_jobs_up_and_another_goes_on_at_the_very_step(pair, tenant, sql, folder):
+def test_a_worker_with_a_notice_gives_its_jobs_up_and_another_goes_on_at_the_very_step(
+    pair, tenant, sql, folder
+):
     undisturbed = tenant.wait(tenant.create_job(**WISH, seed=31).id)
     job = tenant.create_job(**WISH, seed=31)
     progressed(tenant, job, 40)
@@ -114,8 +131,12 @@ def test_a_worker_with_a_notice_gives_its_jobs_up_and_another_goes_on_at_the_ver
     assert second["lost_steps"] == 0
     assert second["resumed_steps"] + second["steps"] == 60 * 4
     assert (second["started_at"] - first["ended_at"]).total_seconds() < 1
-    assert [image.pixels_sha256 for image in ended.images] == [image.pixels_sha256 for image in undisturbed.images]
-    assert sql("SELECT counted_attempts FROM jobs WHERE id = :id", id=job.id) == [{"counted_attempts": 0}]
+    assert [image.pixels_sha256 for image in ended.images] == [
+        image.pixels_sha256 for image in undisturbed.images
+    ]
+    assert sql("SELECT counted_attempts FROM jobs WHERE id = :id", id=job.id) == [
+        {"counted_attempts": 0}
+    ]
 
 
 @pytest.mark.slow
@@ -135,7 +156,9 @@ def test_a_job_that_starts_from_a_picture_goes_on_at_the_very_step_too(pair, ten
     first, second = attempts_of(sql, job)
     assert (first["outcome"], second["resumed_steps"] >= 40) == ("preempted", True)
     assert second["resumed_steps"] + second["steps"] == 54 * 4
-    assert [image.pixels_sha256 for image in ended.images] == [image.pixels_sha256 for image in undisturbed.images]
+    assert [image.pixels_sha256 for image in ended.images] == [
+        image.pixels_sha256 for image in undisturbed.images
+    ]
 
 
 def test_sigterm_is_a_notice_and_what_can_be_finished_is(pair, tenant, sql):
@@ -167,7 +190,9 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_at_most(pair,
     assert second["resumed_steps"] >= 4 * 20, "from the newest snapshot of each image"
     assert second["lost_steps"] <= 4 * 10, "an interval of each image"
     assert (second["started_at"] - killed_at).total_seconds() < 6 + 3
-    assert [image.pixels_sha256 for image in ended.images] == [image.pixels_sha256 for image in undisturbed.images]
+    assert [image.pixels_sha256 for image in ended.images] == [
+        image.pixels_sha256 for image in undisturbed.images
+    ]
 
 
 def test_a_zombie_that_wakes_up_after_its_lease_writes_nothing(pair, tenant, sql):
@@ -184,6 +209,8 @@ def test_a_zombie_that_wakes_up_after_its_lease_writes_nothing(pair, tenant, sql
 
     assert ended.state == "succeeded"
     assert [row["outcome"] for row in attempts_of(sql, job)] == ["lease_lost", "rendered"]
-    finals = "SELECT count(*) AS n FROM audit_events WHERE job_id = :id AND event LIKE 'job:state:%'"
+    finals = (
+        "SELECT count(*) AS n FROM audit_events WHERE job_id = :id AND event LIKE 'job:state:%'"
+    )
     assert sql(finals, id=job.id) == [{"n": 1}]
     assert sql("SELECT count(*) AS n FROM artifacts WHERE job_id = :id", id=job.id) == [{"n": 4}]

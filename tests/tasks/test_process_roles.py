@@ -156,7 +156,9 @@ def test_worker_signs_off_before_it_waits_for_its_device(urls_here, database_her
     name = "cpu5@here"
     told = {key.upper(): value for key, value in urls_here.items()}
     told |= {"WORKER_NAME": name, "DEVICE": "cpu", "SHUTDOWN_NOTICE_S": "1"}
-    process = subprocess.Popen([sys.executable, "-c", _ITS_DEVICE_HANGS], cwd=REPO, env=os.environ | told)
+    process = subprocess.Popen(
+        [sys.executable, "-c", _ITS_DEVICE_HANGS], cwd=REPO, env=os.environ | told
+    )
 
     def is_known() -> bool:
         with transaction(database_here) as session:

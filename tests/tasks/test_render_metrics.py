@@ -1,4 +1,6 @@
-"""What a worker counts: images and their device time, what came twice, what went wrong, what was spared."""
+"""What a worker counts: images and their device time, what came twice, what went wrong, what was
+spared.
+"""
 
 import uuid
 
@@ -80,7 +82,7 @@ def test_a_job_that_its_tenant_takes_back_is_a_lost_lease_to_its_worker(here):
     assert {name.partition("{")[0] for name in grown} <= {"leases_lost", "checkpoints"}
 
 
-def test_what_a_preemption_spares_is_counted_in_steps(here):
+def test_steps_that_a_preemption_spares_are_counted(here):
     job = here.accept(**LONG)
     thread = here.render(job)
     held = held_at_work(here)

@@ -86,7 +86,9 @@ def test_storing_is_asked_for_when_the_hand_off_is_on_record_and_not_before(here
     def look(task_name, queue, job_id, **options):
         if task_name == queues.STORE_IMAGES:
             with transaction(here.database) as session:
-                query = text("SELECT count(*) FROM images WHERE job_id = :id AND state = 'handed_off'")
+                query = text(
+                    "SELECT count(*) FROM images WHERE job_id = :id AND state = 'handed_off'"
+                )
                 on_record.append((queue, session.scalar(query, {"id": job_id})))
         announce(task_name, queue, job_id, **options)
 

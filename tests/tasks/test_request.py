@@ -31,12 +31,14 @@ def test_a_request_says_what_its_job_says():
         "mask",
         "control_image",
     }
-    assert {name: getattr(request, name) for name in same} == {name: getattr(job, name) for name in same}
+    assert {name: getattr(request, name) for name in same} == {
+        name: getattr(job, name) for name in same
+    }
     assert request.seed == 9
     assert request.determinism is Determinism.REPRODUCIBLE
 
 
-def test_what_a_job_leaves_open_is_the_engine_s_own_default():
+def test_parameters_that_a_job_leaves_open_are_the_engine_s_own_defaults():
     request = request_of(resolved())
 
     assert (request.strength, request.clip_skip, request.bucket_rows) == (1.0, 0, None)

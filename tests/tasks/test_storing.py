@@ -51,7 +51,8 @@ def age_uploads(here, job) -> None:
     with transaction(here.database) as session:
         session.execute(
             text(
-                "UPDATE uploads SET started_at = started_at - make_interval(secs => :s) WHERE object_key LIKE :p",
+                "UPDATE uploads SET started_at = started_at - make_interval(secs => :s) "
+                "WHERE object_key LIKE :p",
             ),
             {"s": ORPHAN_AFTER_S + 1, "p": f"%{job.tenant_id}%"},
         )
@@ -134,7 +135,7 @@ def test_message_that_finds_nothing_to_store_is_counted_and_changes_nothing(
     assert here.row(job).cost == cost
 
 
-def test_what_a_store_that_was_away_refused_is_due_as_soon_as_it_takes_something(
+def test_jobs_refused_by_a_store_that_was_away_are_due_as_soon_as_it_takes_something(
     here,
     storekeeper,
     rendered_job,

@@ -1,4 +1,6 @@
-"""The sweeper's own time: what fails comes again a little later, what there is too much of goes on at the next sweep."""
+"""The sweeper's own time: what fails comes again a little later, what there is too much of goes on
+at the next sweep.
+"""
 
 import threading
 import time
@@ -26,7 +28,10 @@ from tests.tasks.conftest import metric
 
 @pytest.fixture
 def parts(sweeper, monkeypatch):
-    """Have the sweeper consist of these parts, (what it does, how often) by its name; counts how often each was called."""
+    """Have the sweeper consist of these parts, (what it does, how often) by its name.
+
+    Counts how often each was called.
+    """
     called = dict[str, int]()
 
     def parts(**own):
@@ -74,7 +79,9 @@ def test_a_part_that_has_more_to_do_comes_again_at_the_next_sweep(sweeper, parts
 
 @pytest.fixture
 def old_rows(database_here):
-    """So many webhook deliveries of forty days ago, and idempotency keys of the day before yesterday."""
+    """So many webhook deliveries of forty days ago, and idempotency keys of the day before
+    yesterday.
+    """
 
     def old_rows(count):
         with transaction(database_here) as session:
@@ -96,7 +103,11 @@ def old_rows(database_here):
                         ended_at=at,
                     )
                 )
-                session.add(IdempotencyKey(tenant_id=tenant.id, key=uuid.uuid4().hex, request_sha256="", created_at=at))
+                session.add(
+                    IdempotencyKey(
+                        tenant_id=tenant.id, key=uuid.uuid4().hex, request_sha256="", created_at=at
+                    )
+                )
         return tenant
 
     return old_rows
@@ -104,11 +115,15 @@ def old_rows(database_here):
 
 def count_of(database, table, tenant) -> int:
     with transaction(database) as session:
-        return session.scalar(text(f"SELECT count(*) FROM {table} WHERE tenant_id = :id"), {"id": tenant.id})
+        return session.scalar(
+            text(f"SELECT count(*) FROM {table} WHERE tenant_id = :id"), {"id": tenant.id}
+        )
 
 
 @pytest.mark.parametrize("table", ["webhook_deliveries", "idempotency_keys"])
-def test_everything_that_is_too_old_goes_in_one_sweep_in_small_pieces(sweeper, database_here, old_rows, monkeypatch, table):
+def test_everything_that_is_too_old_goes_in_one_sweep_in_small_pieces(
+    sweeper, database_here, old_rows, monkeypatch, table
+):
     monkeypatch.setattr(tasks.sweep, "PIECE", 3)
     tenant = old_rows(10)
 
@@ -146,7 +161,8 @@ def test_deliveries_that_ended_a_month_ago_go_with_their_attempts(sweeper, datab
         assert set(session.scalars(rows, of_tenant)) == kept
         attempts = text(
             "SELECT a.delivery_id FROM webhook_attempts a"
-            " LEFT JOIN webhook_deliveries d ON d.id = a.delivery_id WHERE d.tenant_id = :id OR d.id IS NULL"
+            " LEFT JOIN webhook_deliveries d ON d.id = a.delivery_id WHERE d.tenant_id = :id "
+            "OR d.id IS NULL"
         )
         assert set(session.scalars(attempts, of_tenant)) == kept
 
@@ -166,22 +182,36 @@ def test_a_sweep_has_an_end_however_much_is_too_old(sweeper, database_here, old_
 
 @pytest.fixture
 def keeps_for_a_month(stack, sweeper):
-    """A sweeper of a fleet whose tier `fast` keeps content for thirty days, and the owner of its database."""
+    """A sweeper of a fleet whose tier `fast` keeps content for thirty days, and the owner of its
+    database.
+    """
     with a_database(stack.env) as database:
         owner = make_engine(database.owner_url, pool_size=2)
-        yield replace(sweeper, fleet=a_fleet({"tiers.fast.retention_days": 30}), database=database.app), owner
+        yield (
+            replace(
+                sweeper, fleet=a_fleet({"tiers.fast.retention_days": 30}), database=database.app
+            ),
+            owner,
+        )
         owner.dispose()
 
 
 @pytest.mark.parametrize("at_a_time", [2000, 2])
-def test_content_is_erased_once_its_tier_has_kept_it_long_enough(keeps_for_a_month, monkeypatch, at_a_time):
+def test_content_is_erased_once_its_tier_has_kept_it_long_enough(
+    keeps_for_a_month, monkeypatch, at_a_time
+):
     monkeypatch.setattr(tasks.sweep, "LOOKED_AT", at_a_time)
     sweeper, owner = keeps_for_a_month
     with transaction(owner) as session:
         tenant = a_tenant(session)
 
         def canceled(**params):
-            return jobs.cancel(session, a_job(session, tenant=tenant, **params).id, tenant_id=tenant.id, actor="tests")
+            return jobs.cancel(
+                session,
+                a_job(session, tenant=tenant, **params).id,
+                tenant_id=tenant.id,
+                actor="tests",
+            )
 
         old = [age(session, a_succeeded_job(session, tenant=tenant)), age(session, canceled())]
         unfinished = age(session, a_job(session, tenant=tenant))
@@ -190,15 +220,28 @@ def test_content_is_erased_once_its_tier_has_kept_it_long_enough(keeps_for_a_mon
 
     def erased():
         with transaction(owner) as session:
-            return set(session.scalars(text("SELECT id FROM jobs WHERE erased_at IS NOT NULL AND prompt = ''")))
+            return set(
+                session.scalars(
+                    text("SELECT id FROM jobs WHERE erased_at IS NOT NULL AND prompt = ''")
+                )
+            )
 
     sweeper.sweep()
     assert erased() == {*old, late}
     with transaction(owner) as session:
-        assert session.scalar(text("SELECT count(*) FROM uploads WHERE started_at = to_timestamp(0)")) == 1
-        event = session.execute(text("SELECT actor FROM audit_log WHERE job_id = :id AND event = 'job:content:erased'"), {"id": late}).one()
+        assert (
+            session.scalar(text("SELECT count(*) FROM uploads WHERE started_at = to_timestamp(0)"))
+            == 1
+        )
+        event = session.execute(
+            text("SELECT actor FROM audit_log WHERE job_id = :id AND event = 'job:content:erased'"),
+            {"id": late},
+        ).one()
         assert event.actor == "sweeper"
-        moved = "UPDATE jobs SET state = 'canceled', finished_at = clock_timestamp() - interval '40 days' WHERE id = :id"
+        moved = (
+            "UPDATE jobs SET state = 'canceled', "
+            "finished_at = clock_timestamp() - interval '40 days' WHERE id = :id"
+        )
         session.execute(text(moved), {"id": unfinished})
 
     sweeper._due_at.clear()
@@ -214,7 +257,9 @@ def test_pending_deliveries_are_counted_up_to_a_number_and_no_further(database_h
         session.add(endpoint)
         session.flush()
         for _ in range(5):
-            session.add(WebhookDelivery(endpoint_id=endpoint.id, tenant_id=tenant.id, event="job.succeeded"))
+            session.add(
+                WebhookDelivery(endpoint_id=endpoint.id, tenant_id=tenant.id, event="job.succeeded")
+            )
         session.flush()
         monkeypatch.setattr(webhooks, "PENDING_COUNTED", 3)
 
@@ -239,11 +284,16 @@ def test_a_sweep_that_is_asked_for_during_another_leaves_what_that_one_knows(swe
     assert list(called.values()) == [1]
 
 
-def test_a_message_is_lost_when_one_announced_clearly_later_is_next_in_its_queue(sweeper, database_here):
+def test_a_message_is_lost_when_one_announced_clearly_later_is_next_in_its_queue(
+    sweeper, database_here
+):
     with transaction(database_here) as session:
         overtaken, close, next_one = (a_job(session, pool="big", tier="batch") for _ in range(3))
         for job, ago_s in ((overtaken, 40), (close, 21), (next_one, 20)):
-            announced = text("UPDATE jobs SET announced_at = clock_timestamp() - make_interval(secs => :ago) WHERE id = :id")
+            announced = text(
+                "UPDATE jobs SET announced_at = clock_timestamp() - make_interval(secs => :ago) "
+                "WHERE id = :id"
+            )
             session.execute(announced, {"ago": ago_s, "id": job.id})
     sweeper.broker.announce(queues.RENDER_JOB, "big.batch", next_one.id, num_images=1)
 

@@ -134,7 +134,7 @@ def test_work_expects_nothing_while_one_of_its_images_has_not_begun(here):
         assert held.expected_s() == 0.7
 
 
-def test_what_is_left_of_a_run_deadline_shrinks_while_the_job_is_held_and_is_never_below_none(here):
+def test_time_left_to_run_shrinks_while_the_job_is_held_and_is_never_below_zero(here):
     lease = next_lease(here, run_within_s=0.4)
     held = Held(lease)
     assert 0.2 < held.run_left_s <= 0.4

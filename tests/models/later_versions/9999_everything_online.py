@@ -1,4 +1,7 @@
-"""A migration as a later version may have one: everything that `migrations.online` can do to tables in use."""
+"""A migration as a later version may have one.
+
+Everything that `migrations.online` can do to tables in use.
+"""
 
 import sqlalchemy as sa
 from alembic import op
@@ -24,8 +27,12 @@ def upgrade() -> None:
     online.add_foreign_key("jobs", "later_file_id", "files")
     online.create_index("jobs_later", "jobs", ["later_file_id"], where="later_file_id IS NOT NULL")
     online.create_index("tenants_later", "tenants", ["later"], unique=True)
-    online.replace_index("jobs_running", "jobs", ["pool", "tier", "later_count"], where="state = 'running'")
+    online.replace_index(
+        "jobs_running", "jobs", ["pool", "tier", "later_count"], where="state = 'running'"
+    )
     online.drop_index("jobs_dead")
-    online.run_in_pieces("tenants", "UPDATE tenants SET later = name WHERE id > :after AND id <= :upto", rows=2)
+    online.run_in_pieces(
+        "tenants", "UPDATE tenants SET later = name WHERE id > :after AND id <= :upto", rows=2
+    )
     op.execute("CREATE TABLE later_things (id uuid PRIMARY KEY)")
     op.execute("DROP VIEW IF EXISTS flows_now")  # as if it read what is taken away here
