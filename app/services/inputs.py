@@ -99,6 +99,7 @@ class Intake:
         self._new = 0
         self._fetched_s = 0.0  # seconds that URLs took
         self._to_fetch = MAX_NEW_PICTURES  # how many may still be read from the object store
+        self._unreadable: set[uuid.UUID] = set()  # files that the store lost, or no pictures
 
     def look_up(self, values: Iterable[str]) -> None:
         """Find all values that are ids of files in one query, also for a thousand jobs."""
@@ -159,6 +160,8 @@ class Intake:
 
         The job is then accepted without the check.
         """
+        if file.id in self._unreadable:
+            return None
         key = (what, file.content_sha256, width_px, height_px)
         try:
             return self._runtime.judged.get(
@@ -166,6 +169,7 @@ class Intake:
             )
         except (ObjectGone, NotAPicture) as error:
             _log_not_judged(file, error)
+            self._unreadable.add(file.id)  # a thousand jobs may name it: it is fetched once
         except StoreUnavailable as error:
             _log_not_judged(file, error)
             self._to_fetch = 0  # a request must not ask an absent store a thousand times
