@@ -156,9 +156,10 @@ class Intake:
         return self._judge("has_hole", picture, width_px, height_px) is True
 
     def _judge(self, what: str, file: File, width_px: int, height_px: int) -> bool | None:
-        """Answer a yes-or-no question about a picture; None if it takes too long or cannot be read.
+        """Answer a yes-or-no question about a picture; None if it cannot be fetched or read.
 
-        The job is then accepted without the check.
+        So it is while the object store is away, or when the request has fetched enough: the job is
+        then accepted without the check.
         """
         if file.id in self._unreadable:
             return None
