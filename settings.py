@@ -744,6 +744,7 @@ def _bounds(field: FieldInfo) -> dict[str, Any]:
     }
 
 
+# By pydantic's type of problem.
 _WRONG = {
     "missing": "is not set",
     "string_too_short": "is too short",
@@ -751,7 +752,7 @@ _WRONG = {
     "literal_error": "is unknown",
     "string_pattern_mismatch": "is unknown",
     "bool_parsing": "is neither true nor false",
-}  # by pydantic's type of problem
+}
 _NUMBERS: dict[Any, str] = {int: "a whole number", float: "a number"}
 _EXAMPLES: dict[Any, str] = {
     as_postgres_url: "postgresql://USER:PASSWORD@HOST:PORT/DATABASE",

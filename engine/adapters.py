@@ -415,7 +415,8 @@ def read_adapter(
 ) -> AdapterFile:
     """Read one safetensors file, in the words of diffusers and peft or of kohya.
 
-    Nothing else is ever unpacked. Every tensor must be of a layer here. Raises as `AdapterBank`.
+    Nothing else is ever unpacked. Every tensor in it must belong to a layer of `networks`. Raises
+    as `AdapterBank` does.
     """
     data, sha256 = _verified(spec)
     try:
@@ -565,7 +566,10 @@ def _spellings(networks: Mapping[str, nn.Module]) -> dict[str, Place]:
 def _converted(
     stem: str, parts: Mapping[str, Tensor], networks: Mapping[str, nn.Module]
 ) -> dict[str, dict[str, Tensor]]:
-    """Let diffusers translate one layer of the original repositories: several here, or none."""
+    """Let diffusers translate one layer from the names in the original repositories.
+
+    Here it may be several, or none.
+    """
     tensors = {f"{stem}.lora_down.weight": parts["down"], f"{stem}.lora_up.weight": parts["up"]}
     try:
         if isinstance(networks.get("unet"), UNet2DConditionModel):

@@ -281,7 +281,8 @@ class LeaseKeeper:
         write = partial(self._write_beat, snapshot=snapshot, seen=seen)
         try:
             kept = run_transaction(self._beats, write)
-        except BaseException:
+        except (OperationalError, PoolTimeout):
+            # Not after other errors: what Postgres refuses would fail every heartbeat to come.
             self._learn_again(seen)
             raise
         self._renewed_at = started_at

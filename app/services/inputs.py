@@ -99,6 +99,7 @@ class Intake:
         self._new = 0
         self._fetched_s = 0.0  # seconds that URLs took
         self._to_fetch = MAX_NEW_PICTURES  # how many may still be read from the object store
+        self._unreadable: set[uuid.UUID] = set()  # files that the store lost, or no pictures
 
     def look_up(self, values: Iterable[str]) -> None:
         """Find all values that are ids of files in one query, also for a thousand jobs."""
@@ -155,10 +156,13 @@ class Intake:
         return self._judge("has_hole", picture, width_px, height_px) is True
 
     def _judge(self, what: str, file: File, width_px: int, height_px: int) -> bool | None:
-        """Answer a yes-or-no question about a picture; None if it takes too long or cannot be read.
+        """Answer a yes-or-no question about a picture; None if it cannot be fetched or read.
 
-        The job is then accepted without the check.
+        So it is while the object store is away, or when the request has fetched enough: the job is
+        then accepted without the check.
         """
+        if file.id in self._unreadable:
+            return None
         key = (what, file.content_sha256, width_px, height_px)
         try:
             return self._runtime.judged.get(
@@ -166,6 +170,7 @@ class Intake:
             )
         except (ObjectGone, NotAPicture) as error:
             _log_not_judged(file, error)
+            self._unreadable.add(file.id)  # a thousand jobs may name it: it is fetched once
         except StoreUnavailable as error:
             _log_not_judged(file, error)
             self._to_fetch = 0  # a request must not ask an absent store a thousand times

@@ -10,7 +10,7 @@ import pytest
 from app.problems import InvalidImageRequest
 from app.services import inputs
 from app.services.batches import submit_batch
-from app.services.inputs import Intake
+from app.services.inputs import MAX_NEW_PICTURES, Intake
 from edges.objectstore import ObjectGone, ObjectStore, StoreUnavailable
 from edges.outbound import Unreachable
 from policy.limits import Limits
@@ -119,7 +119,11 @@ def test_a_store_that_is_away_is_asked_for_one_mask_of_a_request(runtime, caller
 
 
 def test_a_mask_that_the_store_has_lost_leaves_the_others_to_be_judged(runtime, caller):
+    """However many jobs of the request name it: it is asked for once."""
+    asked = []
+
     def get(key: str, *, soon: bool) -> bytes:
+        asked.append(key)
         if key == "lost":
             raise ObjectGone("lost")
         return b"content"
@@ -127,11 +131,14 @@ def test_a_mask_that_the_store_has_lost_leaves_the_others_to_be_judged(runtime, 
     decoders = SimpleNamespace(selects=lambda *_, **__: False)
     store = SimpleNamespace(get=get)
     intake = Intake(replace(runtime, store=store, decoders=decoders), caller)
+    lost = a_mask("lost")
 
-    intake.check_mask(a_mask("lost"), 128, 128)
+    for _ in range(MAX_NEW_PICTURES + 1):
+        intake.check_mask(lost, 128, 128)
 
     with pytest.raises(InvalidImageRequest, match="selects nothing"):
         intake.check_mask(a_mask("there"), 128, 128)
+    assert asked == ["lost", "there"]
 
 
 def a_mask(key: str) -> SimpleNamespace:
