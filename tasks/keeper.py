@@ -207,9 +207,11 @@ class LeaseKeeper:
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(timeout=10)
+        with self._lock:  # a thread that did not end in time may still add to it
+            seen, self._seen = self._seen, defaultdict(Observed)
         try:
             with transaction(self._database) as session:
-                learning.observe(session, self._seen)
+                learning.observe(session, seen)
                 workers.leave(session, self.identity.name)
         except SQLAlchemyError as error:
             log.info("sign_off_failed", reason=type(error).__name__)
