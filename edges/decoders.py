@@ -116,9 +116,12 @@ class Turns:
     """
 
     def __init__(self, at_once: int, *, wait_s: float, max_waiting: int) -> None:
-        self._at_once, self._wait_s, self._max_waiting = at_once, wait_s, max_waiting
+        self._at_once = at_once
+        self._wait_s = wait_s
+        self._max_waiting = max_waiting
         self._changed = threading.Condition()
-        self._running, self._waiting = Counter[Hashable](), list[_Waiting]()
+        self._running = Counter[Hashable]()
+        self._waiting = list[_Waiting]()
         self._last_turn: dict[Hashable, int] = {}  # of those that run or wait
         self._count = 0
 
@@ -206,7 +209,8 @@ class _Decoder:
     def _ask(
         self, process: "subprocess.Popen[bytes]", question: dict[str, Any], source: bytes | BinaryIO
     ) -> tuple[dict[str, Any], bytes]:
-        given, answers = process.stdin, process.stdout
+        given = process.stdin
+        answers = process.stdout
         assert given is not None
         assert answers is not None
         file = io.BytesIO(source) if isinstance(source, bytes) else source
@@ -287,7 +291,8 @@ def serve(given: IO[bytes], answers: IO[bytes]) -> None:
         try:
             told, content = _answer(question, _exactly(given, question["size_bytes"]))
         except NotAPicture as error:
-            told, content = {"why": str(error)}, b""
+            told = {"why": str(error)}
+            content = b""
         answers.write(json.dumps(told | {"size_bytes": len(content)}).encode() + b"\n" + content)
         answers.flush()
 

@@ -29,7 +29,8 @@ FINAL = "final"
 BEGINNING = "0-0"
 KEPT_PREVIEWS = 2  # of each image
 _MOST_EVENTS = 1000
-_KEEP_S, _KEEP_ENDED_S = 600, 60
+_KEEP_S = 600
+_KEEP_ENDED_S = 60
 
 
 @dataclass(frozen=True)

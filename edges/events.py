@@ -36,7 +36,8 @@ class Seat:
     """Queue the events of one job for one follower."""
 
     def __init__(self, job_id: uuid.UUID, *, wants_previews: bool) -> None:
-        self.job_id, self.wants_previews = job_id, wants_previews
+        self.job_id = job_id
+        self.wants_previews = wants_previews
         self.seen = (0, 0)
         self._news: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
@@ -77,13 +78,16 @@ class Reader:
     """Read the streams for all followers of a process; the threads start with the first one."""
 
     def __init__(self, handoff_url: str, *, most: int) -> None:
-        self._url, self._most = handoff_url, most
+        self._url = handoff_url
+        self._most = most
         self._redis = connect(handoff_url)
-        self._wake_key, self._wake_id = f"events:wake:{uuid.uuid4()}", BEGINNING
+        self._wake_key = f"events:wake:{uuid.uuid4()}"
+        self._wake_id = BEGINNING
         self._seats: dict[uuid.UUID, list[Seat]] = {}
         self._positions: dict[uuid.UUID, str] = {}  # what has been read of each followed job
         self._everybody: set[Seat] = set()
-        self._lock, self._stop = threading.Condition(), threading.Event()
+        self._lock = threading.Condition()
+        self._stop = threading.Event()
         self._listener: Listener | None = None
         self._thread = threading.Thread(target=self._run, name="events", daemon=True)
 
@@ -132,7 +136,8 @@ class Reader:
             try:
                 rest = self._range(job_id, position) if is_there else []
             except redis.RedisError:
-                rest, is_there = [], False
+                rest = []
+                is_there = False
             self._hand_out(job_id, [*rest, Event(None, FINAL, {})])
 
     def watched(self) -> list[uuid.UUID]:

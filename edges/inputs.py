@@ -83,9 +83,11 @@ class Inputs:
 
 def _packed(picture: Brought) -> bytes:
     if isinstance(picture, Gone):
-        head, body = json.dumps({"gone": picture.reason}), b""
+        head = json.dumps({"gone": picture.reason})
+        body = b""
     else:
-        head, body = json.dumps({"shape": picture.shape}), np.ascontiguousarray(picture).tobytes()
+        head = json.dumps({"shape": picture.shape})
+        body = np.ascontiguousarray(picture).tobytes()
     return len(head).to_bytes(4, "big") + head.encode() + body
 
 

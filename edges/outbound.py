@@ -199,7 +199,8 @@ class _Adapter(IPFilterAdapter):
 
     def __init__(self, outbound: Outbound, parts: SplitResult) -> None:
         super().__init__(is_https_proto=parts.scheme == "https")
-        self._outbound, self._parts = outbound, parts
+        self._outbound = outbound
+        self._parts = parts
         self.connections: list[HTTPConnection] = []
 
     def build_connection_pool_key_attributes(
@@ -234,7 +235,8 @@ class _Watch:
     """
 
     def __init__(self, adapter: _Adapter, timeout_s: float) -> None:
-        self._adapter, self._deadline = adapter, time.monotonic() + timeout_s
+        self._adapter = adapter
+        self._deadline = time.monotonic() + timeout_s
         self._timer = threading.Timer(timeout_s, self._shut)
         self._timer.daemon = True
         self._timer.start()
@@ -260,7 +262,9 @@ class _Response:
     def __init__(
         self, response: requests.Response, session: requests.Session, watch: _Watch
     ) -> None:
-        self._response, self._session, self._watch = response, session, watch
+        self._response = response
+        self._session = session
+        self._watch = watch
 
     def __enter__(self) -> requests.Response:
         return self._response

@@ -78,10 +78,13 @@ class ProgressWriter:
         self._noted = _Noted()
         # The event ids of the previews of each image that are in its job's stream.
         self._kept: dict[tuple[str, int], deque[bytes]] = {}
-        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
         self._is_due = threading.Event()
         self._sent = threading.Condition(self._lock)
-        self._turns_begun, self._turns_ended = 0, 0  # of the sending thread
+        # Of the sending thread:
+        self._turns_begun = 0
+        self._turns_ended = 0
         self._note_turn = telemetry.loop("progress")
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
         self._thread.start()
@@ -265,7 +268,9 @@ class Listener:
     """Call `hear` with every job id published on `channel`; its thread reconnects for ever."""
 
     def __init__(self, handoff_url: str, channel: str, hear: Callable[[uuid.UUID], None]) -> None:
-        self._url, self._channel, self._hear = handoff_url, channel, hear
+        self._url = handoff_url
+        self._channel = channel
+        self._hear = hear
         self._stop = threading.Event()
         self._loop = channel.removeprefix("darkroom:")
         self._note_turn = telemetry.loop(self._loop)

@@ -51,7 +51,10 @@ class Checkpoints:
     def __init__(
         self, engine: Engine, snapshots: Snapshots, news: News, *, fill: Callable[[], float]
     ) -> None:
-        self._engine, self._snapshots, self._news, self._fill = engine, snapshots, news, fill
+        self._engine = engine
+        self._snapshots = snapshots
+        self._news = news
+        self._fill = fill
         # Attempt and blob, by job and image.
         self._newest: dict[tuple[uuid.UUID, int], tuple[int, bytes]] = {}
         self._changed = threading.Condition()

@@ -134,7 +134,8 @@ class Courier:
         try:
             signed = headers(str(claim.id), at, body, claim.secrets)
             answer = self.outbound.post(claim.url, body.encode(), signed, timeout_s=ATTEMPT_S)
-            status, retry_after_s = answer.status, answer.retry_after_s
+            status = answer.status
+            retry_after_s = answer.retry_after_s
             error = "redirects are not followed" if 300 <= status < 400 else None
         except Unreachable as refused:
             error = refused.reason

@@ -73,14 +73,19 @@ class LeaseKeeper:
         beats: connections for renewals and heartbeats alone, so that no task keeps them waiting;
         None: those of `database`.
         """
-        self._database, self._beats, self.identity = database, beats or database, identity
+        self._database = database
+        self._beats = beats or database
+        self.identity = identity
         self._ended = ended
-        self._ttl_s, self._renew_s, self._stop_s = ttl_s, renew_s, stop_s
+        self._ttl_s = ttl_s
+        self._renew_s = renew_s
+        self._stop_s = stop_s
         self._held: dict[uuid.UUID, Held] = {}
         # Tasks that know whether they have got the lease, by job.
         self._asked: Counter[uuid.UUID] = Counter()
         self._seen: defaultdict[CostKey, Observed] = defaultdict(Observed)
-        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
         self._exclusive = threading.Lock()
         self._renewed_at = time.monotonic()
         self._leaving = ""

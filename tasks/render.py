@@ -253,7 +253,8 @@ class Renderer:
 
         The GPU is at its next step already.
         """
-        job, record = work.lease.job, finished.record
+        job = work.lease.job
+        record = finished.record
         steps = record.num_steps - work.resumed[index]
         self._put_pixels(work, index, finished)
         self.progress.flush()  # or its last step is told after it was stored
@@ -328,7 +329,8 @@ class Renderer:
 
     def _give_up(self, work: Work) -> None:
         """Hand on what is finished and return the rest with snapshots, for the worker has to go."""
-        held, lease = work.held, work.lease
+        held = work.held
+        lease = work.lease
         started = time.monotonic()
         try:
             left = self.checkpoints.withdraw(lease, work.open_handles())

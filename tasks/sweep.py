@@ -237,7 +237,8 @@ class Sweeper:
         if not self._may_judge:
             return
         with transaction(self.database) as session:
-            missed, overrun = sweeping.missed_starts(session), sweeping.overruns(session)
+            missed = sweeping.missed_starts(session)
+            overrun = sweeping.overruns(session)
         for why, end, job_ids in (
             ("start_deadline", jobs.expire, missed),
             ("run_deadline", jobs.overrun, overrun),
@@ -253,7 +254,8 @@ class Sweeper:
         nobody takes any.
         """
         with transaction(self.database) as session:
-            overdue, storing = sweeping.overdue_stores(session), sweeping.storing_by_tier(session)
+            overdue = sweeping.overdue_stores(session)
+            storing = sweeping.storing_by_tier(session)
         missing: Counter[str] = Counter()  # messages, by queue
         for tier, count in storing.items():
             missing[queues.results_queue(self.fleet, tier)] += count
@@ -518,7 +520,9 @@ class SweepLoop:
     def __init__(
         self, sweep: Callable[[], None], *, every_s: float, on_turn: Callable[[], None]
     ) -> None:
-        self._sweep, self._every_s, self._on_turn = sweep, every_s, on_turn
+        self._sweep = sweep
+        self._every_s = every_s
+        self._on_turn = on_turn
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sweep", daemon=True)
 

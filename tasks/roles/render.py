@@ -241,7 +241,9 @@ def serve(settings: WorkerSettings, fleet: Fleet) -> NoReturn:
 
 def _take_jobs(parts: WorkerParts, sources: Sequence[NoticeSource]) -> int:
     """Render what comes until the worker has to go, and put everything away; the exit status."""
-    settings, fleet, pool = parts.settings, parts.fleet, parts.settings.worker_pool
+    settings = parts.settings
+    fleet = parts.fleet
+    pool = parts.settings.worker_pool
     names = queues.render_queues(fleet, pool)
     celery = make_celery(settings, fleet)
     register(celery, queues.RENDER_JOB, parts.renderer.render_job)
