@@ -13,7 +13,7 @@ from benchmarks.sharing.door import Door
 from benchmarks.sharing.ledger import Ledger
 from benchmarks.sharing.meter import Meter
 from fleet.addresses import free_ports
-from fleet.house import METRICS_STRIDE
+from fleet.processes import METRICS_STRIDE
 from fleet.stack import Stack
 from models import api_keys, tenants
 from models.database import make_engine, transaction

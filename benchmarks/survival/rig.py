@@ -81,7 +81,7 @@ class Rig:
         return int(self.sql("SELECT count(*) AS n FROM workers WHERE seen_at > :instant", instant=instant)[0]["n"])
 
     def worker_name(self, process: str) -> str:
-        """What the worker of this process calls itself: fleet/house.py says so."""
+        """What the worker of this process calls itself: fleet/processes.py says so."""
         return f"{process}@{socket.gethostname()}"
 
     def notice_path(self, process: str) -> Path | None:

@@ -21,7 +21,7 @@ import pytest
 import redis
 
 from cli.sql import ask
-from fleet import house
+from fleet import processes
 from fleet.addresses import LISTENERS, Addresses, as_handed_to, free_ports, is_free, read_env, write_env
 from fleet.stack import Stack, StackError
 from fleet.supervision import MARK
@@ -110,7 +110,7 @@ def test_free_ports_are_different_and_free():
 
 def test_each_process_is_handed_only_what_its_settings_name(tmp_path):
     env = Addresses.fresh().env() | {"DARKROOM_API_KEY": "dr_key"}
-    programs = {program.name: program.environment for program in house.programs(env, Stack(tmp_path)._fleet(), num_workers=2)}
+    programs = {program.name: program.environment for program in processes.programs(env, Stack(tmp_path)._fleet(), num_workers=2)}
 
     assert not {"S3_SECRET_ACCESS_KEY", "API_KEY_PEPPER", "FLOWER_PASSWORD"} & programs["worker-1"].keys()
     assert "API_KEY_PEPPER" not in programs["results"]
@@ -153,7 +153,7 @@ def test_stack_s_own_variables_win_over_the_caller_s_whose_tuning_is_taken_over(
     addresses = Addresses.fresh()
     env = addresses.env() | {"LOG_LEVEL": "DEBUG"}  # a line that an operator added
 
-    programs = {program.name: program.environment for program in house.programs(env, Stack(tmp_path)._fleet(), num_workers=1)}
+    programs = {program.name: program.environment for program in processes.programs(env, Stack(tmp_path)._fleet(), num_workers=1)}
 
     assert {urlsplit(programs[name]["DATABASE_URL"]).port for name in roles.OF_PROCESS if name != "worker"} == {addresses.ports["postgres"]}
     assert programs["results"]["S3_BUCKET"] == env["S3_BUCKET"]
@@ -164,11 +164,11 @@ def test_stack_s_own_variables_win_over_the_caller_s_whose_tuning_is_taken_over(
 def test_processes_have_ports_for_metrics_of_their_own_with_room_for_the_gpus_of_a_worker(tmp_path, monkeypatch):
     monkeypatch.setenv("METRICS_PORT", "9400")
 
-    programs = house.programs(Addresses.fresh().env(), Stack(tmp_path)._fleet(), num_workers=2)
+    programs = processes.programs(Addresses.fresh().env(), Stack(tmp_path)._fleet(), num_workers=2)
 
     ports = [int(program.environment["METRICS_PORT"]) for program in programs if "METRICS_PORT" in program.environment]
     assert ports[0] == 9400
-    assert all(later - earlier >= house.METRICS_STRIDE for earlier, later in itertools.pairwise(ports))
+    assert all(later - earlier >= processes.METRICS_STRIDE for earlier, later in itertools.pairwise(ports))
 
 
 class StoppedInWaves:
@@ -190,7 +190,7 @@ class StoppedInWaves:
 def test_a_stack_goes_down_from_those_who_take_in_work_to_the_services_that_all_need(tmp_path):
     stack = Stack(tmp_path / "data")
     env = Addresses.fresh().env()
-    programs = house.programs(env, stack._fleet(), num_workers=2)
+    programs = processes.programs(env, stack._fleet(), num_workers=2)
     (tmp_path / "data").mkdir()
     stack._supervisor = StoppedInWaves([*SERVICES, *(program.name for program in programs)])
 
@@ -251,7 +251,7 @@ def test_a_process_that_keeps_dying_is_told_with_its_log_before_the_time_is_over
 
 def test_a_worker_gets_the_time_that_it_was_promised(tmp_path, monkeypatch):
     monkeypatch.setenv("SHUTDOWN_NOTICE_S", "100")
-    programs = house.programs(Addresses.fresh().env(), Stack(tmp_path)._fleet(), num_workers=1)
+    programs = processes.programs(Addresses.fresh().env(), Stack(tmp_path)._fleet(), num_workers=1)
 
     assert {program.name: program.stop_wait_s for program in programs}["worker-1"] == 125
 
