@@ -47,7 +47,7 @@ from edges.handoff import Gauge
 from fleet.stack import Stack
 from models import jobs, leases, listing, releasing, tenants, workers
 from models.database import transaction
-from models.listing import Sought
+from models.listing import JobFilter
 from models.tables import Job
 from policy.catalog import resolve
 from policy.failures import FailureCode
@@ -225,8 +225,8 @@ def _pick(*, free: int, only_bulk: bool = False, bulk_at_cap: bool = False) -> C
 
 def _page(*, is_deep: bool = False, state: str | None = None, rows: int = PAGE) -> Callable[[Queue, Session], None]:
     def page(queue: Queue, session: Session) -> None:
-        sought = Sought(before=queue.deep, state=state) if is_deep else Sought(state=state)
-        found = listing.page(session, sought, tenant_id=queue.bulk, limit=PAGE).jobs
+        job_filter = JobFilter(before=queue.deep, state=state) if is_deep else JobFilter(state=state)
+        found = listing.page(session, job_filter, tenant_id=queue.bulk, limit=PAGE).jobs
         if len(found) != rows:
             raise SystemExit(f"a page of {len(found)} jobs where {rows} were expected")
 

@@ -215,7 +215,7 @@ def _grant_tables(
         connection.execute(text(statement))
 
 
-def take_back(connection: Connection) -> None:
+def revoke_all(connection: Connection) -> None:
     """Revoke every right of the roles in this database."""
     for role in (OPERATOR, AUDITOR, *OF_PROCESS.values()):
         connection.execute(text(f"DROP OWNED BY {role}"))

@@ -397,7 +397,7 @@ def lose(
     nobodys = (
         select(Job)
         .where(Job.id == job_id, Job.state == JobState.RUNNING, is_nobodys)
-        .options(*jobs.WITHOUT_WORDS)
+        .options(*jobs.WITHOUT_TEXTS)
     )
     job = session.scalar(nobodys.with_for_update(skip_locked=True), execution_options=AFRESH)
     if job is None:
@@ -432,7 +432,7 @@ def lose_hand_off(
     then is left alone. A job that was rendered has met its run deadline: while its pixels waited to
     be stored nothing ran, so it is given the whole time again.
     """
-    job = session.get(Job, job_id, with_for_update=True, options=jobs.WITHOUT_WORDS)
+    job = session.get(Job, job_id, with_for_update=True, options=jobs.WITHOUT_TEXTS)
     if job is None or job.state not in ACTIVE_STATES:
         return None
     query = select(Image).where(Image.job_id == job_id, Image.index.in_(indexes))

@@ -70,7 +70,7 @@ def postpone_store(session: Session, job_id: uuid.UUID, *, store_within_s: float
 
     From 1 to LONGEST_STORE_WAIT times `store_within_s`.
     """
-    job = session.get(Job, job_id, with_for_update=True, options=jobs.WITHOUT_WORDS)
+    job = session.get(Job, job_id, with_for_update=True, options=jobs.WITHOUT_TEXTS)
     if job is not None and job.state == JobState.STORING:
         shortest = timedelta(seconds=store_within_s)
         longest = timedelta(seconds=LONGEST_STORE_WAIT * store_within_s)

@@ -241,7 +241,7 @@ class Sweeper:
             overrun = sweeping.overruns(session)
         for why, end, job_ids in (
             ("start_deadline", jobs.expire, missed),
-            ("run_deadline", jobs.overrun, overrun),
+            ("run_deadline", jobs.fail_past_deadline, overrun),
         ):
             for job_id in job_ids:
                 if self.ended.run_ending(self.database, partial(end, job_id=job_id)) is not None:

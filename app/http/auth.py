@@ -60,7 +60,7 @@ def _known(key: str) -> Known | None:
     if known is None or not known.key.is_live(time.time()):
         return None
     pepper = parts.settings.api_key_pepper.get_secret_value()
-    return known if api_keys.is_it(key, known.key.digest, pepper=pepper) else None
+    return known if api_keys.verify_key(key, known.key.digest, pepper=pepper) else None
 
 
 def _count_request(asking: Caller) -> None:

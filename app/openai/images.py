@@ -24,7 +24,7 @@ from app.http.connection import has_left
 from app.http.context import caller, runtime
 from app.http.errors import respond
 from app.http.files import is_left_out
-from app.http.idempotency import read_once
+from app.http.idempotency import read_idempotent
 from app.openai import body as openai_body
 from app.openai import stream as openai_stream
 from app.openai.answers import extras_of, may_still_answer, problem_of_end
@@ -42,7 +42,7 @@ from app.schemas import openai as schemas
 from app.services import inputs, jobs, submit, wait
 from app.services.submit import Accepted, Prepared
 from edges.objectstore import StoreUnavailable
-from models.idempotency import Once
+from models.idempotency import IdempotentRequest
 from models.tables import Artifact, File, Job
 from policy.params import Wish
 
@@ -265,10 +265,14 @@ def _accept(asked: ImageCall, sent: _Sent | None, asks_for: list[Any]) -> Accept
     def may_answer(earlier: JobDocument) -> bool:
         return own_key is not None or may_still_answer(earlier, streams=asked.streams)
 
-    own_key = read_once(request, asks_for)
-    once = own_key or _derived_key(asks_for)
+    own_key = read_idempotent(request, asks_for)
+    idempotent = own_key or _derived_key(asks_for)
     return submit.accept_once(
-        runtime(), caller(), lambda: _prepare(asked, sent), once=once, may_answer=may_answer
+        runtime(),
+        caller(),
+        lambda: _prepare(asked, sent),
+        idempotent=idempotent,
+        may_answer=may_answer,
     )
 
 
@@ -286,13 +290,13 @@ def _prepare(asked: ImageCall, sent: _Sent | None) -> Prepared:
     return Prepared(submit.resolve(runtime(), caller(), wish), metadata)
 
 
-def _derived_key(asks_for: list[Any]) -> Once:
+def _derived_key(asks_for: list[Any]) -> IdempotentRequest:
     """Make an idempotency key for a call without one, so that a retry finds its job."""
     canonical = json.dumps([request.path, *asks_for], sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(canonical.encode()).hexdigest()
     is_first = request.headers.get(RETRY_COUNT, "0") == "0"
     # No key that a client sends in a header can contain the arrow.
-    return Once(f"→openai:{caller().api_key_id}:{digest}", digest, renew=is_first)
+    return IdempotentRequest(f"→openai:{caller().api_key_id}:{digest}", digest, renew=is_first)
 
 
 def _view(asked: ImageCall, job: Job) -> schemas.Images:

@@ -430,7 +430,7 @@ def expiring(session, tenant):
 def overrunning(session, tenant):
     job = a_job(session, tenant=tenant, run_within_s=0)
     leases.give_back(session, a_lease(session, job), reason="drain")
-    return partial(jobs.overrun, session, job.id)
+    return partial(jobs.fail_past_deadline, session, job.id)
 
 
 # What the owner prunes

@@ -108,7 +108,7 @@ def test_what_was_stored_of_a_job_that_fails_is_paid_and_counted_and_nothing_els
     else:
         leases.give_back(session, lease, reason="drain")
         session.execute(text("UPDATE jobs SET run_by = clock_timestamp() - interval '1 s' WHERE id = :id"), {"id": job.id})
-        jobs.overrun(session, job.id)
+        jobs.fail_past_deadline(session, job.id)
 
     session.refresh(job)
     assert (job.state, job.cost > 0) == ("failed", True)
