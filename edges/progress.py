@@ -193,7 +193,7 @@ class ProgressWriter:
             del self._kept[next(iter(self._kept))]
 
 
-class News:
+class JobSignals:
     """Read progress; publish cancels, stored images, endings and watched jobs.
 
     Used by the gateway and the results worker.
@@ -223,11 +223,11 @@ class News:
         except redis.RedisError as error:
             log.info("progress_not_forgotten", job_id=str(job_id), reason=type(error).__name__)
 
-    def tell_cancel(self, job_id: uuid.UUID) -> None:
+    def publish_cancel(self, job_id: uuid.UUID) -> None:
         """Ask whichever worker runs the job to stop at its next step."""
         self._send("cancel", lambda pipe: _publish(pipe, CANCELS, job_id))
 
-    def tell_ending(self, job_id: uuid.UUID) -> None:
+    def publish_ending(self, job_id: uuid.UUID) -> None:
         """Publish that the job has ended, which wakes those who wait; its events expire soon."""
 
         def write(pipe: Pipeline) -> None:
@@ -236,7 +236,7 @@ class News:
 
         self._send("ending", write)
 
-    def tell_stored(self, job_id: uuid.UUID, image: Mapping[str, Any]) -> None:
+    def publish_stored(self, job_id: uuid.UUID, image: Mapping[str, Any]) -> None:
         """Append to the job's events that an image is stored. image: the event's data."""
 
         def write(pipe: Pipeline) -> None:
@@ -245,7 +245,7 @@ class News:
 
         self._send("stored", write)
 
-    def tell_watching(self, job_ids: Collection[uuid.UUID]) -> None:
+    def publish_watched(self, job_ids: Collection[uuid.UUID]) -> None:
         """Ask the workers that run or will run these jobs for previews, for half a minute."""
 
         def write(pipe: Pipeline) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import structlog
 
 from edges import telemetry
-from edges.progress import News
+from edges.progress import JobSignals
 from edges.snapshots import Kept, Snapshots, SnapshotsUnavailable, place
 from engine.engine import Engine
 from engine.errors import EngineError, SnapshotRefused
@@ -49,11 +49,16 @@ class Checkpoints:
     """
 
     def __init__(
-        self, engine: Engine, snapshots: Snapshots, news: News, *, fill: Callable[[], float]
+        self,
+        engine: Engine,
+        snapshots: Snapshots,
+        signals: JobSignals,
+        *,
+        fill: Callable[[], float],
     ) -> None:
         self._engine = engine
         self._snapshots = snapshots
-        self._news = news
+        self._signals = signals
         self._fill = fill
         # Attempt and blob, by job and image.
         self._newest: dict[tuple[uuid.UUID, int], tuple[int, bytes]] = {}
@@ -66,7 +71,7 @@ class Checkpoints:
         """Return what this attempt can resume from; no snapshots if they cannot be read."""
         if lease.attempt == 1:
             return Earlier({}, {})
-        heard = {step.index: step.step for step in self._news.steps(lease.job_id)}
+        heard = {step.index: step.step for step in self._signals.steps(lease.job_id)}
         reached = {
             index: max(heard.get(index, 0), lease.reached.get(index, 0)) for index in lease.pending
         }

@@ -25,7 +25,7 @@ from dispatch.release import Release
 from edges import telemetry
 from edges.broker import Broker, BrokerUnavailable
 from edges.handoff import Handoff, HandoffUnavailable
-from edges.progress import News, Preview, ProgressWriter, Step
+from edges.progress import JobSignals, Preview, ProgressWriter, Step
 from edges.snapshots import STORE
 from engine.errors import ImageCanceled
 from engine.events import Event, Failed, Finished, Previewed, Resumed, Started, Stepped
@@ -72,7 +72,7 @@ class Renderer:
     handoff: Handoff
     progress: ProgressWriter
     previews: Previews
-    news: News
+    signals: JobSignals
 
     def render_job(self, *, job_id: str) -> None:
         """Render one job. Harmless when delivered twice: only the lease holder works."""
@@ -191,12 +191,12 @@ class Renderer:
 
     def _next_ending(self, work: Work) -> ImageEnding | None:
         """Wait for the next image that ends; None once the job is released."""
-        while not isinstance(news := work.wait(), ImageEnding):
+        while not isinstance(message := work.wait(), ImageEnding):
             if work.held.is_released:
                 return None
-            if news is not None:
-                self._warn(work.lease, news.texts)
-        return news
+            if message is not None:
+                self._warn(work.lease, message.texts)
+        return message
 
     def _event_handler(self, work: Work, index: int) -> Callable[[Event], None]:
         """Make the function that the engine calls with the events of the job's image `index`."""

@@ -62,7 +62,7 @@ class InputStager:
 
     def _stage(self, job_id: uuid.UUID) -> None:
         with transaction(self.database) as session:
-            job = jobs.without_words(session, job_id)
+            job = jobs.find_without_texts(session, job_id)
         # A running job has them, unless its worker is of an older version, which asks for them
         # while it holds the lease.
         if job is None or not (

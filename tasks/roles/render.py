@@ -123,7 +123,7 @@ def build(
         ended,
         keeper=keeper,
         health=health,
-        checkpoints=Checkpoints(engine, ended.snapshots, ended.news, fill=gauge.fill),
+        checkpoints=Checkpoints(engine, ended.snapshots, ended.signals, fill=gauge.fill),
         progress=ProgressWriter(settings.handoff_url, fill=gauge.fill),
     )
     return WorkerParts(
@@ -169,7 +169,7 @@ def _renderer(
         handoff=ended.handoff,
         progress=progress,
         previews=Previews(progress),
-        news=ended.news,
+        signals=ended.signals,
     )
 
 

@@ -39,7 +39,7 @@ from tests.builders import (
 from tests.models.conftest import Database, a_database
 from tests.tasks.conftest import metric
 
-CORNER = 7  # of Redis's sixteen numbered databases: nobody else looks there
+TEST_REDIS_DB = 7  # of Redis's sixteen numbered databases: nobody else looks there
 
 
 @dataclass
@@ -89,7 +89,7 @@ def own_database(stack) -> Iterator[Database]:
 def sweeping(stack, own_database) -> Iterator[Sweeping]:
     urls, ways, clients = {}, {}, {}
     for name in ("broker", "handoff"):
-        parts, port = urlsplit(stack.env[f"{name.upper()}_URL"])._replace(path=f"/{CORNER}"), a_closed_port()
+        parts, port = urlsplit(stack.env[f"{name.upper()}_URL"])._replace(path=f"/{TEST_REDIS_DB}"), a_closed_port()
         ways[name] = RefusingProxy(port, parts.port)
         urls[f"{name}_url"] = parts._replace(netloc=parts.netloc.replace(f":{parts.port}", f":{port}")).geturl()
         clients[name] = redis.Redis.from_url(parts.geturl())

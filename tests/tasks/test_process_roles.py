@@ -14,7 +14,7 @@ import tasks.roles.maintenance
 import tasks.roles.webhooks
 import tasks.serve
 from edges.notices import FakeNotices, NoticeSourceUnavailable
-from edges.progress import News
+from edges.progress import JobSignals
 from fleet.consumer import TakenTask
 from models import jobs, webhooks
 from models.database import transaction
@@ -281,8 +281,8 @@ def test_courier_hands_out_what_is_to_be_told_as_soon_as_it_hears_that_a_job_end
         [delivery_id] = session.scalars(query, {"id": job.id})
 
     def consume(*arguments, **options) -> int:
-        news = News(settings.handoff_url)
-        until(lambda: news.tell_ending(job.id) or handed_out, what="the courier's hearing of it")
+        signals = JobSignals(settings.handoff_url)
+        until(lambda: signals.publish_ending(job.id) or handed_out, what="the courier's hearing of it")
         return 0
 
     monkeypatch.setattr(tasks.roles.webhooks, "consume", consume)
