@@ -146,7 +146,7 @@ def overhead(quick: bool, device: str) -> Part:
     """How much of the device thread's time is the device's work."""
     from benchmarks.serving.traffic import arrivals
     from engine.engine import Engine
-    from engine.events import Event, Failed, Finished
+    from engine.events import EngineEvent, Failed, Finished
 
     spec, config, template = the_model(device)
     warm_up, measured = (10, 20) if quick else (50, 400)
@@ -156,7 +156,7 @@ def overhead(quick: bool, device: str) -> Part:
     finished = itertools.count(1)
     with Engine(config, [spec]) as engine:
 
-        def on_event(event: Event) -> None:  # on the device thread: between two pieces of its work
+        def on_event(event: EngineEvent) -> None:  # on the device thread: between two pieces of its work
             if isinstance(event, Failed):
                 failures.append(event.error)
             elif isinstance(event, Finished):

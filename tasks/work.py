@@ -12,7 +12,7 @@ from engine.handle import Handle
 from engine.records import FinishedImage
 from engine.texts import UnreadText
 from models.leases import Lease
-from tasks.held import Held
+from tasks.held import HeldLease
 
 DROP_WITHIN_S = 20.0  # no step takes that long
 
@@ -49,13 +49,13 @@ class TextsUnread:
     texts: tuple[UnreadText, ...]
 
 
-class Work:
+class RenderWork:
     """Track the images of one job in the engine, by index.
 
     The engine's thread adds messages, the task takes them.
     """
 
-    def __init__(self, held: Held) -> None:
+    def __init__(self, held: HeldLease) -> None:
         self.held = held
         self.handles: dict[int, Handle] = {}
         self.resumed: dict[int, int] = {}  # the step at which each began: 0, or its snapshot's

@@ -19,7 +19,7 @@ from benchmarks.networks.drawn import forget
 from benchmarks.networks.workbench import Workbench
 from engine.config import CheckpointSpec, EngineConfig
 from engine.engine import Engine
-from engine.events import Event, Stepped
+from engine.events import EngineEvent, Stepped
 from engine.inflight import InFlight
 from engine.request import Determinism, ImageRequest
 from engine.snapshots import from_bytes
@@ -142,11 +142,11 @@ def apart_after_resume(spec: CheckpointSpec, device: str, kernel: str) -> float:
     return apart(whole, resumed)
 
 
-def _snapshots_of(engine: Engine, wish: ImageRequest) -> tuple[dict[int, Future[bytes]], Callable[[Event], None]]:
+def _snapshots_of(engine: Engine, wish: ImageRequest) -> tuple[dict[int, Future[bytes]], Callable[[EngineEvent], None]]:
     """Snapshots by step, there once the image has ended, and the listener that asks for them."""
     blobs: dict[int, Future[bytes]] = {}
 
-    def on_event(event: Event) -> None:
+    def on_event(event: EngineEvent) -> None:
         if isinstance(event, Stepped) and event.step in (SAVED_AFTER, LOOKED_AT_AFTER):
             blobs[event.step] = engine.snapshot(wish.id)
 

@@ -7,7 +7,7 @@ import torch
 from engine.conditioning import ConditioningCache
 from engine.config import CheckpointSpec
 from engine.device import Device
-from engine.inflight import BatchKey, ImageState, InFlight
+from engine.inflight import BatchKey, InFlight, RenderState
 from engine.loading import load_checkpoint
 from engine.request import ImageRequest
 from engine.runner import Runner
@@ -31,7 +31,7 @@ class Workbench:
         """The image, ready for its first step. Raises `UnsupportedRequest`."""
         family = self.loaded.family
         family.check(request)
-        image = InFlight(request=request, batch_key=self.key(request), rows=family.rows(request), state=ImageState.RUNNING)
+        image = InFlight(request=request, batch_key=self.key(request), rows=family.rows(request), state=RenderState.RUNNING)
         self.runner.start(image)
         return image
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from benchmarks.serving.pipeline import PlainPipeline
 from benchmarks.serving.traffic import by_kind
 from engine.engine import Engine
-from engine.events import Event, Failed, Finished
+from engine.events import EngineEvent, Failed, Finished
 from engine.request import ImageRequest
 from settings import REPO
 
@@ -53,7 +53,7 @@ class Ours:
     def submit(self, request: ImageRequest, tell: Tell) -> None:
         """See `System`."""
 
-        def on_event(event: Event) -> None:
+        def on_event(event: EngineEvent) -> None:
             if isinstance(event, Finished):
                 tell(event.image.pixels)
             elif isinstance(event, Failed):

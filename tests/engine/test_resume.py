@@ -20,7 +20,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import DeadlinePassed, EngineStopped, ImageCanceled, SnapshotRefused, UnsupportedRequest
 from engine.events import Failed, Finished, Parked, Previewed, Resumed, Started, Stepped
-from engine.inflight import ImageState
+from engine.inflight import RenderState
 from engine.request import Fork, Picture
 from engine.snapshots import peek
 
@@ -525,7 +525,7 @@ def test_previews_change_no_bit(engine):
     handle = engine.submit(reproducible("a", sampler="dpmpp_2m_sde", num_steps=5), lambda event: engine.watch("a", True))
 
     assert np.array_equal(handle.result(60).pixels, unseen.pixels)
-    assert handle.progress().state is ImageState.FINISHED
+    assert handle.progress().state is RenderState.FINISHED
 
 
 def test_previews_are_rate_limited(checkpoint):
