@@ -13,7 +13,6 @@ from cli.installation import Installation, pass_installation
 from policy import connections
 from policy.fleet import Fleet, FleetInvalid
 from settings import (
-    CourierSettings,
     DeploymentSettings,
     FleetSettings,
     FlowerSettings,
@@ -22,6 +21,7 @@ from settings import (
     Settings,
     SettingsInvalid,
     StoreSettings,
+    WebhookSettings,
     WorkerSettings,
     misfits,
     read,
@@ -32,7 +32,7 @@ ROLES: dict[str, type[FleetSettings] | type[MigrationSettings]] = {
     "worker": WorkerSettings,
     "results": StoreSettings,
     "sweeper": Settings,
-    "webhooks": CourierSettings,
+    "webhooks": WebhookSettings,
     "flower": FlowerSettings,
     "migrations": MigrationSettings,
     "deployment": DeploymentSettings,

@@ -84,7 +84,7 @@ def _not_here(name: str, *, missing: str) -> click.Command:
     )
 
 
-class Door(click.Group):
+class CommandGroup(click.Group):
     """Find the commands, and turn every expected error into one line and an exit code.
 
     An unexpected error keeps its traceback.
@@ -161,7 +161,7 @@ def describe(problem: ProblemError) -> str:
 
 
 @click.group(
-    cls=Door,
+    cls=CommandGroup,
     epilog="\b\n" + (__doc__ or "").partition("\n\n")[2],
     context_settings={"help_option_names": ["-h", "--help"]},
 )

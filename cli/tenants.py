@@ -54,7 +54,7 @@ def weigh_tenant(ctx: click.Context, installation: Installation, name: str, weig
     with installation.transaction() as session:
         tenant = records.by_name(session, name)
         if tenant is not None:
-            records.weigh(session, tenant, weight=weight)
+            records.set_weight(session, tenant, weight=weight)
     if tenant is None:
         screen.complain(f"There is no tenant {name!r}.")
         ctx.exit(4)
