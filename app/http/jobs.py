@@ -129,7 +129,7 @@ def show_image(job_id: uuid.UUID, index: int) -> ResponseReturnValue:
     302 to a presigned URL, or with `?redirect=false` the bytes themselves.
     """
     artifact = jobs.stored_image(runtime(), caller(), job_id, index)
-    return delivery.deliver(delivery.Stored.image(artifact))
+    return delivery.deliver(delivery.StoredContent.image(artifact))
 
 
 def _accepted() -> Accepted:

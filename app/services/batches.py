@@ -11,7 +11,7 @@ import structlog
 from sqlalchemy.orm import Session
 
 from app.caller import Caller
-from app.live.forecast import Booked
+from app.live.forecast import BookedJobs
 from app.problems import Problem
 from app.runtime import Runtime
 from app.services import inputs, jobs, quotas, submit
@@ -22,7 +22,7 @@ from models import idempotency
 from models.accepting import NewJob, in_order
 from models.database import run_transaction
 from models.files import FileGone
-from models.idempotency import Answer, IdempotentRequest
+from models.idempotency import IdempotentRequest, StoredAnswer
 from models.tables import Job
 from policy.params import Resolved
 from policy.states import JobState
@@ -80,7 +80,7 @@ class _Admission:
 
     runtime: Runtime
     caller: Caller
-    booked: dict[tuple[str, str], Booked] = field(default_factory=dict)
+    booked: dict[tuple[str, str], BookedJobs] = field(default_factory=dict)
 
     def admit(self, asked: JobRequest | Problem) -> _Draft | Problem:
         """Return the item as a draft, or the problem for which it is refused."""
@@ -92,7 +92,7 @@ class _Admission:
             new, _ = submit.price_and_admit(self.runtime, self.caller, prepared, booked=self.booked)
         except Problem as problem:
             return problem
-        self.booked[new.flow] = self.booked.get(new.flow, Booked()).and_one(new.predicted_s)
+        self.booked[new.flow] = self.booked.get(new.flow, BookedJobs()).with_job(new.predicted_s)
         return _Draft(new, asked.pictures)
 
 
@@ -205,12 +205,12 @@ def _write(
         run_transaction(runtime.database, write)
 
 
-def _earlier(runtime: Runtime, caller: Caller, answer: Answer) -> BatchAnswer:
+def _earlier(runtime: Runtime, caller: Caller, answer: StoredAnswer) -> BatchAnswer:
     """Return the stored answer of the same batch, with its jobs as they are now."""
     telemetry.REQUESTS_REPLAYED.inc()
     items = json.loads((answer.items or {}).get("items", "[]"))
     job_ids = [uuid.UUID(item["job_id"]) for item in items if "job_id" in item]
-    found = jobs.some(runtime, caller, job_ids) if job_ids else {}
+    found = jobs.find_many(runtime, caller, job_ids) if job_ids else {}
     shown = {job_id: BatchJob(job_id, job.state, job) for job_id, job in found.items()}
     return BatchAnswer(items, shown, is_new=False)
 

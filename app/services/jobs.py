@@ -43,10 +43,12 @@ def page(runtime: Runtime, caller: Caller, job_filter: JobFilter, *, limit: int)
         return listing.page(session, job_filter, tenant_id=caller.tenant_id, limit=limit)
 
 
-def some(runtime: Runtime, caller: Caller, job_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, Job]:
+def find_many(
+    runtime: Runtime, caller: Caller, job_ids: Sequence[uuid.UUID]
+) -> dict[uuid.UUID, Job]:
     """Return those of the caller's jobs that exist, by id."""
     with transaction(runtime.database) as session:
-        return listing.some(session, job_ids, tenant_id=caller.tenant_id)
+        return listing.find_many(session, job_ids, tenant_id=caller.tenant_id)
 
 
 def stored_image(runtime: Runtime, caller: Caller, job_id: uuid.UUID, index: int) -> Artifact:

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from app.caller import Caller
 from app.documents import JobDocument, of_accepted, of_row
-from app.live.forecast import Bookings, Expected, QueuePlace
+from app.live.forecast import Bookings, JobForecast, QueuePlace
 from app.problems import (
     FleetSaturated,
     IdempotencyKeyReused,
@@ -35,7 +35,7 @@ from models import accepting, idempotency, jobs, releasing
 from models.accepting import AcceptedRow, NewJob
 from models.database import run_transaction, transaction
 from models.files import FileGone
-from models.idempotency import Answer, IdempotentRequest
+from models.idempotency import IdempotentRequest, StoredAnswer
 from policy import warnings
 from policy.admission import Refusal
 from policy.catalog import InvalidWish
@@ -117,9 +117,10 @@ def accept_once(
 ) -> Accepted:
     """Accept a job, or return the one that an earlier request with the same key made.
 
-    prepare: called only if there is no earlier job. idempotent: the request's idempotency key. An earlier
-    job is returned as it is now, even if no such job could be accepted any more. may_answer: tells
-    whether the earlier job still counts; if not, a new one replaces it under the key.
+    prepare: called only if there is no earlier job. idempotent: the request's idempotency key.
+    An earlier job is returned as it is now, even if no such job could be accepted any more.
+    may_answer: tells whether the earlier job still counts; if not, a new one replaces it under the
+    key.
 
     Raises the Problem of a job that cannot be served now, and what `prepare` raises.
     """
@@ -198,7 +199,7 @@ def price_and_admit(
     prepared: Prepared,
     *,
     booked: Bookings | None = None,
-) -> tuple[NewJob, Expected]:
+) -> tuple[NewJob, JobForecast]:
     """Price and admit a job; return the row to write, and the forecast for it.
 
     booked: what the caller will write before it. Raises the Problem of a job that is refused.
@@ -331,7 +332,7 @@ def release_waiting_jobs(runtime: Runtime, caller: Caller, pool: str, tier: str)
 
 def find_replayed_answer(
     runtime: Runtime, caller: Caller, idempotent: IdempotentRequest
-) -> Answer | None:
+) -> StoredAnswer | None:
     """Return the stored answer of the same request; None if it is new or to be renewed.
 
     Raises IdempotencyKeyReused.
@@ -358,7 +359,7 @@ def _find_earlier(
     return _job_of(runtime, caller, answer) if answer is not None else None
 
 
-def _job_of(runtime: Runtime, caller: Caller, answer: Answer) -> JobDocument:
+def _job_of(runtime: Runtime, caller: Caller, answer: StoredAnswer) -> JobDocument:
     with transaction(runtime.database) as session:
         job_id = answer.job_id
         job = jobs.find(session, job_id, tenant_id=caller.tenant_id) if job_id else None
