@@ -16,7 +16,7 @@ import redis
 import structlog
 
 from edges import eventlog, telemetry
-from edges.eventlog import BEGINNING, FINAL, PREVIEW, STEP, Event
+from edges.eventlog import BEGINNING, FINAL, PREVIEW, STEP, JobEvent
 from edges.progress import ENDINGS, Listener, connect
 
 log = structlog.get_logger(__name__)
@@ -25,7 +25,7 @@ READ_EVERY_S = 0.05  # the events of busy jobs come in batches, 20 a second at m
 _BLOCK_MS = 2000
 _MAX_UNREAD = 256  # events of a follower, before its steps and previews are dropped
 _DROPPABLE = (STEP, PREVIEW)
-SHUTDOWN = Event(None, "leave", {})  # this process ends: follow on elsewhere
+SHUTDOWN = JobEvent(None, "leave", {})  # this process ends: follow on elsewhere
 
 
 class TooManySubscribers(Exception):
@@ -39,9 +39,9 @@ class Subscription:
         self.job_id = job_id
         self.wants_previews = wants_previews
         self.seen = (0, 0)
-        self._unread: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._unread: queue.SimpleQueue[JobEvent] = queue.SimpleQueue()
 
-    def put(self, event: Event) -> None:
+    def put(self, event: JobEvent) -> None:
         """Queue the event for the follower; never wait. Steps and previews may be dropped."""
         if event.kind == PREVIEW and not self.wants_previews:
             return
@@ -50,7 +50,7 @@ class Subscription:
             return
         self._unread.put(event)
 
-    def get(self, within_s: float) -> Event | None:
+    def get(self, within_s: float) -> JobEvent | None:
         """Return the next event that is new to the follower; None if none comes in time.
 
         An event of the job's stream, FINAL when the job has ended, or SHUTDOWN.
@@ -64,7 +64,7 @@ class Subscription:
             if self.is_new(event):
                 return event
 
-    def is_new(self, event: Event) -> bool:
+    def is_new(self, event: JobEvent) -> bool:
         """Tell whether the event is new to the follower, and remember it as seen."""
         if event.id is None:
             return True
@@ -93,7 +93,7 @@ class EventFanout:
 
     def subscribe(
         self, job_id: uuid.UUID, *, wants_previews: bool, after: str = BEGINNING
-    ) -> tuple[Subscription, Sequence[Event]]:
+    ) -> tuple[Subscription, Sequence[JobEvent]]:
         """Return a subscription, and what happened after the event `after`.
 
         Later events come to the subscription. The caller must `unsubscribe`. Raises
@@ -140,7 +140,7 @@ class EventFanout:
             except redis.RedisError:
                 rest = []
                 is_there = False
-            self._distribute(job_id, [*rest, Event(None, FINAL, {})])
+            self._distribute(job_id, [*rest, JobEvent(None, FINAL, {})])
 
     def watched_jobs(self) -> list[uuid.UUID]:
         """List the jobs whose previews a follower wants."""
@@ -163,7 +163,7 @@ class EventFanout:
             self._listener.close()
             self._thread.join(timeout=3)
 
-    def _catch_up(self, subscription: Subscription, after: str) -> list[Event]:
+    def _catch_up(self, subscription: Subscription, after: str) -> list[JobEvent]:
         """Read what happened before, and add the subscription, without gap or overlap."""
         first = self._try_range(subscription.job_id, after)
         events = first or []
@@ -184,14 +184,14 @@ class EventFanout:
             if subscription.is_new(event) and (subscription.wants_previews or event.kind != PREVIEW)
         ]
 
-    def _try_range(self, job_id: uuid.UUID, after: str) -> list[Event] | None:
+    def _try_range(self, job_id: uuid.UUID, after: str) -> list[JobEvent] | None:
         try:
             return self._range(job_id, after)
         except redis.RedisError as error:
             log.info("events_not_read", job_id=str(job_id), reason=type(error).__name__)
             return None
 
-    def _range(self, job_id: uuid.UUID, after: str) -> list[Event]:
+    def _range(self, job_id: uuid.UUID, after: str) -> list[JobEvent]:
         return _events(self._redis.xrange(eventlog.key(job_id), min=f"({after}"))
 
     def _wake(self) -> None:
@@ -230,7 +230,7 @@ class EventFanout:
             else:
                 self._distribute(uuid.UUID(name.partition(":")[2]), _events(entries))
 
-    def _distribute(self, job_id: uuid.UUID, events: Sequence[Event]) -> None:
+    def _distribute(self, job_id: uuid.UUID, events: Sequence[JobEvent]) -> None:
         """Queue the events for each follower of the job.
 
         Under the lock: a follower that is added meanwhile gets each event either here or from its
@@ -246,11 +246,11 @@ class EventFanout:
                     subscription.put(event)
 
 
-def _events(entries: list[tuple[bytes, dict[bytes, bytes] | Any]]) -> list[Event]:
+def _events(entries: list[tuple[bytes, dict[bytes, bytes] | Any]]) -> list[JobEvent]:
     events = []
     for raw_id, fields in entries:
         try:
-            events.append(eventlog.parsed(raw_id, fields))
+            events.append(eventlog.parse(raw_id, fields))
         except (ValueError, KeyError, TypeError, OSError, AttributeError):
             log.warning("event_not_understood", id=raw_id.decode())
     return events

@@ -48,7 +48,7 @@ class _Unresolved(requests.ConnectionError):
 
 
 @dataclass(frozen=True)
-class Answer:
+class ReceiverAnswer:
     """Hold a receiver's answer. retry_after_s: its Retry-After, None if it sent none."""
 
     status: int
@@ -95,10 +95,12 @@ class Outbound:
 
     def post(
         self, url: str, body: bytes, headers: Mapping[str, str], *, timeout_s: float
-    ) -> Answer:
+    ) -> ReceiverAnswer:
         """Post and return the status; the response body is not read. Raises Unreachable."""
         with self._request("POST", url, timeout_s, data=body, headers=dict(headers)) as response:
-            return Answer(response.status_code, _retry_after_s(response.headers.get("Retry-After")))
+            return ReceiverAnswer(
+                response.status_code, _retry_after_s(response.headers.get("Retry-After"))
+            )
 
     def fetch(self, url: str, *, max_bytes: int, timeout_s: float) -> bytes:
         """Return the bytes behind `url`.

@@ -53,7 +53,7 @@ class Preview:
 
 
 @dataclass
-class _Noted:
+class _PendingProgress:
     """Collect what is to be sent; of steps and previews only the newest of each image."""
 
     started: list[tuple[str, int]] = field(default_factory=list)
@@ -75,7 +75,7 @@ class ProgressWriter:
         self._redis = connect(handoff_url)
         self._fill = fill
         self._unwatched: Callable[[uuid.UUID], None] = _ignore
-        self._noted = _Noted()
+        self._noted = _PendingProgress()
         # The event ids of the previews of each image that are in its job's stream.
         self._kept: dict[tuple[str, int], deque[bytes]] = {}
         self._lock = threading.Lock()
@@ -140,7 +140,7 @@ class ProgressWriter:
 
     def _send_noted(self) -> None:
         with self._lock:
-            noted, self._noted = self._noted, _Noted()
+            noted, self._noted = self._noted, _PendingProgress()
             self._turns_begun += 1
         try:
             if noted.jobs():
@@ -154,7 +154,7 @@ class ProgressWriter:
                 self._turns_ended = self._turns_begun
                 self._sent.notify_all()
 
-    def _send(self, noted: _Noted) -> None:
+    def _send(self, noted: _PendingProgress) -> None:
         # A transaction: otherwise the first event would wake a blocked reader, which would then
         # read that one alone.
         pipe = self._redis.pipeline(transaction=True)
@@ -341,7 +341,7 @@ class Endings:
         event = self._enter(job_id)
         try:
             while not is_over() and (left_s := deadline - time.monotonic()) > 0:
-                is_heard = _heard(event, min(left_s, LOOK_EVERY_S), gives_up)
+                is_heard = _wait_for_event(event, min(left_s, LOOK_EVERY_S), gives_up)
                 if gives_up():
                     return
                 if is_heard and not is_over():
@@ -373,7 +373,7 @@ class Endings:
                 del self._waiting[job_id]
 
 
-def _heard(event: threading.Event, within_s: float, gives_up: Callable[[], bool]) -> bool:
+def _wait_for_event(event: threading.Event, within_s: float, gives_up: Callable[[], bool]) -> bool:
     """Tell whether the event was set within that time, and before `gives_up()`."""
     deadline = time.monotonic() + within_s
     while (left_s := deadline - time.monotonic()) > 0:

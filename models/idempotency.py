@@ -56,7 +56,7 @@ class IdempotentRequest:
 
 
 @dataclass(frozen=True)
-class Answer:
+class StoredAnswer:
     """The answer to a request: a job, or the answer to each item of a batch."""
 
     job_id: uuid.UUID | None
@@ -70,14 +70,14 @@ class KeyReused(Exception):
 class AlreadyAnswered(Exception):
     """Another transaction answered the request first."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: StoredAnswer) -> None:
         super().__init__(f"answered with job {answer.job_id}")
         self.answer = answer
 
 
 def look_up(
     session: Session, idempotent: IdempotentRequest, *, tenant_id: uuid.UUID
-) -> Answer | None:
+) -> StoredAnswer | None:
     """Find the answer to the same request; None if it is new, or to be renewed.
 
     Raises KeyReused.
@@ -129,10 +129,10 @@ def forget_old(session: Session, *, limit: int) -> int:
 
 def _answer(
     session: Session, idempotent: IdempotentRequest, *conditions: ColumnElement[bool]
-) -> Answer | None:
+) -> StoredAnswer | None:
     columns = (IdempotencyKey.request_sha256, IdempotencyKey.job_id, IdempotencyKey.answer)
     query = select(*columns).where(IdempotencyKey.key == idempotent.key, *conditions)
     row = session.execute(query).one_or_none()
     if row is not None and row.request_sha256 != idempotent.request_sha256:
         raise KeyReused
-    return Answer(row.job_id, row.answer) if row is not None else None
+    return StoredAnswer(row.job_id, row.answer) if row is not None else None

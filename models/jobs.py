@@ -174,10 +174,10 @@ def abandon(session: Session, job: Job, steps_done: Mapping[int, int], *, actor:
     rows = session.scalars(
         select(Image).where(Image.job_id == job.id, Image.state != ImageState.STORED)
     ).all()
-    before = _counted(job, rows)
+    before = _sum_steps_done(job, rows)
     for row in rows:
         row.steps_done = max(row.steps_done, min(steps_done.get(row.index, 0), image_steps(job)))
-    steps = _counted(job, rows) - before
+    steps = _sum_steps_done(job, rows) - before
     if not steps:
         return
     shares = _shares(job)
@@ -389,7 +389,9 @@ def finish(
     job.failure_detail = detail
     session.flush()
     _settle_flow(session, job, state)
-    stored, steps = _came_to(session, job) if state != JobState.SUCCEEDED else (job.num_images, 0)
+    stored, steps = (
+        _count_results(session, job) if state != JobState.SUCCEEDED else (job.num_images, 0)
+    )
     booking = _booking(job, state, num_stored=stored, steps=steps)
     usage.settle(session, booking, tenant_id=job.tenant_id, day=job.usage_day)
     webhooks.note(session, job, event_of(state))
@@ -437,7 +439,7 @@ def _shares(job: Job) -> usage.Shares:
     return usage.Shares(job.megapixel_steps, job.num_images, image_steps(job))
 
 
-def _counted(job: Job, images: Sequence[Image]) -> int:
+def _sum_steps_done(job: Job, images: Sequence[Image]) -> int:
     """Add up the denoise steps of images that are not stored.
 
     Of each no more than the job was counted for.
@@ -445,7 +447,7 @@ def _counted(job: Job, images: Sequence[Image]) -> int:
     return sum(min(image.steps_done, image_steps(job)) for image in images)
 
 
-def _came_to(session: Session, job: Job) -> tuple[int, int]:
+def _count_results(session: Session, job: Job) -> tuple[int, int]:
     """Count the job's stored images, and the denoise steps noted of the others."""
     if job.attempt == 0:
         return 0, 0

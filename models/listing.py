@@ -105,7 +105,7 @@ def _ordered(query: Select[Any], tenant_id: uuid.UUID, job_filter: JobFilter) ->
     return query.order_by(Job.tenant_id.desc(), Job.state.desc(), Job.id.desc())
 
 
-def some(
+def find_many(
     session: Session, job_ids: Sequence[uuid.UUID], *, tenant_id: uuid.UUID
 ) -> dict[uuid.UUID, Job]:
     """Find the tenant's jobs of these ids, without images, attempts and artifacts; by id."""

@@ -10,10 +10,10 @@ import sys
 from edges import telemetry
 from settings import (
     BrokerSettings,
-    CourierSettings,
     FlowerSettings,
     Settings,
     StoreSettings,
+    WebhookSettings,
     WorkerSettings,
     load,
     load_fleet_or_exit,
@@ -23,7 +23,7 @@ ROLES: dict[str, type[BrokerSettings]] = {
     "render": WorkerSettings,
     "results": StoreSettings,
     "maintenance": Settings,
-    "webhooks": CourierSettings,
+    "webhooks": WebhookSettings,
     "flower": FlowerSettings,
 }
 

@@ -44,7 +44,7 @@ from models import (
 )
 from models.database import is_away, run_transaction, transaction
 from models.releasing import Announced
-from models.sweeping import Aged, Unstored
+from models.sweeping import OldJob, OverdueStore
 from models.uploads import ORPHAN_AFTER_S
 from policy import gates, queues
 from policy.fleet import Fleet
@@ -267,7 +267,7 @@ class Sweeper:
             if self._store_later(unstored, queue, may_announce=missing[queue] > 0):
                 missing[queue] -= 1
 
-    def _store_later(self, unstored: Unstored, queue: str, *, may_announce: bool) -> bool:
+    def _store_later(self, unstored: OverdueStore, queue: str, *, may_announce: bool) -> bool:
         """Have what is left of an overdue job stored; tell whether that took a message."""
         held = {
             index: self.handoff.holds(unstored.job_id, index, attempt)
@@ -288,7 +288,7 @@ class Sweeper:
         self._count("hand_off_lost" if gone else "store_overdue", unstored.job_id)
         return is_announced
 
-    def _loses(self, unstored: Unstored, gone: Sequence[int]) -> bool:
+    def _loses(self, unstored: OverdueStore, gone: Sequence[int]) -> bool:
         """Have these images rendered again; tell whether the job has ended by that."""
         job = lose_hand_off(
             self.database, self.ended, unstored.job_id, gone, attempt_of=unstored.attempt_of
@@ -476,7 +476,7 @@ class Sweeper:
             if len(some) < LOOKED_AT:
                 return True
 
-    def _erase(self, job: Aged) -> None:
+    def _erase(self, job: OldJob) -> None:
         with transaction(self.database) as session:
             erasing.erase(session, job.job_id, tenant_id=job.tenant_id, actor=jobs.SWEEPER)
         self._count("retention", job.job_id)

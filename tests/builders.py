@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from sqlalchemy.orm import Session
 
 from models import jobs, leases, tenants
-from models.leases import Lease, Left, Rendered
+from models.leases import Lease, LeftSnapshot, RenderedWork
 from models.tables import Job, Tenant
 from policy.catalog import resolve
 from policy.fleet import Fleet, parse_fleet
@@ -256,14 +256,14 @@ def hand_off(session: Session, lease: Lease, index: int = 0, *, store_within_s: 
     return leases.hand_off(session, lease, index, rendered=rendered(**record), store_within_s=store_within_s)
 
 
-def preempt(session: Session, lease: Lease, *, left: Sequence[Left] = (), reason: str = "spot", kept_in: str = "handoff") -> Job:
+def preempt(session: Session, lease: Lease, *, left: Sequence[LeftSnapshot] = (), reason: str = "spot", kept_in: str = "handoff") -> Job:
     """Give the job up because its worker has to go."""
     return leases.preempt(session, lease, reason=reason, left=left, store=kept_in)
 
 
-def a_left(index: int = 0, *, steps_done: int = 2, size_bytes: int = 100, device_seconds: float = 0.25) -> Left:
+def a_left(index: int = 0, *, steps_done: int = 2, size_bytes: int = 100, device_seconds: float = 0.25) -> LeftSnapshot:
     """What a preempted attempt leaves of an image."""
-    return Left(index, steps_done, f"handoff:snapshot#{index}", size_bytes, device_seconds)
+    return LeftSnapshot(index, steps_done, f"handoff:snapshot#{index}", size_bytes, device_seconds)
 
 
 def store(session: Session, job: Job, index: int = 0, *, attempt: int = 1, artifact: dict[str, Any] | None = None) -> Job | None:
@@ -288,7 +288,7 @@ def a_succeeded_job(session: Session, **params: Any) -> Job:
     return lease.job
 
 
-def rendered(**record: Any) -> Rendered:
+def rendered(**record: Any) -> RenderedWork:
     """What one image took: four steps, alone, half a second."""
     plain = {
         "num_steps": 4,
@@ -305,7 +305,7 @@ def rendered(**record: Any) -> Rendered:
         "fingerprint": "cpu-fp32",
         "fingerprint_facts": {"torch_threads": 1},
     }
-    return Rendered(**{**plain, **record})
+    return RenderedWork(**{**plain, **record})
 
 
 def an_artifact() -> dict[str, Any]:

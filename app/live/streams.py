@@ -23,7 +23,7 @@ from app.problems import JobNotFound, StreamsExhausted, Unauthenticated
 from app.schemas import events as schemas
 from app.schemas.base import to_plain
 from edges import telemetry
-from edges.eventlog import BEGINNING, FINAL, QUEUED, STARTED, Event
+from edges.eventlog import BEGINNING, FINAL, QUEUED, STARTED, JobEvent
 from edges.events import SHUTDOWN, EventFanout, Subscription, TooManySubscribers
 from edges.progress import JobSignals
 from models import jobs
@@ -35,10 +35,10 @@ log = structlog.get_logger(__name__)
 
 LOOK_EVERY_S = 5.0
 CHECK_KEYS_EVERY_S = 0.5
-_REVOKED = Event(None, "revoked", {})
+_REVOKED = JobEvent(None, "revoked", {})
 
 # Shows an event to a client: takes the event, its job's id, and for `final` the ended job.
-Tell = Callable[[Event, uuid.UUID, Job | None], Event]
+Tell = Callable[[JobEvent, uuid.UUID, Job | None], JobEvent]
 
 
 class Watchers:
@@ -107,7 +107,7 @@ class JobEventStreams:
         previews: bool = False,
         heartbeat_s: float = 10,
         place: Holding | None = None,
-    ) -> Iterator[Event | None]:
+    ) -> Iterator[JobEvent | None]:
         """Yield the events of the caller's job after the event `after`, until its end.
 
         Yields None when a heartbeat is due. While the job waits, `queued` comes first, and again
@@ -148,7 +148,7 @@ class JobEventStreams:
         previews: bool,
         heartbeat_s: float,
         place: Holding,
-    ) -> Iterator[Event | None]:
+    ) -> Iterator[JobEvent | None]:
         subscription, earlier = self._subscribe(job_id, place, previews=previews, after=after)
         with self._lock:
             self._kids[subscription] = caller.kid
@@ -172,7 +172,7 @@ class JobEventStreams:
 
     def _subscribe(
         self, job_id: uuid.UUID, place: Holding, *, previews: bool, after: str
-    ) -> tuple[Subscription, Sequence[Event]]:
+    ) -> tuple[Subscription, Sequence[JobEvent]]:
         """Subscribe to the job's events; frees `place` if that fails. Raises StreamsExhausted."""
         try:
             return self._fanout.subscribe(job_id, wants_previews=previews, after=after)
@@ -186,8 +186,8 @@ class JobEventStreams:
             raise
 
     def _until_end(
-        self, job: Job, events: Iterator[Event | None], tell: Tell
-    ) -> Iterator[Event | None]:
+        self, job: Job, events: Iterator[JobEvent | None], tell: Tell
+    ) -> Iterator[JobEvent | None]:
         """Yield the events up to the job's end, and None for a heartbeat."""
         for event in events:
             if event is None:
@@ -202,8 +202,8 @@ class JobEventStreams:
                 return
 
     def _events(
-        self, job: Job, subscription: Subscription, earlier: Sequence[Event], heartbeat_s: float
-    ) -> Iterator[Event | None]:
+        self, job: Job, subscription: Subscription, earlier: Sequence[JobEvent], heartbeat_s: float
+    ) -> Iterator[JobEvent | None]:
         """Yield events as they arrive; ends only when this process does."""
         forecast = _Forecast(self._forecaster, job)
         yield from forecast.due_event()
@@ -211,7 +211,7 @@ class JobEventStreams:
             forecast.hear(past)
             yield past
         if job.state in FINAL_STATES:
-            yield Event(None, FINAL, {})
+            yield JobEvent(None, FINAL, {})
         beat_at = time.monotonic() + heartbeat_s
         while (
             event := subscription.get(min(beat_at, forecast.due_at) - time.monotonic())
@@ -285,12 +285,12 @@ class _Forecast:
         self._told: QueuePlace | None = None
         self.due_at = time.monotonic() if job.state == JobState.QUEUED else float("inf")
 
-    def hear(self, event: Event) -> None:
+    def hear(self, event: JobEvent) -> None:
         """Stop forecasting when a new attempt starts; events of earlier attempts do not count."""
         if event.kind == STARTED and event.data.get("attempt", 0) > self._job.attempt:
             self.due_at = float("inf")
 
-    def due_event(self) -> list[Event]:
+    def due_event(self) -> list[JobEvent]:
         """Return a `queued` event if a look is due and the position has changed; else nothing."""
         now = time.monotonic()
         if now < self.due_at:
@@ -305,7 +305,7 @@ class _Forecast:
         self._has_told = True
         self._told = place
         self._told_at = now
-        return [Event(None, QUEUED, to_plain(_queued(place)))]
+        return [JobEvent(None, QUEUED, to_plain(_queued(place)))]
 
     def _has_moved(self, place: QueuePlace | None, now: float) -> bool:
         """Tell whether the position or the expected end has moved by more than a tenth.

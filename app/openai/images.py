@@ -97,7 +97,7 @@ Source = FileStorage | str  # a file of a form; the id of a file, a data URL or 
 
 
 @dataclass
-class _Sent:
+class _SentPictures:
     """The picture of a call, and its mask, as they were sent; not decoded yet."""
 
     image: Source
@@ -153,7 +153,7 @@ def _digest(source: Source) -> str:
     return digest
 
 
-def _read_edit() -> tuple[dict[str, Any], _Sent]:
+def _read_edit() -> tuple[dict[str, Any], _SentPictures]:
     """Read the fields, the one picture and the mask.
 
     Raises UnsupportedMediaType, NotOffered, InvalidImageRequest, BodyTooLarge.
@@ -171,7 +171,7 @@ def _read_edit() -> tuple[dict[str, Any], _Sent]:
     )
 
 
-def _read_form() -> tuple[dict[str, Any], _Sent]:
+def _read_form() -> tuple[dict[str, Any], _SentPictures]:
     files = {
         name: [file for file in sent if not is_left_out(file)]
         for name, sent in request.files.lists()
@@ -186,7 +186,7 @@ def _read_form() -> tuple[dict[str, Any], _Sent]:
     return fields, _only(images, masks, "one picture, as a file of the form")
 
 
-def _sent_in(fields: dict[str, Any]) -> _Sent:
+def _sent_in(fields: dict[str, Any]) -> _SentPictures:
     """Take the pictures out of the fields `image` or `images`, and `mask`.
 
     Each is text, {"image_url": …} or {"file_id": …}.
@@ -208,7 +208,7 @@ def _source(said: object, field: str) -> str:
     return said
 
 
-def _only(images: Sequence[Source], masks: Sequence[Source], wanted: str) -> _Sent:
+def _only(images: Sequence[Source], masks: Sequence[Source], wanted: str) -> _SentPictures:
     for field, what, sent in (("image", "picture", images), ("mask", "mask", masks)):
         if len(sent) > 1:
             raise NotOffered(
@@ -217,7 +217,7 @@ def _only(images: Sequence[Source], masks: Sequence[Source], wanted: str) -> _Se
             )
     if not images:
         raise InvalidImageRequest.at("image", f"is required: {wanted}")
-    return _Sent(images[0], masks[0] if masks else None)
+    return _SentPictures(images[0], masks[0] if masks else None)
 
 
 def _sized(wish: Wish, picture: File) -> Wish:
@@ -231,7 +231,9 @@ def _sized(wish: Wish, picture: File) -> Wish:
     return replace(wish, size=size)
 
 
-def _serve(asked: ImageCall, sent: _Sent | None, fields: Mapping[str, Any]) -> ResponseReturnValue:
+def _serve(
+    asked: ImageCall, sent: _SentPictures | None, fields: Mapping[str, Any]
+) -> ResponseReturnValue:
     asks_for = [fields, *(sent.digests() if sent is not None else [])]
     if asked.streams:
         # Before the job is made: without a place nobody could follow it.
@@ -259,7 +261,7 @@ def _wait_for_job(job_id: uuid.UUID) -> Job:
     return wait.wait_for_end(runtime(), caller(), job, wait_s, has_left=has_left(request))
 
 
-def _accept(asked: ImageCall, sent: _Sent | None, asks_for: list[Any]) -> Accepted:
+def _accept(asked: ImageCall, sent: _SentPictures | None, asks_for: list[Any]) -> Accepted:
     """Accept the job of this call; a client's retry may get the job of the earlier try."""
 
     def may_answer(earlier: JobDocument) -> bool:
@@ -276,7 +278,7 @@ def _accept(asked: ImageCall, sent: _Sent | None, asks_for: list[Any]) -> Accept
     )
 
 
-def _prepare(asked: ImageCall, sent: _Sent | None) -> Prepared:
+def _prepare(asked: ImageCall, sent: _SentPictures | None) -> Prepared:
     """Resolve the call. Pictures are decoded last, and only if the job could be accepted."""
     metadata = dict(asked.metadata)
     wish = asked.wish

@@ -21,7 +21,7 @@ from app import create_app
 from app.live.forecast import QueuePlace
 from app.live.streams import LOOK_EVERY_S, JobEventStreams, _Forecast
 from app.problems import StreamsExhausted
-from edges.eventlog import STARTED, Event
+from edges.eventlog import STARTED, JobEvent
 from edges.events import TooManySubscribers
 from policy.fleet import parse_fleet
 from policy.prediction import Eta
@@ -413,6 +413,6 @@ def test_only_the_start_of_a_later_attempt_ends_the_forecast_of_a_job_that_waits
     """Who comes late is told first of the attempt that was lost."""
     forecast = _Forecast(places, a_queued(attempt=1))
 
-    forecast.hear(Event("1-0", STARTED, {"attempt": started}))
+    forecast.hear(JobEvent("1-0", STARTED, {"attempt": started}))
 
     assert places.told(forecast, 3, 10.0) is goes_on

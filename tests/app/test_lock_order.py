@@ -22,7 +22,7 @@ from sqlalchemy import Engine, event, text
 from app import create_app
 from models import api_keys, jobs, leases, tenants, webhooks, workers
 from models.database import CONFLICTS, TRIES, run_transaction, transaction
-from models.webhooks import Tried
+from models.webhooks import AttemptResult
 from policy.fleet import parse_fleet
 from settings import REPO, GatewaySettings
 from tests.app.conftest import bearer
@@ -161,7 +161,7 @@ def is_told_to_be_gone(tenant: Tenant) -> Act:
     def act() -> tuple[int, dict]:
         claim = run_transaction(database, lambda session: webhooks.claim(session, delivery_id))
         if claim is not None:
-            run_transaction(database, lambda session: webhooks.record(session, claim, Tried(410, None, 0.1, None), actor="courier"))
+            run_transaction(database, lambda session: webhooks.record(session, claim, AttemptResult(410, None, 0.1, None), actor="courier"))
         return 200, {}
 
     return act

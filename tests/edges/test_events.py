@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from edges import eventlog
-from edges.eventlog import FINAL, PREVIEW, STARTED, STEP, STORED, Event
+from edges.eventlog import FINAL, PREVIEW, STARTED, STEP, STORED, JobEvent
 from edges.events import SHUTDOWN, EventFanout, Subscription, TooManySubscribers
 from edges.progress import WATCHES, JobSignals, Listener, Preview, ProgressWriter, Step
 from tests.builders import a_closed_port, until
@@ -46,7 +46,7 @@ def step(redis, job_id, number) -> str:
     return tell(redis, job_id, STEP, {"index": 0, "step": number, "num_steps": 99})
 
 
-def heard(subscription, count) -> list[Event]:
+def heard(subscription, count) -> list[JobEvent]:
     """The next `count` events, which come within seconds."""
     events = [subscription.get(5) for _ in range(count)]
     assert None not in events
@@ -207,7 +207,7 @@ def test_of_each_image_only_the_newest_previews_are_kept(writer, signals, handof
         until(lambda: handoff_redis.xrevrange(eventlog.key(job_id), count=1), what="the preview")
         time.sleep(0.15)
 
-    kept = [eventlog.parsed(*entry) for entry in handoff_redis.xrange(eventlog.key(job_id))]
+    kept = [eventlog.parse(*entry) for entry in handoff_redis.xrange(eventlog.key(job_id))]
     assert sorted((event.data["index"], event.data["step"]) for event in kept) == [(0, 4), (0, 5), (1, 4), (1, 5)]
 
 

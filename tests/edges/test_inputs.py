@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edges.handoff import HandoffUnavailable
-from edges.inputs import Gone, Inputs
+from edges.inputs import Inputs, PictureGone
 from tests.builders import a_closed_port, some_pixels
 
 
@@ -18,13 +18,15 @@ def inputs(settings, handoff_redis) -> Inputs:
 def test_what_was_brought_comes_back_by_its_role(inputs):
     job_id, mask = uuid.uuid4(), some_pixels()[:, :, 0]
 
-    inputs.bring(job_id, {"init_image": some_pixels(seed=1), "mask": mask, "control_image": Gone("control_image: file x was erased")})
+    inputs.bring(
+        job_id, {"init_image": some_pixels(seed=1), "mask": mask, "control_image": PictureGone("control_image: file x was erased")}
+    )
 
     brought = inputs.of(job_id)
     assert inputs.are_there(job_id)
     assert np.array_equal(brought["init_image"], some_pixels(seed=1))
     assert np.array_equal(brought["mask"], mask)
-    assert brought["control_image"] == Gone("control_image: file x was erased")
+    assert brought["control_image"] == PictureGone("control_image: file x was erased")
     assert inputs.jobs() == [job_id]
 
 

@@ -119,6 +119,6 @@ def test_a_label_tells_where_its_key_ends(database):
 def test_of_jobs_that_are_named_a_tenant_is_given_its_own(session):
     own, stranger = a_job(session), a_job(session)
 
-    found = listing.some(session, [own.id, stranger.id, uuid.uuid4()], tenant_id=own.tenant_id)
+    found = listing.find_many(session, [own.id, stranger.id, uuid.uuid4()], tenant_id=own.tenant_id)
 
     assert found == {own.id: own}

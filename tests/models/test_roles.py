@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 from migrations import roles
 from models import files, idempotency, jobs, learning, leases, releasing, sweeping, uploads, webhooks, workers
 from models.tables import Base
-from models.webhooks import Tried
+from models.webhooks import AttemptResult
 from policy.release import ReleaseLimits
 from tests.builders import a_job, a_lease, a_succeeded_job, hand_off, store
 
@@ -248,6 +248,6 @@ def test_a_courier_claims_records_and_disables(as_process, database):
         [delivery_id] = webhooks.due_of_job(session, job.id)
         claim = webhooks.claim(session, delivery_id)
         assert claim.secrets == ("whsec_x",)
-        tried = Tried(status=410, error=None, took_s=0.1, try_again_s=None)
+        tried = AttemptResult(status=410, error=None, took_s=0.1, try_again_s=None)
         assert webhooks.record(session, claim, tried, actor="tests") == "gone"
         assert webhooks.next_of_endpoint(session, endpoint.id) is None
