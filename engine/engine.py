@@ -183,9 +183,9 @@ class Engine:
     ) -> Handle:
         """Go on with an image from a snapshot, at its step and with the bits it would have had.
 
-        request: the same request under another id, group or rank.  within_s: as for `submit`, counted
-        from now.  Raises as `submit`, and `SnapshotRefused` for a blob that is damaged, of another
-        request, or made where a bit could come out differently.
+        request: the same request under another id, group or rank.  within_s: as for `submit`,
+        counted from now.  Raises as `submit`, and `SnapshotRefused` for a blob that is damaged, of
+        another request, or made where a bit could come out differently.
         """
         snapshot = from_bytes(blob)
         wanted = request or snapshot.request
