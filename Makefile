@@ -43,7 +43,10 @@ chaos: setup ## Break everything on purpose, over and over, and check that no jo
 	$(VENV)/bin/python -m benchmarks.chaos
 
 bench: setup ## Run every benchmark
-	@for script in benchmarks/*.py; do echo "== $$script"; $(VENV)/bin/python -m "benchmarks.$$(basename "$$script" .py)" || exit 1; done
+	@for main in benchmarks/*/__main__.py; do \
+		name="benchmarks.$$(basename "$$(dirname "$$main")")"; \
+		echo "== $$name"; $(VENV)/bin/python -m "$$name" || exit 1; \
+	done
 
 pocket: setup ## Train the pocket model again
 	$(VENV)/bin/python -m pocket.train

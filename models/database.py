@@ -159,6 +159,8 @@ def _to_one_kind(context: ExceptionContext) -> DatabaseAway | None:
     The pool drops connections that are of no use after it.
     """
     cause = context.original_exception
+    if not isinstance(cause, Exception):
+        return None  # a KeyboardInterrupt or SystemExit in the middle of a query ends the process
     sqlstate = getattr(cause, "pgcode", None) or ""
     if _SESSION_OVER.fullmatch(sqlstate):
         context.is_disconnect = True

@@ -4,12 +4,13 @@ import itertools
 
 import pytest
 
-from benchmarks.engine import TARGETS, growth, growth_per_request, judge
-from benchmarks.serving.cells import Cell, Comparison, percentile
-from benchmarks.serving.traffic import MIX, arrivals, by_kind, one_of_each
-from benchmarks.sharing.verdict import jain
-from benchmarks.survival.faults import plan
-from benchmarks.survival.workload import workload
+from benchmarks.chaos.faults import plan_faults
+from benchmarks.engine.cells import Cell, Comparison
+from benchmarks.engine.targets import TARGETS
+from benchmarks.engine.traffic import MIX, arrivals, by_kind, one_of_each
+from benchmarks.lib.integrity.workload import workload
+from benchmarks.lib.statistics import growth, growth_per_request, jain, percentile
+from benchmarks.lib.verdict import judge
 from engine.request import ImageRequest
 
 TEMPLATE = ImageRequest(
@@ -127,22 +128,23 @@ def test_growth_is_from_the_first_third_to_the_last_and_no_peak_decides_it():
 
 
 def test_a_target_is_met_or_missed_where_there_is_a_figure_that_shows_it():
-    assert judge({"device_share": 0.97, "leak_kib_per_request": 2.0, "leak_canceled": 7}, {}) == {
+    assert judge({"device_share": 0.97, "leak_kib_per_request": 2.0, "leak_canceled": 7}, TARGETS) == {
         "device_share": True,
         "leak_kib_per_request": False,
     }
-    assert judge(dict.fromkeys(TARGETS, 1.0), unjudged=TARGETS) == {}
+    names = [target.figure for target in TARGETS]
+    assert judge(dict.fromkeys(names, 1.0), TARGETS, not_judged=names) == {}
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_a_plan_of_faults_has_every_kind_in_time_and_leaves_each_process_the_time_to_come_back(seed):
     workers = ["worker-1", "worker-2", "worker-3"]
 
-    faults = plan(seed, window_s=250, every_s=5, workers=workers, lease_s=15, notices=True, few=False)
+    faults = plan_faults(seed, window_s=250, every_s=5, workers=workers, lease_s=15, notices=True, few=False)
 
     assert {fault.kind for fault in faults} == {"kill", "terminate", "restart", "freeze", "cut", "flush", "notice"}
     assert {fault.target for fault in faults} >= {"results", "sweeper", "gateway", "broker", "handoff", "postgres", "s3"}
-    assert faults == plan(seed, window_s=250, every_s=5, workers=workers, lease_s=15, notices=True, few=False)
+    assert faults == plan_faults(seed, window_s=250, every_s=5, workers=workers, lease_s=15, notices=True, few=False)
     for before, after in itertools.combinations(faults, 2):
         if before.target == after.target:
             assert after.at_s >= before.at_s + before.for_s, f"{after} comes while {before} lasts"
@@ -153,7 +155,7 @@ def test_the_jobs_of_a_chaos_run_are_the_same_for_every_seed_of_faults():
     first, again = (workload(100, every_s=0.5, seed=0) for _ in range(2))
 
     assert first == again
-    assert {wish.parameters["tier"] for wish in first} == {"fast", "quality", "batch"}
+    assert {planned.parameters["tier"] for planned in first} == {"fast", "quality", "batch"}
 
 
 def test_fairness_between_tenants_is_one_for_equals_and_small_for_one_who_has_all():

@@ -128,6 +128,17 @@ def test_an_unknown_field_is_refused_and_the_known_ones_are_told(api, name, poin
     assert set(error["accepted"]) == set(JobBody.model_fields)
 
 
+@pytest.mark.parametrize(
+    ("name", "pointer"),
+    [("a~b", "/a~0b"), ("a/b", "/a~1b"), ("~1", "/~01"), ("x" * 70, "/" + "x" * 64)],
+)
+def test_a_pointer_to_a_field_is_escaped_and_short(api, name, pointer):
+    answer = api.post("/v1/jobs", json={"prompt": "a red circle", name: 1})
+
+    problem = assert_problem(answer, 422, "invalid-image-request")
+    assert [error["pointer"] for error in problem["errors"]] == [pointer]
+
+
 def test_a_field_whose_name_is_no_text_is_refused(api):
     answer = api.post("/v1/jobs", content=b'{"prompt": "a red circle", "\\ud800": 1}', headers=JSON)
 

@@ -1,5 +1,6 @@
 """What a body may cost: bounded before anything looks at its fields, and what is answered of it is bounded, too."""
 
+import io
 import json
 import uuid
 
@@ -9,6 +10,7 @@ from app.http.body import MAX_ENTRIES, MAX_ERRORS, MAX_MEMBERS, MAX_VALUES, chec
 from app.problems import InvalidImageRequest, MalformedBody
 from app.schemas.bodies import JobBody
 from policy.text import is_human
+from tests.app.conftest import bearer
 from tests.app.problem import assert_problem
 from tests.pictures import a_picture, png
 
@@ -48,6 +50,25 @@ def test_other_routes_have_the_same_bounds(api, path, body):
 
     assert answer.status_code in (403, 422)
     assert len(answer.content) < MOST_TOLD
+
+
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/images/edits"])
+@pytest.mark.parametrize(("parts", "status"), [(64, 400), (65, 413)])
+def test_a_form_has_up_to_64_parts(api, path, parts, status):
+    fields = {f"field-{number}": ("", b"x") for number in range(parts - 1)}
+
+    answer = api.post(path, files={"image": ("a.png", png()), **fields})
+
+    assert answer.status_code == status, answer.json()
+
+
+def test_a_field_of_a_form_may_be_as_large_as_a_body(gateway_with, new_key):
+    gateway = gateway_with(max_body_bytes=1_000_000)
+
+    for size_bytes, status in ((900_000, 400), (1_000_001, 413)):
+        form = {"prompt": "x" * size_bytes, "image": (io.BytesIO(png()), "a.png")}
+        answer = gateway.post("/v1/images/edits", data=form, headers=bearer(new_key()))
+        assert answer.status_code == status, answer.json
 
 
 def test_errors_are_told_up_to_a_number_and_counted_beyond_it(api):

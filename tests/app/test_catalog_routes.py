@@ -1,5 +1,7 @@
 """/v1/models and /v1/tiers: what can be asked for, as fleet.toml has it."""
 
+import pytest
+
 from policy.fleet import parse_fleet
 from settings import REPO
 from tests.app.conftest import bearer
@@ -33,6 +35,20 @@ def test_a_model_tells_what_it_accepts(api):
 
 def test_nothing_of_where_the_weights_lie_is_told(api):
     assert "source" not in api.get("/v1/models/pocket").text
+
+
+@pytest.mark.parametrize("guidance", [0.0, 7.5])
+def test_a_model_s_defaults_are_what_a_job_gets_that_says_nothing(gateway_with, new_key, guidance):
+    gateway = gateway_with(a_fleet({"models.pocket.tiers.fast.default_guidance": guidance}))
+    headers = bearer(new_key())
+
+    tiers = gateway.get("/v1/models/pocket", headers=headers).json["tiers"]
+
+    assert tiers["fast"]["default_guidance"] == guidance
+    for tier, defaults in tiers.items():
+        wish = {"prompt": "a red circle", "model": "pocket", "tier": tier}
+        job = gateway.post("/v1/estimate", json=wish, headers=headers).json
+        assert defaults == {"default_steps": job["steps"], "default_guidance": job["guidance"]}
 
 
 def test_an_unknown_model_is_not_found_and_the_known_ones_are_told(api):

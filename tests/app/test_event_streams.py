@@ -239,6 +239,31 @@ def test_an_idle_stream_shows_that_it_is_alive(served, held_worker, api):
     assert kinds(beats) == ["queued", None, None, None]
 
 
+class Socket:
+    """A connection as deploy/connections.py puts it into the environment of a request."""
+
+    def __init__(self) -> None:
+        self.timeouts_s = []
+
+    def has_left(self):
+        return False
+
+    def settimeout(self, timeout_s):
+        self.timeouts_s.append(timeout_s)
+
+
+def test_a_stream_that_nobody_reads_is_given_up_after_half_a_minute(api, gateway_with, canceled_job):
+    http, stream = gateway_with(), {"prompt": "a red circle", "tier": "batch", "stream": True}
+    headers = {"Authorization": api.headers["Authorization"]}
+    wishes = [("GET", canceled_job["urls"]["events"], None), ("POST", "/v1/images/generations", stream)]
+
+    for method, path, body in wishes:
+        socket = Socket()
+        answer = http.open(path, method=method, json=body, headers=headers, environ_overrides={"gunicorn.socket": socket})
+        answer.close()
+        assert (answer.status_code, socket.timeouts_s) == (200, [30]), path
+
+
 def test_a_follower_that_left_is_forgotten(served, held_worker, api):
     client, parts = served(event_heartbeat_s=0.2, gateway_max_streams=1)
     job = create(api)

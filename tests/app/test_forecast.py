@@ -4,9 +4,10 @@ import uuid
 
 import pytest
 
-from models import leases
+from app.live.forecast import Booked
+from models import leases, tenants
 from models.database import transaction
-from models.tables import Job
+from models.tables import Job, Tenant
 from policy.params import Wish
 from policy.release import ReleaseHint
 from tests.app.conftest import of_this_moment
@@ -32,7 +33,14 @@ def house(a_house, stack_database):
                 job.announced_at = job.accepted_at
         return made
 
+    def place(tenant, booked):
+        """Where one more job of the tenant's would stand, behind what it books."""
+        resolved = parts.resolve(Wish(prompt="a red circle", tier="batch"))
+        expect = parts.forecaster.expect
+        return of_this_moment(lambda: expect(resolved, tenant.id, booked)).place
+
     house.hint, house.announces, house.database = hint, announces, stack_database
+    house.place, house.place_of = place, parts.forecaster.place_of
     return house
 
 
@@ -93,3 +101,45 @@ def test_a_job_behind_some_that_lack_their_pictures_is_looked_at(house):
         session.query(Job).where(Job.pool == house.pool).update({"lacks_inputs": True})
 
     assert house.hint() is ReleaseHint.TRY_RELEASE
+
+
+def test_what_a_batch_asks_of_another_pool_is_before_none_of_its_jobs(house):
+    """Of a better tier in its own pool it is: not before it in its line, but it takes its time."""
+    tenant, booked = house.waits(count=1, predicted_s=1), Booked(jobs=5, cost_s=100.0)
+    flows = [(house.pool, "batch"), (house.pool, "fast"), ("another", "batch")]
+    alone = house.place(tenant, {})
+
+    own, better, elsewhere = (house.place(tenant, {flow: booked}) for flow in flows)
+
+    assert own.jobs_ahead >= alone.jobs_ahead + 5
+    assert better.jobs_ahead == elsewhere.jobs_ahead == alone.jobs_ahead
+    assert own.eta.p50_s > alone.eta.p50_s
+    assert better.eta.p50_s > alone.eta.p50_s
+    assert elsewhere.eta.p50_s == pytest.approx(alone.eta.p50_s)
+
+
+def test_behind_what_it_books_a_tenant_of_more_weight_has_fewer_jobs_of_others_before_it(house):
+    light, heavy = (house.waits(count=1, predicted_s=1) for _ in range(2))
+    with transaction(house.database) as session:
+        tenants.weigh(session, session.get_one(Tenant, heavy.id), weight=4.0, actor="tests")
+    house.waits(count=20, predicted_s=1)
+    booked = {(house.pool, "batch"): Booked(jobs=1, cost_s=10.0)}
+
+    light_ahead, heavy_ahead = (house.place(tenant, booked).jobs_ahead for tenant in (light, heavy))
+
+    assert light_ahead > heavy_ahead + 4
+
+
+@pytest.mark.parametrize(("steps_done", "left"), [(0, 1.0), (2, 0.5), (4, 0.0), (9, 0.0)])
+def test_the_time_left_of_a_running_job_goes_down_with_its_steps(house, steps_done, left):
+    [job] = house.announces(1)
+    runs(house, [job])
+    with transaction(house.database) as session:
+        running = session.get_one(Job, job.id)
+        session.refresh(running, ["images"])
+
+    at_first, now = (house.place_of(running, steps) for steps in (0, steps_done))
+
+    assert now.jobs_ahead is None
+    assert now.eta.p50_s == pytest.approx(left * at_first.eta.p50_s)
+    assert at_first.eta.p50_s > 0

@@ -169,6 +169,14 @@ def test_a_part_of_the_very_picture_that_a_client_has_comes(api, image):
     assert api.get(image["url"], params={"redirect": "false"}, headers=headers).status_code == 206
 
 
+@pytest.mark.parametrize("told", ['W/"{}"', '"{}-"', "Thu, 26 Nov 2026 18:00:00 GMT"])
+def test_a_part_of_what_may_be_another_picture_is_all_of_it(api, image, told):
+    """RFC 9110: If-Range compares strongly, and no date is as strong as a digest."""
+    headers = {"Range": "bytes=0-9", "If-Range": told.format(image["content_sha256"])}
+
+    assert api.get(image["url"], params={"redirect": "false"}, headers=headers).status_code == 200
+
+
 def test_a_picture_that_a_client_has_is_not_sent_again(api, image):
     answer = api.get(image["url"], params={"redirect": "false"}, headers={"If-None-Match": f'"{image["content_sha256"]}"'})
 

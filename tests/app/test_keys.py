@@ -90,6 +90,13 @@ def test_a_key_does_what_its_scopes_say_and_nothing_else(issue, nobody, scopes, 
         nobody.post(job.json()["urls"]["cancel"], headers=bearer(key))
 
 
+def test_a_key_that_only_reads_may_ask_for_heads(issue, nobody):
+    reads, generates = (bearer(issue(scopes=[scope])[0]) for scope in ("read", "generate"))
+
+    assert nobody.head("/v1/jobs", headers=reads).status_code == 200
+    assert nobody.head("/v1/jobs", headers=generates).status_code == 403
+
+
 def test_a_key_can_ask_who_it_is(issue, nobody):
     key, key_id = issue(scopes=["read"])
 

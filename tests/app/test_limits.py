@@ -10,10 +10,14 @@ from decimal import Decimal
 import httpx
 import pytest
 import redis
+from flask import Flask, Response, g
 from sqlalchemy import text
 
+from app.caller import Caller, LimitsUse
+from app.http.ratelimit import add_ratelimit_headers
 from app.problems import QuotaExceeded
 from app.services.quotas import _check_totals
+from edges.limits import Taken
 from models import api_keys, tenants, usage
 from models.database import transaction
 from policy.limits import Limits, UsageTotals
@@ -91,6 +95,22 @@ def test_the_headers_tell_where_one_stands(limited):
 
 def test_a_tenant_without_limits_is_told_of_none(api):
     assert not {"RateLimit", "RateLimit-Policy"} & set(api.get("/v1/jobs").headers)
+
+
+@pytest.mark.parametrize(
+    ("left", "wait_s", "told"),
+    [(1.99, 0.0, "r=1;t=0"), (0.5, 0.01, "r=0;t=1"), (-0.5, 1.2, "r=0;t=2"), (7.0, 3.0, "r=7;t=3")],
+)
+def test_the_headers_promise_no_more_of_a_budget_than_there_is(left, wait_s, told):
+    limits = Limits(megapixel_steps_per_minute=600.0, burst_megapixel_steps=60.0)
+    used = LimitsUse(budget=Taken(passes=not wait_s, left=left, wait_s=wait_s))
+    answer = Response()
+
+    with Flask("here").test_request_context():
+        g.caller = Caller(uuid.uuid4(), uuid.uuid4(), "kid", "key:kid", frozenset(), limits, used)
+        add_ratelimit_headers(answer)
+
+    assert answer.headers["RateLimit"] == f'"megapixel-steps";{told}'
 
 
 def test_the_budget_is_exact_under_160_racing_requests_and_fills_again(limited, gateway_with):

@@ -144,6 +144,18 @@ def test_a_list_can_be_of_a_time(new_tenant):
         tenant.delete(f"/v1/jobs/{job_id}")
 
 
+def test_a_list_up_to_an_instant_goes_on_behind_each_page(tenant):
+    ids = walk(tenant)
+    asked = {"created_before": "2100-01-01T00:00:00Z", "created_after": "2001-01-01T00:00:00Z"}
+
+    first = tenant.get("/v1/jobs", params={**asked, "limit": 3}).json()
+    second = tenant.get("/v1/jobs", params={**asked, "limit": 3, "cursor": first["next_cursor"]}).json()
+    early = {"created_before": "2001-01-01T00:00:00Z", "cursor": first["next_cursor"]}
+
+    assert [job["id"] for job in first["data"] + second["data"]] == ids[:6]
+    assert tenant.get("/v1/jobs", params=early).json()["data"] == []
+
+
 def test_a_list_can_be_of_metadata(new_tenant, stranger):
     tenant, made = new_tenant(), {}
     for number, metadata in enumerate([{"project": "a", "user": "1"}, {"project": "a", "user": "2"}, {"project": "b"}, {}]):

@@ -5,9 +5,11 @@ import uuid
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from structlog.contextvars import get_contextvars
 
 from migrations.log_settings import QUIET
 from models.database import make_engine, transaction
+from tests.app.conftest import bearer
 from tests.app.problem import assert_problem
 from tests.builders import a_job, until
 
@@ -63,6 +65,18 @@ def test_a_prompt_of_a_row_that_a_worker_cannot_write_is_in_no_log(stack, api, r
 
     assert_in_no_log(stack, word, but_the_failure_in="results")
     api.post(job["urls"]["cancel"])
+
+
+def test_log_lines_name_their_own_request_and_no_earlier_one_of_the_thread(gateway_with, new_key):
+    gateway, key = gateway_with(), new_key()
+    tenant_id = gateway.get("/v1/key", headers=bearer(key)).json["tenant_id"]
+
+    told = []
+    for request_id, headers in (("first", bearer(key)), ("second", {})):
+        gateway.get("/v1/key", headers={"X-Request-Id": request_id, **headers})
+        told.append(get_contextvars())
+
+    assert told == [{"request_id": "first", "tenant_id": tenant_id}, {"request_id": "second"}]
 
 
 @pytest.mark.parametrize(

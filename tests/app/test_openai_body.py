@@ -117,6 +117,21 @@ def test_a_user_that_could_not_be_kept_is_refused_by_name(field, value):
 
 
 @pytest.mark.parametrize(
+    ("fields", "user"),
+    [
+        ({"safety_identifier": "new", "user": "old"}, "new"),
+        ({"user": "old"}, "old"),
+        ({"safety_identifier": "new"}, "new"),
+        ({"safety_identifier": "", "user": "old"}, "old"),
+        ({"user": ""}, None),
+        ({}, None),
+    ],
+)
+def test_a_user_is_named_by_the_newer_field_if_there_are_two(fields, user):
+    assert read(GENERATION, {"prompt": "x", **fields}, FLEET).user == user
+
+
+@pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"output_format": "gif"}, "output_format"),
@@ -163,6 +178,14 @@ def test_more_quality_has_more_steps(fleet):
     for older, newer in (("standard", "medium"), ("hd", "high")):
         same = [read(GENERATION, {"prompt": "x", "quality": quality}, fleet).wish for quality in (older, newer)]
         assert same[0] == same[1]
+
+
+def test_each_quality_has_its_tier():
+    tiers = {"low": "fast", "auto": "fast", "medium": "fast", "standard": "fast"}
+    tiers |= dict.fromkeys(("high", "xhigh", "max", "hd"), "quality")
+
+    for quality, tier in tiers.items():
+        assert read(GENERATION, {"prompt": "x", "quality": quality}, FLEET).wish.tier == tier, quality
 
 
 def test_steps_and_a_tier_that_are_named_win_over_quality():

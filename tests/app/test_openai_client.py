@@ -305,6 +305,22 @@ def test_a_further_try_whose_first_is_long_over_is_a_new_job(rest, stack_databas
     assert third == second
 
 
+def test_a_further_try_joins_no_job_of_another_key(stack, stack_database, rest):
+    with transaction(stack_database) as session:
+        own = {"tenant_id": uuid.UUID(rest.get("/v1/key").json()["tenant_id"]), "name": "another"}
+        _, other = api_keys.issue(session, **own, pepper=stack.env["API_KEY_PEPPER"], actor="tests")
+    body = {"prompt": PROMPT, "steps": 1, "seed": 97}
+    further = {"X-Stainless-Retry-Count": "1"}
+
+    keys = ({}, bearer(other), {}, bearer(other))
+    first, theirs, again, theirs_again = (
+        rest.post("/v1/images/generations", json=body, headers={**further, **key}).json()["job_id"] for key in keys
+    )
+
+    assert first != theirs
+    assert (again, theirs_again) == (first, theirs)
+
+
 def test_adapters_that_an_edit_asks_for_are_read_out_of_its_form(client):
     with pytest.raises(openai.BadRequestError, match="adapters are not offered by model pocket") as refusal:
         client.images.edit(image=a_picture(), prompt=PROMPT, extra_body={"adapters": [{"name": "sepia", "strength": 0.5}]})

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import uuid
+from collections import defaultdict
 
 import httpx
 import pytest
@@ -311,6 +312,56 @@ def test_a_page_and_a_batch_may_be_as_long_as_the_document_says(spec, api):
     refused = [{"prompt": "", "tier": "batch"}] * longest
     assert api.post("/v1/jobs:batch", json={"jobs": refused}).json()["refused"] == longest
     assert api.post("/v1/jobs:batch", json={"jobs": [*refused, {}]}).status_code == 422
+
+
+PICTURES = ["/v1/jobs/{job_id}/images/{index}", "/v1/files/{file_id}/content"]
+
+
+@pytest.mark.parametrize("path", PICTURES)
+def test_a_picture_s_answers_are_all_in_the_document(spec, path):
+    described = spec["paths"][path]["get"]["responses"]
+
+    assert set(described) == {"200", "206", "302", "304", "4XX", "5XX"}
+    for status in ("200", "206"):
+        assert set(described[status]["content"]) == {"image/png", "image/webp", "image/jpeg"}
+
+
+def test_an_operation_that_answers_304_is_so_described(spec):
+    cheap = {path for path, item in spec["paths"].items() if "304" in item.get("get", {"responses": ()})["responses"]}
+
+    assert cheap == {"/v1/jobs/{job_id}", "/v1/jobs/{job_id}/status", *PICTURES}
+
+
+def test_every_operation_names_the_headers_and_the_query_that_it_reads(spec):
+    by_name = defaultdict(set)
+    for method, path, name in parameters_of(spec):
+        by_name[name].add(f"{method} {path}")
+    job, images = "/v1/jobs/{job_id}", "post /v1/images/"
+    pictures = {f"get {path}" for path in PICTURES}
+    lists = {"get /v1/admin/tenants", "get /v1/files", "get /v1/jobs", "get /v1/webhooks/{endpoint_id}/deliveries"}
+    usage = {"get /v1/usage", "get /v1/admin/tenants/{tenant_id}/usage"}
+    accepting = {"post /v1/jobs", f"post {job}/replay"}
+
+    read = {name: where for name, where in by_name.items() if not name.endswith(("_id", "index", "slug"))}
+    assert read == {
+        "Idempotency-Key": accepting | {"post /v1/jobs:batch"} | {images + name for name in ("generations", "edits", "variations")},
+        "Prefer": accepting | {f"get {job}"},
+        "If-None-Match": pictures | {f"get {job}", f"get {job}/status"},
+        "Range": pictures,
+        "If-Range": pictures,
+        "redirect": pictures,
+        "Last-Event-ID": {f"get {job}/events"},
+        "previews": {f"get {job}/events"},
+        "limit": lists,
+        "cursor": lists,
+        "state": {"get /v1/jobs", "get /v1/webhooks/{endpoint_id}/deliveries"},
+        "created_after": {"get /v1/jobs"},
+        "created_before": {"get /v1/jobs"},
+        "metadata": {"get /v1/jobs"},
+        "from": usage,
+        "to": usage,
+        "name": {"get /v1/models/{name}"},
+    }
 
 
 def test_an_item_of_a_batch_need_not_say_what_the_defaults_say(spec):

@@ -6,7 +6,8 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from flask import Flask, request
 
-from app.http.pages import cursor_of, next_page
+from app.http.pages import cursor_of, next_page, read_cursor, read_limit
+from app.problems import InvalidQuery
 
 IDS = [uuid.UUID(int=number) for number in (9, 8, 7, 6)]
 FURTHER = uuid.UUID(int=3)
@@ -61,3 +62,16 @@ def test_a_link_to_the_next_page_asks_for_the_same_behind_another_row(asked):
         "endpoint": ["x"],
         "cursor": [cursor],
     }
+
+
+@pytest.mark.parametrize("name", ["limit", "cursor"])
+def test_a_page_is_asked_for_once(name):
+    read = {"limit": read_limit, "cursor": read_cursor}[name]
+    value = {"limit": "3", "cursor": cursor_of(FURTHER)}[name]
+
+    with Flask(__name__).test_request_context(f"/?{name}={value}"):
+        assert read(request) == {"limit": 3, "cursor": FURTHER}[name]
+    twice = Flask(__name__).test_request_context(f"/?{name}={value}&{name}={value}")
+    with twice, pytest.raises(InvalidQuery, match="2 times") as refusal:
+        read(request)
+    assert refusal.value.members["parameter"] == name

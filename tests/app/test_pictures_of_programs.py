@@ -111,6 +111,15 @@ def test_the_user_s_name_is_kept_in_any_script(api):
     assert job_of(api, api.post("/v1/images/generations", json=body))["metadata"] == {"user": body["user"]}
 
 
+def test_the_user_s_name_does_not_replace_metadata_of_the_client_s_own(api):
+    body = {"prompt": "a dot", "steps": 1, "tier": "fast", "user": "a", "metadata": {"user": "b", "order": "7"}}
+
+    answer = api.post("/v1/images/generations", json=body)
+
+    assert job_of(api, answer)["metadata"] == {"user": "b", "order": "7"}
+    assert answer.json()["safety_identifier"] == "a"
+
+
 @pytest.mark.parametrize(
     "pictures",
     [

@@ -5,6 +5,9 @@ import threading
 
 import pytest
 from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from structlog.testing import capture_logs
 
 from app.live.readiness import Readiness
 from tests.app.conftest import bearer
@@ -124,6 +127,22 @@ def test_without_the_database_the_client_is_asked_to_come_back(elsewhere, gatewa
 
     assert assert_problem(answer, 503, "part-unavailable")["part"] == "database"
     assert answer.headers["Retry-After"] == "2"
+
+
+@pytest.mark.parametrize("error", [PoolTimeout("all in use"), OperationalError("SELECT 1", {}, Exception("gone"))])
+def test_a_database_that_has_no_connection_to_give_asks_clients_to_come_back(gateway_with, monkeypatch, error):
+    def fail():
+        raise error
+
+    gateway = gateway_with()
+    monkeypatch.setitem(gateway.application.view_functions, "health.healthz", fail)
+
+    with capture_logs() as logged:
+        answer = gateway.get("/healthz")
+
+    assert assert_problem(answer, 503, "part-unavailable")["part"] == "database"
+    assert answer.headers["Retry-After"] == "2"
+    assert {"event": "database_away", "reason": type(error).__name__, "log_level": "warning"} in logged
 
 
 def test_a_read_only_database_asks_clients_to_come_back_and_is_used_again_by_itself(stack, api):

@@ -1,5 +1,6 @@
 """Uploads that are many, large or slow: how many bodies come in at once, and what happens when the temporary folder is full."""
 
+import base64
 import io
 import tempfile
 import uuid
@@ -16,7 +17,8 @@ from app.problems import UploadsExhausted
 from settings import GatewaySettings
 from tests.app.conftest import bearer
 from tests.app.problem import assert_problem
-from tests.builders import settings_for
+from tests.app.test_event_streams import held_worker  # noqa: F401  a fixture of theirs
+from tests.builders import settings_for, until
 
 ROOM = 4_000_000
 
@@ -63,6 +65,37 @@ def test_a_full_temporary_folder_is_a_503_and_no_fault(monkeypatch, gateway_with
 
         assert_problem(answer, 503, "uploads-exhausted")
         assert int(answer.headers["Retry-After"]) > 0
+
+
+PICTURE = f"data:image/png;base64,{base64.b64encode(a_large_picture()).decode()}"
+WAITS = [
+    pytest.param("/v1/jobs", {"tier": "batch", "init_image": PICTURE}, {"Prefer": "wait=30"}, id="a job"),
+    pytest.param("/v1/images/edits", {"tier": "batch", "image": PICTURE}, {}, id="an edit"),
+]
+
+
+@pytest.mark.parametrize(("path", "wish", "headers"), WAITS)
+def test_a_body_whose_job_is_waited_for_leaves_its_room_to_others(
+    a_gateway,
+    new_key,
+    held_worker,  # noqa: F811
+    path,
+    wish,
+    headers,
+):
+    gateway, key = a_gateway(gateway_max_uploads=1, gateway_threads=8), new_key()
+    options = {"headers": bearer(key), "timeout": 60, "trust_env": False}
+    with httpx.Client(base_url=gateway, **options) as client, ThreadPoolExecutor(1) as threads:
+        waits = threads.submit(client.post, path, json={"prompt": "a red circle", **wish}, headers=headers)
+        job = until(lambda: client.get("/v1/jobs").json()["data"], what="the job")[0]
+
+        def brings():
+            return client.post("/v1/files", content=a_large_picture(), headers={"Content-Type": "image/png"})
+
+        until(lambda: brings().status_code == 201, what="room for another upload")
+        assert not waits.done()
+        client.post(job["urls"]["cancel"])
+        assert waits.result().status_code in (202, 409)
 
 
 def test_a_small_upload_needs_no_disk(monkeypatch):

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 import pytest
 import redis
 
-from benchmarks.survival.refusals import RefusingProxy
+from benchmarks.lib.refusals import RefusingProxy
 from settings import StoreSettings
 from tests.builders import a_closed_port, a_redis, settings_for
 from tests.models.conftest import database  # noqa: F401

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from benchmarks.survival.refusals import REPLIES
+from benchmarks.lib.refusals import REPLIES
 from edges.broker import Broker, BrokerUnavailable, job_of_message
 from policy import queues
 from settings import StoreSettings

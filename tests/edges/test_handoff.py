@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import redis
 
-from benchmarks.survival.refusals import REPLIES
+from benchmarks.lib.refusals import REPLIES
 from edges.handoff import Gauge, Handoff, HandoffCorrupt, HandoffUnavailable, pixels_sha256
 from tests.builders import a_closed_port, a_redis, some_pixels, until
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from engine_builders import ALWAYS
 
-from benchmarks.networks import a_request, lay_out
-from benchmarks.networks.bits import BUCKET_ROWS, FAMILIES, KERNELS, PRECISIONS, apart_after_resume, apart_in_company
-from benchmarks.networks.drawn import forget
-from benchmarks.networks.workbench import Workbench
+from benchmarks.gpu.checkpoints import a_request, write_checkpoint
+from benchmarks.gpu.invariance import BUCKET_ROWS, FAMILIES, KERNELS, PRECISIONS, apart_after_resume, apart_in_company
+from benchmarks.gpu.random_networks import forget
+from benchmarks.gpu.stepper import Stepper
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ImageCanceled
@@ -64,31 +64,31 @@ def as_pixels(decoded) -> np.ndarray:
 
 @every_precision_and_kernel
 def test_an_image_is_the_same_alone_and_in_company_wherever_its_rows_lie(tmp_path, family, precision, kernel):
-    spec = lay_out(tmp_path, family, "small", precision=precision)
+    spec = write_checkpoint(tmp_path, family, "small", precision=precision)
 
-    assert apart_in_company(Workbench(spec, DEVICE, attention=kernel), spec) == 0
+    assert apart_in_company(Stepper(spec, DEVICE, attention=kernel), spec) == 0
 
 
 @every_precision_and_kernel
 def test_a_second_engine_goes_on_from_a_snapshot_with_the_same_bits(tmp_path, family, precision, kernel):
-    spec = lay_out(tmp_path, family, "small", precision=precision)
+    spec = write_checkpoint(tmp_path, family, "small", precision=precision)
 
     assert apart_after_resume(spec, DEVICE, kernel) == 0
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_another_layout_of_the_weights_keeps_both_promises(tmp_path, family):
-    spec = lay_out(tmp_path, family, "small", channels_last=True)
+    spec = write_checkpoint(tmp_path, family, "small", channels_last=True)
 
-    assert apart_in_company(Workbench(spec, DEVICE), spec) == 0
+    assert apart_in_company(Stepper(spec, DEVICE), spec) == 0
     assert apart_after_resume(spec, DEVICE, "auto") == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_recorded_forward_gives_the_bits_of_a_plain_one(tmp_path, family, precision):
-    spec = lay_out(tmp_path, family, "small", precision=precision)
-    plain, recorded = Workbench(spec, DEVICE), Workbench(replace(spec, cuda_graphs=True), DEVICE)
+    spec = write_checkpoint(tmp_path, family, "small", precision=precision)
+    plain, recorded = Stepper(spec, DEVICE), Stepper(replace(spec, cuda_graphs=True), DEVICE)
     images = [plain.started(a_request(spec, str(n), seed=n, guidance=1.0)) for n in range(4)]
 
     for seeds, bucket_rows in [([0], 1), ([1, 2], 4), ([0, 1, 2, 3], 4), ([3], 1), ([2, 0], 2), ([1, 2], 4)]:
@@ -99,33 +99,33 @@ def test_a_recorded_forward_gives_the_bits_of_a_plain_one(tmp_path, family, prec
 
 @pytest.mark.parametrize("family", ["sdxl", "flux"])
 def test_recorded_forwards_keep_both_promises(tmp_path, family):
-    spec = lay_out(tmp_path, family, "small", cuda_graphs=True)
+    spec = write_checkpoint(tmp_path, family, "small", cuda_graphs=True)
 
-    assert apart_in_company(Workbench(spec, DEVICE), spec) == 0
+    assert apart_in_company(Stepper(spec, DEVICE), spec) == 0
     assert apart_after_resume(spec, DEVICE, "auto") == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_decode_beside_forwards_gives_the_pixels_of_one_on_the_main_stream(tmp_path, family):
-    spec = lay_out(tmp_path, family, "small")
-    bench = Workbench(spec, DEVICE)
-    pictures = [bench.started(a_request(spec, str(seed), seed=seed)) for seed in range(3)]
-    busy = bench.started(a_request(spec, "busy", seed=9))
+    spec = write_checkpoint(tmp_path, family, "small")
+    stepper = Stepper(spec, DEVICE)
+    pictures = [stepper.started(a_request(spec, str(seed), seed=seed)) for seed in range(3)]
+    busy = stepper.started(a_request(spec, "busy", seed=9))
     with torch.inference_mode():
-        expected = [as_pixels(bench.loaded.family.decode(image)) for image in pictures]
+        expected = [as_pixels(stepper.loaded.family.decode(image)) for image in pictures]
 
     for _ in range(3):
         developing = []
         for image in pictures:
-            developing.append(bench.runner.decode(image))
+            developing.append(stepper.runner.decode(image))
             for _ in range(5):
-                bench.runner.predict(Batch((busy,), BUCKET_ROWS))
+                stepper.runner.predict(Batch((busy,), BUCKET_ROWS))
         for each, pixels in zip(developing, expected, strict=True):
             assert np.array_equal(each.pixels(), pixels)
 
 
 def test_reproducible_images_keep_their_bits_while_strangers_come_go_and_are_decoded(tmp_path):
-    specs = [lay_out(tmp_path, family, "small") for family in ("sdxl", "flux")]
+    specs = [write_checkpoint(tmp_path, family, "small") for family in ("sdxl", "flux")]
     wishes = [
         replace(
             a_request(spec, f"{spec.name} {seed}", num_steps=6 + seed, sampler=spec.samplers[-1], seed=seed),
@@ -162,7 +162,10 @@ def finished_or_canceled(handle) -> None:
 
 
 def test_memory_is_flat_over_two_hundred_images(tmp_path):
-    specs = [lay_out(tmp_path, "sdxl", "tiny", sizes=((64, 64), (128, 64))), lay_out(tmp_path, "flux", "tiny", cuda_graphs=True)]
+    specs = [
+        write_checkpoint(tmp_path, "sdxl", "tiny", sizes=((64, 64), (128, 64))),
+        write_checkpoint(tmp_path, "flux", "tiny", cuda_graphs=True),
+    ]
     allocated, reserved = [], []
     with an_engine(*specs, row_buckets=(1, 2, 4, 8)) as engine:
         for wave in range(10):
@@ -185,9 +188,9 @@ def test_memory_is_flat_over_two_hundred_images(tmp_path):
 
 
 def test_a_forward_that_does_not_fit_lowers_the_cap_and_every_image_is_rendered(tmp_path):
-    spec = lay_out(tmp_path, "sd", "small", sizes=((512, 512),))
-    bench = Workbench(spec, DEVICE)
-    images = [bench.started(a_request(spec, str(n), seed=n)) for n in range(16)]
+    spec = write_checkpoint(tmp_path, "sd", "small", sizes=((512, 512),))
+    stepper = Stepper(spec, DEVICE)
+    images = [stepper.started(a_request(spec, str(n), seed=n)) for n in range(16)]
     with an_engine(spec, max_batch_rows=32, growth_ceiling=ALWAYS) as engine:
 
         def bytes_of(work) -> int:
@@ -195,12 +198,12 @@ def test_a_forward_that_does_not_fit_lowers_the_cap_and_every_image_is_rendered(
             torch.cuda.reset_peak_memory_stats()
             held_bytes = torch.cuda.memory_allocated()
             work()
-            bench.wait()
+            stepper.wait()
             return torch.cuda.max_memory_allocated() - held_bytes
 
-        all_rows = bytes_of(lambda: bench.runner.predict(Batch(tuple(images), 32)))
-        half_of_them = bytes_of(lambda: bench.runner.predict(Batch(tuple(images[:8]), 16)))
-        fits = half_of_them + bytes_of(lambda: bench.runner.decode(images[0]))
+        all_rows = bytes_of(lambda: stepper.runner.predict(Batch(tuple(images), 32)))
+        half_of_them = bytes_of(lambda: stepper.runner.predict(Batch(tuple(images[:8]), 16)))
+        fits = half_of_them + bytes_of(lambda: stepper.runner.decode(images[0]))
         assert fits < all_rows
         wishes = [a_request(spec, f"{n}", num_steps=20, seed=n) for n in range(16)]
         unlimited = rendered(engine, wishes)

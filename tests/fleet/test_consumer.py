@@ -15,7 +15,7 @@ import pytest
 import redis
 from celery.signals import worker_init
 
-from benchmarks.survival.refusals import REPLIES, RefusingProxy
+from benchmarks.lib.refusals import REPLIES, RefusingProxy
 from fleet import consumer
 from fleet.addresses import free_ports
 from fleet.consumer import FleetConsumer, run_worker

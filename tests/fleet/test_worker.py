@@ -39,9 +39,11 @@ def launched(tmp_path, child, **variables):
     environment = os.environ | needed | {"CUDA_VISIBLE_DEVICES": "0,1", "WORKER_NAME": "gpu@here"} | variables
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen([sys.executable, "-c", program], cwd=REPO, env=environment, stdout=log, stderr=log)
-    yield process
-    process.kill()
-    process.wait()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def told(log: Path, count: int) -> list[dict]:

@@ -3,7 +3,7 @@
 from threading import Barrier
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
 from models import database
@@ -211,3 +211,18 @@ def test_a_server_that_takes_no_writes_is_away_until_it_does(database):
     assert backend(app)
     app.dispose()
     server.dispose()
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
+def test_a_query_that_the_end_of_its_process_interrupts_is_no_outage(engine, end):
+    before = backend(engine)
+
+    def interrupt(*arguments):
+        event.remove(engine, "do_execute", interrupt)
+        raise end
+
+    event.listen(engine, "do_execute", interrupt)
+    with pytest.raises(end):
+        backend(engine)
+
+    assert backend(engine) != before, "the interrupted connection is not used again"

@@ -14,7 +14,7 @@ from sqlalchemy.exc import OperationalError
 
 import models.sweeping
 import tasks.sweep
-from benchmarks.survival.refusals import REPLIES, RefusingProxy
+from benchmarks.lib.refusals import REPLIES, RefusingProxy
 from edges.broker import job_of_message
 from edges.handoff import Handoff
 from edges.progress import ENDINGS, Listener

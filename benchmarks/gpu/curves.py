@@ -1,0 +1,89 @@
+"""What a forward takes by its rows, in seconds and bytes, and where a further row stops paying.
+
+It judges nothing.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+from benchmarks.gpu.cells import Cells, Found, Setting
+from benchmarks.gpu.checkpoints import a_request, write_checkpoint
+from benchmarks.gpu.models import MODELS, ROWS
+from benchmarks.gpu.stepper import Stepper
+from engine.costs import CostModel
+from engine.device import is_out_of_memory
+from engine.scheduler import Batch
+
+REPEATS = 3
+NEEDS_S = {("sdxl", 512): 6, ("flux", 512): 15, ("sdxl", 1024): 10, ("flux", 1024): 40}
+
+
+def curves(setting: Setting, cells: Cells) -> None:
+    """Take a cell for each network and size."""
+    rows = tuple(n for n in ROWS if n <= (4 if setting.tiny or setting.quick else 16))
+    sides_px = (64, 128) if setting.tiny else (512, 1024)
+    for side_px in sides_px:
+        for family in MODELS:
+            cells.take(
+                f"{family} {side_px}px",
+                partial(_curve, family, side_px, rows, setting),
+                needs_s=0 if setting.tiny else NEEDS_S[family, side_px],
+            )
+
+
+def _curve(family: str, side_px: int, rows: Sequence[int], setting: Setting) -> Found:
+    """Measure forwards of so many unguided images.
+
+    Each with noise of its own: a GPU is quicker over the zeros of padding.
+    """
+    scale = "tiny" if setting.tiny else "full"
+    spec = write_checkpoint(setting.folder, family, scale, sizes=((side_px, side_px),))
+    stepper = Stepper(spec, setting.device)
+    device = stepper.device
+    costs = CostModel()
+    request = a_request(spec, guidance=1.0)
+    key = stepper.key(request)
+    images = [stepper.started(replace(request, id=str(n), seed=n)) for n in range(max(rows))]
+    held_bytes = device.memory_bytes()
+    step_s: dict[int, float] = {}
+    step_bytes: dict[int, int] = {}
+    for n in rows:
+        try:
+            device.forget_peak()
+            seconds = _forwards_s(stepper, Batch(tuple(images[:n]), n))
+        except Exception as problem:
+            if not is_out_of_memory(problem):
+                raise
+            break
+        step_s[n] = statistics.median(seconds)
+        step_bytes[n] = device.peak_bytes() - held_bytes
+        for each_s in seconds:
+            costs.observe_step(key, n, each_s)
+    device.free_cached_memory()
+    device.forget_peak()
+    decodes = (stepper.runner.decode(images[0]) for _ in range(1 + REPEATS))
+    decodes_s = [decode.watch.seconds() for decode in decodes][1:]
+    return {
+        "held_bytes": held_bytes,
+        "step_s_by_rows": step_s,
+        "step_bytes_by_rows": step_bytes,
+        "knee_rows": costs.curve(key).knee(max(step_s)),
+        "decode_s": statistics.median(decodes_s),
+        "decode_bytes": device.peak_bytes() - held_bytes,
+    }
+
+
+def _forwards_s(stepper: Stepper, batch: Batch) -> list[float]:
+    """Return the seconds of each of some forwards, on the device's clock.
+
+    The first, in which kernels are chosen, is not among them.
+    """
+    seconds = []
+    for _ in range(1 + REPEATS):
+        watch = stepper.device.stopwatch()
+        stepper.runner.predict(batch)
+        watch.stop()
+        seconds.append(watch.seconds())
+    return seconds[1:]

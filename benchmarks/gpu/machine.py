@@ -1,0 +1,51 @@
+"""Where it was measured: the device, its driver and the libraries."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "diffusers", "transformers", "triton", "numpy")
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Describe the machine."""
+    facts: dict[str, Any] = {
+        "device": device,
+        "python": platform.python_version(),
+        "cpu": platform.machine(),
+        "cores": os.cpu_count(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+    if device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(torch.device(device))
+        facts |= {
+            "gpu": properties.name,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "multiprocessors": properties.multi_processor_count,
+            "driver": _nvidia_smi("driver_version"),
+            "power_limit": _nvidia_smi("power.limit"),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    return facts
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _nvidia_smi(fact: str) -> str | None:
+    """Ask it of the first GPU; None where it is not installed or fails."""
+    command = ["nvidia-smi", f"--query-gpu={fact}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.split("\n")[0].strip()
