@@ -135,10 +135,10 @@ def refusal_of(error: Exception) -> tuple[int, str] | None:
         return BAD_ANSWER, f"{error.filename}: {error.strerror}"
     if type(error).__module__.startswith(("click", "builtins")):
         return None
-    return _refusal_of_the_house(error)
+    return _refusal_of_stack_or_database(error)
 
 
-def _refusal_of_the_house(error: Exception) -> tuple[int, str] | None:
+def _refusal_of_stack_or_database(error: Exception) -> tuple[int, str] | None:
     """Do as `refusal_of` for errors of the stack and of Postgres, whose classes load slowly."""
     from sqlalchemy.exc import DBAPIError, OperationalError
 

@@ -1,4 +1,4 @@
-"""Start one role of the house: `python -m tasks.serve render | results | maintenance | …`.
+"""Start one role of Darkroom: `python -m tasks.serve render | results | maintenance | …`.
 
 Each role reads only its own settings; what is wrong with them is said before anything is loaded.
 Only its own module is: no role but `render` loads torch.

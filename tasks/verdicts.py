@@ -45,7 +45,7 @@ PATIENCE_S = (0.2, 0.5, 1, 2, 4)  # waits between tries to write what was render
 # As long as a failover may take; to render again costs more than to wait.
 PIXELS_PATIENCE_S = (*PATIENCE_S, 5, 5, 5, 5)
 DATABASE_AWAY = (OperationalError, InterfaceError, PoolTimeout)
-AWAY = (HandoffUnavailable, InputsMissing, *DATABASE_AWAY)  # a part of the house, for now
+AWAY = (HandoffUnavailable, InputsMissing, *DATABASE_AWAY)  # a part of Darkroom, for now
 Result = TypeVar("Result")
 
 
