@@ -9,13 +9,13 @@ FleetSettings                fleet.toml
     ├── FlowerSettings       + the user and password that Flower asks for
     └── Settings             + Postgres and the hand-off (sweeper)
         ├── WorkerSettings   + those of the device
-        ├── CourierSettings  + the private networks it may reach (webhooks)
+        ├── WebhookSettings  + the private networks it may reach (webhooks)
         └── StoreSettings    + the object store (results worker)
             └── GatewaySettings  + the API key pepper and the limits of the door
 StreamSettings               the threads of a gateway process, by use (also the gateway's)
 └── ServerSettings           + how gunicorn listens
-OutboundSettings             private networks that outgoing requests may reach (gateway, courier)
-PublicSettings               where clients reach the gateway (gateway, courier)
+OutboundSettings             private networks that outgoing requests may reach (gateway, webhooks)
+PublicSettings               where clients reach the gateway (gateway, webhooks)
 ServerSettings               how gunicorn listens
 └── GatewayProcessSettings   + all of the gateway's: gunicorn's master checks them at start
 
@@ -475,8 +475,8 @@ class PublicSettings(Environment):
         return text
 
 
-class CourierSettings(Settings, OutboundSettings, PublicSettings):
-    """Hold what the courier needs to deliver webhooks."""
+class WebhookSettings(Settings, OutboundSettings, PublicSettings):
+    """Hold what the webhooks role needs to deliver them."""
 
 
 class GatewaySettings(StoreSettings, OutboundSettings, StreamSettings, PublicSettings):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from uuid import UUID
 
-from edges.limits import Counted, Taken
+from edges.limits import BudgetResult, RateResult
 from policy.limits import Limits
 
 
@@ -14,8 +14,8 @@ class LimitsUse:
     requests: of this minute. budget: megapixel-steps. None: the limit was not checked.
     """
 
-    requests: Counted | None = None
-    budget: Taken | None = None
+    requests: RateResult | None = None
+    budget: BudgetResult | None = None
 
 
 @dataclass(frozen=True)

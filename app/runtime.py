@@ -21,13 +21,13 @@ from dispatch.release import Release
 from edges import telemetry
 from edges.broker import Broker
 from edges.decoders import Decoders
-from edges.events import Reader
+from edges.events import EventFanout
 from edges.handoff import Gauge, Handoff
 from edges.inputs import Inputs
 from edges.limits import Budgets, Rates
 from edges.objectstore import ObjectStore
 from edges.outbound import Outbound
-from edges.progress import Endings, News
+from edges.progress import Endings, JobSignals
 from edges.snapshots import Snapshots
 from models.database import make_engine
 from policy import connections
@@ -47,7 +47,7 @@ class Runtime:
     broker: Broker
     release: Release
     store: ObjectStore
-    news: News
+    signals: JobSignals
     endings: Endings
     ended: EndedJobs
     forecaster: QueueForecaster
@@ -89,7 +89,7 @@ def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:
     database = make_engine(settings.database_url, pool_size=settings.database_pool_size)
     broker = Broker(settings, fleet)
     release = Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s)
-    news = News(settings.handoff_url)
+    signals = JobSignals(settings.handoff_url)
     # An engine of its own, so that keys and queues can be read however many requests write.
     aside = make_engine(settings.database_url, pool_size=connections.GATEWAY_ASIDE)
     refresher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="refresh")
@@ -97,7 +97,7 @@ def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:
     keyring = Keyring(aside, refresher)
     handoff = Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
     store = ObjectStore(settings)
-    reader = Reader(settings.handoff_url, most=settings.gateway_max_streams)
+    fanout = EventFanout(settings.handoff_url, most=settings.gateway_max_streams)
     forecaster = QueueForecaster(
         aside, fleet, gauge, release.limits, refresher, worker_silence_s=settings.lease_ttl_s
     )
@@ -108,12 +108,12 @@ def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:
         broker=broker,
         release=release,
         store=store,
-        news=news,
+        signals=signals,
         endings=Endings(settings.handoff_url),
-        ended=_ended_jobs(settings, news, handoff),
+        ended=_ended_jobs(settings, signals, handoff),
         forecaster=forecaster,
         events=JobEventStreams(
-            database, forecaster, news, reader, keyring, most=settings.gateway_max_streams
+            database, forecaster, signals, fanout, keyring, most=settings.gateway_max_streams
         ),
         outbound=Outbound(settings.outbound_allowed_networks),
         keyring=keyring,
@@ -126,9 +126,9 @@ def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:
     )
 
 
-def _ended_jobs(settings: GatewaySettings, news: News, handoff: Handoff) -> EndedJobs:
+def _ended_jobs(settings: GatewaySettings, signals: JobSignals, handoff: Handoff) -> EndedJobs:
     return EndedJobs(
-        news=news,
+        signals=signals,
         handoff=handoff,
         snapshots=Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
         inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s),

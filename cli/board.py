@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cli import screen
-from cli.prompts import Line
-from cli.watching import Sight
+from cli.prompts import PromptLine
+from cli.watching import WatchedJob
 
 _PROMPT_CHARS = 40
 
@@ -31,7 +31,7 @@ class Board:
         self._failed = 0
         self._images = 0
         self._began = time.monotonic()
-        self._rows: dict[int, tuple[Line, Sight]] = {}
+        self._rows: dict[int, tuple[PromptLine, WatchedJob]] = {}
         self._waiting = ""
         self._console = screen.err()
         self._live = Live(
@@ -51,9 +51,9 @@ class Board:
     ) -> None:
         self._live.stop()
 
-    def show(self, line: Line, sight: Sight) -> None:
+    def show(self, line: PromptLine, watched_job: WatchedJob) -> None:
         """Show a job under way."""
-        self._rows[line.number] = (line, sight)
+        self._rows[line.number] = (line, watched_job)
         self._waiting = ""
 
     def wait(self, why: str) -> None:
@@ -64,7 +64,7 @@ class Board:
 
     def end(
         self,
-        line: Line,
+        line: PromptLine,
         state: str,
         *,
         paths: Sequence[Path] = (),
@@ -87,15 +87,17 @@ class Board:
 
     def _draw(self) -> RenderableType:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
-        for line, sight in sorted(self._rows.values(), key=lambda row: row[0].number):
+        for line, watched_job in sorted(self._rows.values(), key=lambda row: row[0].number):
             prompt = " ".join(line.prompt.split())
             shown = prompt if len(prompt) <= _PROMPT_CHARS else f"{prompt[: _PROMPT_CHARS - 1]}…"
-            bar = ProgressBar(total=max(1, sight.steps_to_do), completed=sight.done, width=16)
+            bar = ProgressBar(
+                total=max(1, watched_job.steps_to_do), completed=watched_job.done, width=16
+            )
             table.add_row(
                 Text(str(line.number), style="dim"),
                 Text(shown, no_wrap=True),
                 bar,
-                Text(sight.words, no_wrap=True),
+                Text(watched_job.words, no_wrap=True),
             )
         return Group(table, Text(self._totals(), style="bold"))
 

@@ -13,7 +13,6 @@ from cli.installation import Installation, pass_installation
 from policy import connections
 from policy.fleet import Fleet, FleetInvalid
 from settings import (
-    CourierSettings,
     DeploymentSettings,
     FleetSettings,
     FlowerSettings,
@@ -22,6 +21,7 @@ from settings import (
     Settings,
     SettingsInvalid,
     StoreSettings,
+    WebhookSettings,
     WorkerSettings,
     misfits,
     read,
@@ -32,7 +32,7 @@ ROLES: dict[str, type[FleetSettings] | type[MigrationSettings]] = {
     "worker": WorkerSettings,
     "results": StoreSettings,
     "sweeper": Settings,
-    "webhooks": CourierSettings,
+    "webhooks": WebhookSettings,
     "flower": FlowerSettings,
     "migrations": MigrationSettings,
     "deployment": DeploymentSettings,
@@ -102,12 +102,12 @@ def _environments(
 ) -> dict[str, Mapping[str, str]]:
     """Return the environment of each process to be checked, by the process's name."""
     if (installation.data_dir / "env").exists():
-        from fleet import house
+        from fleet import processes
         from fleet.addresses import as_handed_to
 
-        env = {**os.environ, **installation.stack().house_env()}
+        env = {**os.environ, **installation.stack().process_env()}
         with suppress(FleetInvalid):  # or it is told in its place
-            env["WORKER_POOL"] = house.worker_pool(read(FleetSettings, env).load_fleet())
+            env["WORKER_POOL"] = processes.worker_pool(read(FleetSettings, env).load_fleet())
         return {
             name: as_handed_to(name, env)
             for name in roles or ("gateway", "worker", "results", "sweeper", "webhooks", "flower")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 import numpy as np
-from PIL import Image as Picture
+from PIL import Image as PILImage
 from PIL import ImageDraw
 from rich.console import Group
 from rich.live import Live
@@ -22,7 +22,7 @@ from rich.text import Text
 from cli import screen
 from cli.installation import Installation, pass_installation
 from cli.sql import ask
-from cli.watching import Sight
+from cli.watching import WatchedJob
 from darkroom_client import Client, Job
 from pocket.checker import check
 
@@ -50,7 +50,7 @@ _COSTS = (
 
 
 @dataclass(frozen=True)
-class Wish:
+class DemoJob:
     """Describe one job of the demo."""
 
     prompt: str
@@ -62,20 +62,20 @@ class Wish:
 
 
 WISHES = (
-    Wish("a large red circle in the center on a blue background", "fast", 7),
-    Wish("a small yellow star at the top on a black background", "fast", 11),
-    Wish(
+    DemoJob("a large red circle in the center on a blue background", "fast", 7),
+    DemoJob("a small yellow star at the top on a black background", "fast", 11),
+    DemoJob(
         "a large green square in the center on a white background", "fast", 23, output_format="webp"
     ),
-    Wish("a large purple triangle at the left on a yellow background", "fast", 42),
-    Wish("a large orange circle in the center on a black background", "quality", 7),
-    Wish("a small red square left of a small blue circle on a white background", "quality", 101),
-    Wish("a small white triangle at the bottom on a purple background", "quality", 5, steps=30),
-    Wish("a large yellow star at the right on a blue background", "quality", 2026),
-    Wish("a large blue star in the center on orange", "batch", 1),
-    Wish("a small green triangle left of a small red circle on a black background", "batch", 3),
-    Wish("a small black square at the top on a white background", "batch", 9, n=2),
-    Wish(
+    DemoJob("a large purple triangle at the left on a yellow background", "fast", 42),
+    DemoJob("a large orange circle in the center on a black background", "quality", 7),
+    DemoJob("a small red square left of a small blue circle on a white background", "quality", 101),
+    DemoJob("a small white triangle at the bottom on a purple background", "quality", 5, steps=30),
+    DemoJob("a large yellow star at the right on a blue background", "quality", 2026),
+    DemoJob("a large blue star in the center on orange", "batch", 1),
+    DemoJob("a small green triangle left of a small red circle on a black background", "batch", 3),
+    DemoJob("a small black square at the top on a white background", "batch", 9, n=2),
+    DemoJob(
         "a large white circle in the center on a green background",
         "batch",
         13,
@@ -85,7 +85,7 @@ WISHES = (
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedImage:
     """Hold one image of the demo, its path, and whether it shows what its prompt says."""
 
     job: Job
@@ -139,9 +139,9 @@ def demo(ctx: click.Context, installation: Installation, wait_s: float) -> None:
         ctx.exit(1)
 
 
-def _run(client: Client, wishes: Sequence[Wish], timeout_s: float) -> list[Job]:
+def _run(client: Client, demo_jobs: Sequence[DemoJob], timeout_s: float) -> list[Job]:
     """Submit every wish at once and watch the jobs until all are finished or the time is over."""
-    jobs = [_submit(client, wish) for wish in wishes]
+    jobs = [_submit(client, demo_job) for demo_job in demo_jobs]
     progress = _new_progress()
     bars = [_add_bar(progress, job) for job in jobs]
     heading = Text(f"{len(jobs)} jobs submitted at once", style="bold")
@@ -158,14 +158,14 @@ def _run(client: Client, wishes: Sequence[Wish], timeout_s: float) -> list[Job]:
     return jobs
 
 
-def _submit(client: Client, wish: Wish) -> Job:
+def _submit(client: Client, demo_job: DemoJob) -> Job:
     return client.create_job(
-        wish.prompt,
-        tier=wish.tier,
-        seed=wish.seed,
-        steps=wish.steps,
-        n=wish.n,
-        output_format=wish.output_format,
+        demo_job.prompt,
+        tier=demo_job.tier,
+        seed=demo_job.seed,
+        steps=demo_job.steps,
+        n=demo_job.n,
+        output_format=demo_job.output_format,
     )
 
 
@@ -190,12 +190,12 @@ def _add_bar(progress: Progress, job: Job) -> TaskID:
 
 
 def _move_bar(progress: Progress, bar: TaskID, job: Job) -> None:
-    sight = Sight.of(job)
-    done = sight.done + (job.state == "succeeded")
-    progress.update(bar, completed=done, where=sight.words)
+    watched_job = WatchedJob.of(job)
+    done = watched_job.done + (job.state == "succeeded")
+    progress.update(bar, completed=done, where=watched_job.words)
 
 
-def _fetch(client: Client, jobs: Sequence[Job], folder: Path) -> list[Checked]:
+def _fetch(client: Client, jobs: Sequence[Job], folder: Path) -> list[CheckedImage]:
     """Save every stored image below `folder` and look at it."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
@@ -210,20 +210,24 @@ def _fetch(client: Client, jobs: Sequence[Job], folder: Path) -> list[Checked]:
     return images
 
 
-def _fetch_image(client: Client, job: Job, index: int, path: Path) -> Checked:
+def _fetch_image(client: Client, job: Job, index: int, path: Path) -> CheckedImage:
     """Save one image as a PNG, whatever its format, and look at it."""
     content = client.image(job, index)
-    pixels = np.asarray(Picture.open(io.BytesIO(content)).convert("RGB"))
+    pixels = np.asarray(PILImage.open(io.BytesIO(content)).convert("RGB"))
     if job.output_format == "png":
         path.write_bytes(content)
     else:
-        Picture.fromarray(pixels).save(path)
+        PILImage.fromarray(pixels).save(path)
     verdict = check(pixels, _prompt(job))
-    return Checked(job, path, pixels, verdict.everything_right, verdict.summary)
+    return CheckedImage(job, path, pixels, verdict.everything_right, verdict.summary)
 
 
 def _report(
-    installation: Installation, jobs: Sequence[Job], images: Sequence[Checked], *, auditor_url: str
+    installation: Installation,
+    jobs: Sequence[Job],
+    images: Sequence[CheckedImage],
+    *,
+    auditor_url: str,
 ) -> bool:
     """Print what happened, as SQL shows it, and draw the contact sheet.
 
@@ -238,7 +242,7 @@ def _report(
 
 
 def _print_times(
-    jobs: Sequence[Job], images: Sequence[Checked], batches: Mapping[str, int]
+    jobs: Sequence[Job], images: Sequence[CheckedImage], batches: Mapping[str, int]
 ) -> None:
     """Print a line for each job. batches: by job, the most images that shared a batch with it."""
     columns = ["tier", "prompt", "seed", "steps", "n"]
@@ -255,7 +259,7 @@ def _print_times(
     screen.out().print(screen.table(columns, rows, title=title, numbers=columns[2:11]))
 
 
-def _print_outcome(jobs: Sequence[Job], images: Sequence[Checked], sheet: Path) -> bool:
+def _print_outcome(jobs: Sequence[Job], images: Sequence[CheckedImage], sheet: Path) -> bool:
     """Draw the contact sheet and print how many jobs and images are right.
 
     Returns True when all went well.
@@ -286,11 +290,11 @@ def _show(database_url: str, title: str, statement: str, full_statement: str | N
     screen.out().print(screen.table(answer.columns, answer.rows))
 
 
-def _draw_sheet(images: Sequence[Checked]) -> Picture.Image:
+def _draw_sheet(images: Sequence[CheckedImage]) -> PILImage.Image:
     """Draw all images on one page, each over its prompt; red text marks a mismatch."""
     side = max(max(image.pixels.shape[:2]) for image in images)
     num_rows = -(-len(images) // _COLUMNS_OF_SHEET)
-    sheet = Picture.new(
+    sheet = PILImage.new(
         "RGB",
         (_COLUMNS_OF_SHEET * (side + 16) + 16, num_rows * (side + 16 + _CAPTION_PX) + 16),
         "white",
@@ -299,7 +303,7 @@ def _draw_sheet(images: Sequence[Checked]) -> Picture.Image:
     for index, image in enumerate(images):
         row, column = divmod(index, _COLUMNS_OF_SHEET)
         x, y = 16 + column * (side + 16), 16 + row * (side + 16 + _CAPTION_PX)
-        sheet.paste(Picture.fromarray(image.pixels), (x, y))
+        sheet.paste(PILImage.fromarray(image.pixels), (x, y))
         caption = "\n".join(_lines(f"{image.job.tier}: {image.job.prompt}", side // 5))
         draw.text(
             (x, y + side + 2), caption, fill="black" if image.is_right else "red", font_size=9

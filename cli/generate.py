@@ -18,8 +18,8 @@ from darkroom_client import Client, Job, downloads
 from darkroom_client.wishes import PICTURE_FIELDS
 
 if TYPE_CHECKING:
-    from cli.many import Many
-    from cli.prompts import Line
+    from cli.many import PromptRunner
+    from cli.prompts import PromptLine
     from cli.runs import Run
 
 FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
@@ -203,18 +203,20 @@ def _make_many(
     Ctrl-C raises KeyboardInterrupt after the run is saved.
     """
     from cli.board import Board
-    from cli.many import Interrupted, Many
+    from cli.many import Interrupted, PromptRunner
 
     wish = {name: value for name, value in options.items() if value is not None}
     lines, run = _open_run(source.read(), wish, folder, fresh=fresh)
 
-    async def go() -> Many:
+    async def go() -> PromptRunner:
         async with installation.async_client() as client:
             for field in PICTURE_FIELDS:
                 if field in wish:
                     wish[field] = (await client.upload(wish[field])).id
             with Board(len(lines)) as board:
-                many = Many(client, run, lines, wish, folder, board, retry_failed=retry_failed)
+                many = PromptRunner(
+                    client, run, lines, wish, folder, board, retry_failed=retry_failed
+                )
                 await many.go(parallel, cancels=cancels)
             return many
 
@@ -228,7 +230,7 @@ def _make_many(
 
 def _open_run(
     content: bytes, wish: dict[str, Any], folder: Path, *, fresh: bool
-) -> tuple[list["Line"], "Run"]:
+) -> tuple[list["PromptLine"], "Run"]:
     """Read the prompts, and open the run of the output folder. Raises click.UsageError."""
     from cli import prompts
     from cli.runs import AnotherRun, Run
@@ -241,7 +243,7 @@ def _open_run(
     return lines, run
 
 
-def _report_many(many: "Many", num_lines: int, folder: Path) -> None:
+def _report_many(many: "PromptRunner", num_lines: int, folder: Path) -> None:
     """Print how much was done; then every warning and every failure, in the order of the lines."""
     had = many.num_images - many.num_new
     there = f", {had} of them there already" if had else ""

@@ -84,7 +84,7 @@ def _not_here(name: str, *, missing: str) -> click.Command:
     )
 
 
-class Door(click.Group):
+class CommandGroup(click.Group):
     """Find the commands, and turn every expected error into one line and an exit code.
 
     An unexpected error keeps its traceback.
@@ -135,10 +135,10 @@ def refusal_of(error: Exception) -> tuple[int, str] | None:
         return BAD_ANSWER, f"{error.filename}: {error.strerror}"
     if type(error).__module__.startswith(("click", "builtins")):
         return None
-    return _refusal_of_the_house(error)
+    return _refusal_of_stack_or_database(error)
 
 
-def _refusal_of_the_house(error: Exception) -> tuple[int, str] | None:
+def _refusal_of_stack_or_database(error: Exception) -> tuple[int, str] | None:
     """Do as `refusal_of` for errors of the stack and of Postgres, whose classes load slowly."""
     from sqlalchemy.exc import DBAPIError, OperationalError
 
@@ -161,7 +161,7 @@ def describe(problem: ProblemError) -> str:
 
 
 @click.group(
-    cls=Door,
+    cls=CommandGroup,
     epilog="\b\n" + (__doc__ or "").partition("\n\n")[2],
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -13,9 +13,9 @@ from typing import Any
 
 from cli import screen
 from cli.board import Board
-from cli.prompts import Line
+from cli.prompts import PromptLine
 from cli.runs import Run
-from cli.watching import Sight, has_no_events
+from cli.watching import WatchedJob, has_no_events
 from darkroom_client import AsyncClient, DigestMismatch, Job, ProblemError, Unreachable, downloads
 
 _AWAY_FOR_S = 120.0  # the run ends if the gateway is unreachable for longer
@@ -28,14 +28,14 @@ class Interrupted(Exception):
     """Report Ctrl-C, after the run was saved."""
 
 
-class Many:
+class PromptRunner:
     """Work through the lines of one run."""
 
     def __init__(
         self,
         client: AsyncClient,
         run: Run,
-        lines: Sequence[Line],
+        lines: Sequence[PromptLine],
         wish: Mapping[str, Any],
         folder: Path,
         board: Board,
@@ -51,8 +51,8 @@ class Many:
         self._retry_failed = retry_failed
         self._submitting: set[asyncio.Task[Job]] = set()
         self._under_way: dict[int, str] = {}
-        self.failed: list[tuple[Line, str]] = []
-        self.warned: list[tuple[Line, str]] = []
+        self.failed: list[tuple[PromptLine, str]] = []
+        self.warned: list[tuple[PromptLine, str]] = []
         self.num_images = 0
         self.num_new = 0
 
@@ -119,11 +119,11 @@ class Many:
         except ProblemError:
             pass  # it is finished: the next run finds it so
 
-    async def _work(self, lines: Iterator[Line]) -> None:
+    async def _work(self, lines: Iterator[PromptLine]) -> None:
         for line in lines:
             await self._serve(line)
 
-    async def _serve(self, line: Line) -> None:
+    async def _serve(self, line: PromptLine) -> None:
         """Turn a line into its image files."""
         try:
             job = await self._job_of(line)
@@ -138,7 +138,7 @@ class Many:
             await self._fail(line, "not done", str(error))
         self._under_way.pop(line.number, None)
 
-    async def _settle(self, line: Line, job: Job) -> None:
+    async def _settle(self, line: PromptLine, job: Job) -> None:
         names = f"{line.number}-{{seed}}-{{index}}"
         stored = [
             (downloads.path_of(self._folder, job, image, names), image.content_sha256)
@@ -156,12 +156,12 @@ class Many:
         else:
             await self._fail(line, job.state, _why_failed(job))
 
-    async def _fail(self, line: Line, state: str, why: str) -> None:
+    async def _fail(self, line: PromptLine, state: str, why: str) -> None:
         self._run.note(line.number, state=state, why=why)
         self.failed.append((line, f"{state}: {why}"))
         self._board.end(line, state, why=why)
 
-    async def _job_of(self, line: Line) -> Job:
+    async def _job_of(self, line: PromptLine) -> Job:
         """Return the line's job: the one that it has, or a new one."""
         known = self._run.of(line.number)
         if self._retry_failed and known.get("state") in (
@@ -180,7 +180,7 @@ class Many:
                 self._run.begin_again(line.number)
         return await self._patiently(partial(self._submit, line))
 
-    async def _submit(self, line: Line) -> Job:
+    async def _submit(self, line: PromptLine) -> Job:
         """Create the line's job with one request.
 
         The request outlives a cancellation of this call, because it may already have made a job.
@@ -193,7 +193,7 @@ class Many:
         request.add_done_callback(lambda done: self._answered(line, done))
         return await asyncio.shield(request)
 
-    def _answered(self, line: Line, request: "asyncio.Task[Job]") -> None:
+    def _answered(self, line: PromptLine, request: "asyncio.Task[Job]") -> None:
         self._submitting.discard(request)
         if not request.cancelled() and request.exception() is None:
             self._under_way[line.number] = request.result().id
@@ -218,14 +218,14 @@ class Many:
                 pause_s = 1.0
             await asyncio.sleep(pause_s)
 
-    async def _follow(self, line: Line, job: Job) -> Job:
+    async def _follow(self, line: PromptLine, job: Job) -> Job:
         """Return the job when it is finished; keep its row on the board up to date meanwhile."""
-        sight = Sight.of(job)
-        self._board.show(line, sight)
+        watched_job = WatchedJob.of(job)
+        self._board.show(line, watched_job)
         try:
             async for event in self._client.events(job.id):
-                sight.hear(event)
-                self._board.show(line, sight)
+                watched_job.hear(event)
+                self._board.show(line, watched_job)
         except ProblemError as refusal:
             if not has_no_events(refusal):
                 raise
@@ -233,7 +233,7 @@ class Many:
             self._board.wait(str(error))
         while not job.is_finished:
             job = await self._patiently(partial(self._client.job, job.id))
-            self._board.show(line, Sight.of(job))
+            self._board.show(line, WatchedJob.of(job))
             if not job.is_finished:
                 await asyncio.sleep(min(_LOOK_EVERY_S, 0.2 * max(1, len(self._under_way))))
         return job

@@ -20,7 +20,7 @@ class BadLine(Exception):
 
 
 @dataclass(frozen=True)
-class Line:
+class PromptLine:
     """Hold a prompt, its number in the file, and the other fields that its line sets."""
 
     number: int
@@ -37,7 +37,7 @@ def decoded(content: bytes) -> str:
         raise BadLine(f"line {number} is not UTF-8: {error}. Save the file as UTF-8.") from None
 
 
-def read(text: str) -> list[Line]:
+def read(text: str) -> list[PromptLine]:
     """Return every line that is not blank, with its number in the file.
 
     Of a JSON list, returns every entry with its position. Raises BadLine.
@@ -88,9 +88,9 @@ def _parsed(number: int, line: str) -> Any:
         raise BadLine(f"line {number} begins as JSON does and is none: {error}. {_HINT}") from None
 
 
-def _line(number: int, place: str, said: Any) -> Line:
+def _line(number: int, place: str, said: Any) -> PromptLine:
     if isinstance(said, str):
-        return Line(number, said, {})
+        return PromptLine(number, said, {})
     if not isinstance(said, dict):
         raise BadLine(f"{place} is neither a text nor an object with the fields of a job. {_HINT}")
     fields = dict(said)
@@ -99,4 +99,4 @@ def _line(number: int, place: str, said: Any) -> Line:
         raise BadLine(f'{place} has no "prompt"')
     if unknown := [name for name in _NO_FIELDS if name in fields]:
         raise BadLine(f'{place}: "{unknown[0]}" is no field of a job')
-    return Line(number, prompt, fields)
+    return PromptLine(number, prompt, fields)

@@ -17,7 +17,7 @@ class StatementRefused(Exception):
 
 
 @dataclass(frozen=True)
-class Answer:
+class QueryResult:
     """Hold columns and rows, or only a status for statements that return nothing."""
 
     columns: Sequence[str]
@@ -56,7 +56,7 @@ def sql(installation: Installation, statement: str, owner: bool, as_json: bool) 
         screen.out().print(answer.status)
 
 
-def ask(database_url: str, statement: str, parameters: Sequence[Any] | None = None) -> Answer:
+def ask(database_url: str, statement: str, parameters: Sequence[Any] | None = None) -> QueryResult:
     """Run one statement in its own transaction. Raises StatementRefused, Unreachable."""
     url = make_url(database_url).set(drivername="postgresql")
     connection = _connect(url)
@@ -64,7 +64,9 @@ def ask(database_url: str, statement: str, parameters: Sequence[Any] | None = No
         with connection, connection.cursor() as cursor:
             cursor.execute(statement, parameters)
             columns = [column.name for column in cursor.description or ()]
-            return Answer(columns, cursor.fetchall() if columns else [], cursor.statusmessage or "")
+            return QueryResult(
+                columns, cursor.fetchall() if columns else [], cursor.statusmessage or ""
+            )
     except psycopg2.errors.InsufficientPrivilege as error:
         hint = (
             " (the auditor sees views only; --owner asks as the owner)"
@@ -91,7 +93,7 @@ def _connect(url: URL) -> Any:
         raise Unreachable(f"Postgres does not answer: {' '.join(str(error).split())}") from None
 
 
-def _kinds(answer: Answer) -> dict[str, set[str]]:
+def _kinds(answer: QueryResult) -> dict[str, set[str]]:
     return {
         name: {type(row[i]).__name__ for row in answer.rows if row[i] is not None}
         for i, name in enumerate(answer.columns)

@@ -35,7 +35,7 @@ def tenants() -> None:
 def list_tenants(installation: Installation) -> None:
     """Every tenant, oldest first."""
     with installation.transaction() as session:
-        found = records.all_of_them(session)
+        found = records.list_all(session)
     rows = [(tenant.id, tenant.name, tenant.weight, tenant.created_at) for tenant in found]
     screen.out().print(
         screen.table(["tenant", "name", "weight", "created (UTC)"], rows, numbers=["weight"])
@@ -54,7 +54,7 @@ def weigh_tenant(ctx: click.Context, installation: Installation, name: str, weig
     with installation.transaction() as session:
         tenant = records.by_name(session, name)
         if tenant is not None:
-            records.weigh(session, tenant, weight=weight)
+            records.set_weight(session, tenant, weight=weight)
     if tenant is None:
         screen.complain(f"There is no tenant {name!r}.")
         ctx.exit(4)

@@ -11,7 +11,7 @@ from darkroom_client import Client, Event, Job, ProblemError
 
 
 @dataclass
-class Sight:
+class WatchedJob:
     """Hold the progress of a job under way, as its events report it."""
 
     state: str
@@ -23,17 +23,19 @@ class Sight:
     eta_s: float | None = None
 
     @classmethod
-    def of(cls, job: Job) -> "Sight":
+    def of(cls, job: Job) -> "WatchedJob":
         """Build it from the API's job."""
-        sight = cls(job.state, job.steps * job.n, job.n, {})
+        watched_job = cls(job.state, job.steps * job.n, job.n, {})
         if job.progress:  # before there is any, a picture to start from may spare some of the steps
-            sight.steps_to_do, sight.steps = job.progress.num_steps, {0: job.progress.step}
-            sight.images_stored = job.progress.images_done
+            watched_job.steps_to_do = job.progress.num_steps
+            watched_job.steps = {0: job.progress.step}
+            watched_job.images_stored = job.progress.images_done
         if job.queue:
-            sight.jobs_ahead, sight.eta_s = job.queue.jobs_ahead, job.queue.eta_p50_s
+            watched_job.jobs_ahead = job.queue.jobs_ahead
+            watched_job.eta_s = job.queue.eta_p50_s
         if job.state == "succeeded":
-            sight.steps = {0: sight.steps_to_do}
-        return sight
+            watched_job.steps = {0: watched_job.steps_to_do}
+        return watched_job
 
     def hear(self, event: Event) -> None:
         """Apply an event."""
@@ -101,13 +103,15 @@ def _watch(client: Client, job: Job, timeout_s: float | None) -> Job:
     )
     console = screen.err()
     said = ""
-    sight = Sight.of(job)
+    watched_job = WatchedJob.of(job)
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as progress:
-        bar = progress.add_task(job.id[-8:], total=sight.steps_to_do + 1, where=sight.words)
+        bar = progress.add_task(
+            job.id[-8:], total=watched_job.steps_to_do + 1, where=watched_job.words
+        )
 
-        def show(seen: Sight) -> None:
+        def show(seen: WatchedJob) -> None:
             nonlocal said
             done = seen.done + (seen.state == "succeeded")
             progress.update(bar, completed=done, total=seen.steps_to_do + 1, where=seen.words)
@@ -117,22 +121,22 @@ def _watch(client: Client, job: Job, timeout_s: float | None) -> Job:
 
         if timeout_s is None:
             return follow(client, job, show)
-        return client.wait(job.id, timeout_s, on_progress=lambda seen: show(Sight.of(seen)))
+        return client.wait(job.id, timeout_s, on_progress=lambda seen: show(WatchedJob.of(seen)))
 
 
-def follow(client: Client, job: Job, show: Callable[[Sight], None]) -> Job:
+def follow(client: Client, job: Job, show: Callable[[WatchedJob], None]) -> Job:
     """Return the job when it is finished: follow its events, or poll where there are none."""
     if job.is_finished:
         return job
-    sight = Sight.of(job)
+    watched_job = WatchedJob.of(job)
     try:
         for event in client.events(job.id):
-            sight.hear(event)
-            show(sight)
+            watched_job.hear(event)
+            show(watched_job)
     except ProblemError as refusal:
         if not has_no_events(refusal):
             raise
-    return client.wait(job.id, math.inf, on_progress=lambda seen: show(Sight.of(seen)))
+    return client.wait(job.id, math.inf, on_progress=lambda seen: show(WatchedJob.of(seen)))
 
 
 def has_no_events(refusal: ProblemError) -> bool:

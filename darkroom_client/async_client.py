@@ -9,11 +9,11 @@ from typing import Any, Unpack
 
 import httpx
 
+from darkroom_client.address import GatewayAddress
 from darkroom_client.documents import Estimate, File, Status, Submission, Usage
-from darkroom_client.events import Event, Following, is_stream
-from darkroom_client.flows import Answer, Fetch, Flow, Flows, Pause, Step, Work
+from darkroom_client.events import Event, EventStream, is_stream
+from darkroom_client.flows import DiskWork, Fetch, Flow, Flows, Pause, Result, Step
 from darkroom_client.jobs import Job
-from darkroom_client.place import Place
 from darkroom_client.retries import Retries
 from darkroom_client.wishes import Picture, Wish
 
@@ -33,14 +33,16 @@ class AsyncClient:
         retries: Retries = Retries(),
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        place = Place.found(url, api_key)
-        self._flows = Flows(place.url, retries)
+        address = GatewayAddress.resolved(url, api_key)
+        self._flows = Flows(address.url, retries)
         self._retries = retries
         self._timeout_s = timeout_s
         self._gateway = httpx.AsyncClient(
-            base_url=place.url, headers=place.headers, transport=transport, **place.options
+            base_url=address.url, headers=address.headers, transport=transport, **address.options
         )
-        self._store = httpx.AsyncClient(transport=transport, **place.options, timeout=2 * timeout_s)
+        self._store = httpx.AsyncClient(
+            transport=transport, **address.options, timeout=2 * timeout_s
+        )
 
     async def create_job(
         self, prompt: str, *, idempotency_key: str | None = None, **wish: Unpack[Wish]
@@ -114,7 +116,7 @@ class AsyncClient:
         self, job_id: str, *, previews: bool = False, after: str | None = None
     ) -> AsyncIterator[Event]:
         """Do as `Client.events`."""
-        following = Following(job_id, previews=previews, after=after, retries=self._retries)
+        following = EventStream(job_id, previews=previews, after=after, retries=self._retries)
         while True:
             try:
                 async with self._gateway.stream(
@@ -176,7 +178,7 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    async def _run(self, flow: Flow[Answer]) -> Answer:
+    async def _run(self, flow: Flow[Result]) -> Result:
         try:
             step = next(flow)
             while True:
@@ -187,7 +189,7 @@ class AsyncClient:
                 else:
                     step = flow.send(came)
         except StopIteration as end:
-            answer: Answer = end.value
+            answer: Result = end.value
             return answer
 
     async def _do(self, step: Step) -> Any:
@@ -196,7 +198,7 @@ class AsyncClient:
                 return await self._store.get(url)
             case Pause(seconds):
                 return await asyncio.sleep(seconds)
-            case Work(do):
+            case DiskWork(do):
                 return await asyncio.to_thread(do)
             case call:
                 return await self._gateway.request(**call.arguments(self._timeout_s))

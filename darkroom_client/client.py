@@ -9,11 +9,11 @@ from typing import Any, Unpack
 
 import httpx
 
+from darkroom_client.address import GatewayAddress
 from darkroom_client.documents import Estimate, File, Status, Submission, Usage
-from darkroom_client.events import Event, Following, is_stream
-from darkroom_client.flows import Answer, Fetch, Flow, Flows, Pause, Step, Work
+from darkroom_client.events import Event, EventStream, is_stream
+from darkroom_client.flows import DiskWork, Fetch, Flow, Flows, Pause, Result, Step
 from darkroom_client.jobs import Job
-from darkroom_client.place import Place
 from darkroom_client.retries import Retries
 from darkroom_client.wishes import Picture, Wish
 
@@ -38,14 +38,14 @@ class Client:
         retries: Retries = Retries(),
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        place = Place.found(url, api_key)
-        self._flows = Flows(place.url, retries)
+        address = GatewayAddress.resolved(url, api_key)
+        self._flows = Flows(address.url, retries)
         self._retries = retries
         self._timeout_s = timeout_s
         self._gateway = httpx.Client(
-            base_url=place.url, headers=place.headers, transport=transport, **place.options
+            base_url=address.url, headers=address.headers, transport=transport, **address.options
         )
-        self._store = httpx.Client(transport=transport, **place.options, timeout=2 * timeout_s)
+        self._store = httpx.Client(transport=transport, **address.options, timeout=2 * timeout_s)
 
     def create_job(
         self, prompt: str, *, idempotency_key: str | None = None, **wish: Unpack[Wish]
@@ -147,7 +147,7 @@ class Client:
         Opens a new connection whenever one breaks.  previews: include small preview pictures.
         after: only the events that follow the one with this id.
         """
-        following = Following(job_id, previews=previews, after=after, retries=self._retries)
+        following = EventStream(job_id, previews=previews, after=after, retries=self._retries)
         while True:
             try:
                 with self._gateway.stream(**following.call().arguments(self._timeout_s)) as answer:
@@ -216,7 +216,7 @@ class Client:
     ) -> None:
         self.close()
 
-    def _run(self, flow: Flow[Answer]) -> Answer:
+    def _run(self, flow: Flow[Result]) -> Result:
         try:
             step = next(flow)
             while True:
@@ -227,7 +227,7 @@ class Client:
                 else:
                     step = flow.send(came)
         except StopIteration as end:
-            answer: Answer = end.value
+            answer: Result = end.value
             return answer
 
     def _do(self, step: Step) -> Any:
@@ -236,7 +236,7 @@ class Client:
                 return self._store.get(url)
             case Pause(seconds):
                 return time.sleep(seconds)
-            case Work(do):
+            case DiskWork(do):
                 return do()
             case call:
                 return self._gateway.request(**call.arguments(self._timeout_s))

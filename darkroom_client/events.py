@@ -30,7 +30,7 @@ class Event:
         return self.kind == "final"
 
 
-class Following:
+class EventStream:
     """One job's stream: which request comes next, what its bytes say, and whether all is told."""
 
     def __init__(self, job_id: str, *, previews: bool, after: str | None, retries: Retries) -> None:
@@ -45,7 +45,7 @@ class Following:
         self._kind = ""
         self._data = list[str]()
 
-    def call(self) -> wire.Call:
+    def call(self) -> wire.ApiRequest:
         """Return the next connection's request, which resumes after the last event seen."""
         self._tries += 1
         self._rest = b""

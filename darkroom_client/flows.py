@@ -27,7 +27,7 @@ from darkroom_client.errors import (
 )
 from darkroom_client.jobs import Job
 from darkroom_client.retries import Retries, is_hopeless, is_passing, retry_after_s
-from darkroom_client.wire import Call
+from darkroom_client.wire import ApiRequest
 from darkroom_client.wishes import PICTURE_FIELDS, Picture, to_upload
 
 _POLL_EVERY_S = 0.15
@@ -50,15 +50,15 @@ class Pause:
 
 
 @dataclass(frozen=True)
-class Work:
+class DiskWork:
     """Do something with the disk, where nobody has to wait for it."""
 
     do: Callable[[], Any]
 
 
-Step = Call | Fetch | Pause | Work
-Answer = TypeVar("Answer")
-Flow = Generator[Step, Any, Answer]
+Step = ApiRequest | Fetch | Pause | DiskWork
+Result = TypeVar("Result")
+Flow = Generator[Step, Any, Result]
 
 
 class Flows:
@@ -176,15 +176,15 @@ class Flows:
         for image in known.images:
             if image.content_sha256 is not None:
                 path = downloads.path_of(folder, known, image, names)
-                if not (yield Work(partial(downloads.is_there, path, image.content_sha256))):
+                if not (yield DiskWork(partial(downloads.is_there, path, image.content_sha256))):
                     content = yield from self.image(known, image.index)
-                    yield Work(partial(downloads.write, path, content))
+                    yield DiskWork(partial(downloads.write, path, content))
                 paths.append(path)
         return tuple(paths)
 
     def upload(self, picture: Picture) -> Flow[File]:
         content: bytes = (
-            picture if isinstance(picture, bytes) else (yield Work(Path(picture).read_bytes))
+            picture if isinstance(picture, bytes) else (yield DiskWork(Path(picture).read_bytes))
         )
         name = "picture" if isinstance(picture, bytes) else Path(picture).name
         return answers.read_file((yield from self._sent(wire.upload(name, content))))
@@ -212,7 +212,7 @@ class Flows:
                 said[field] = known[picture]
         return said
 
-    def _sent(self, step: Call | Fetch) -> Flow[httpx.Response]:
+    def _sent(self, step: ApiRequest | Fetch) -> Flow[httpx.Response]:
         """Send until there is an answer or no try is left. Raises Unreachable."""
         for attempt in itertools.count(1):
             try:
@@ -231,12 +231,12 @@ class Flows:
             yield Pause(pause_s)
         raise AssertionError("the tries never end by themselves")
 
-    def _unreachable(self, step: Call | Fetch, attempt: int, error: Exception) -> Unreachable:
+    def _unreachable(self, step: ApiRequest | Fetch, attempt: int, error: Exception) -> Unreachable:
         tried = f" after {attempt} tries" if attempt > 1 else ""
         why = error or type(error).__name__
         return Unreachable(f"{self._where(step)} does not answer{tried}: {why}")
 
-    def _where(self, step: Call | Fetch) -> str:
-        if isinstance(step, Call):
+    def _where(self, step: ApiRequest | Fetch) -> str:
+        if isinstance(step, ApiRequest):
             return self._url
         return step.url.partition("?")[0]  # what follows is a permission

@@ -17,7 +17,7 @@ _CONNECTED_IN_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Call:
+class ApiRequest:
     """One request: what httpx.Client.request and httpx.AsyncClient.request take."""
 
     method: str
@@ -53,17 +53,17 @@ def new_key() -> str:
     return uuid.uuid4().hex
 
 
-def create_job(wish: Mapping[str, Any], key: str) -> Call:
+def create_job(wish: Mapping[str, Any], key: str) -> ApiRequest:
     """Ask for a job. The gateway resolves what is None in `wish`.
 
     key: the same for the same wish, however often it is sent.
     """
-    return Call(method="POST", path="/v1/jobs", json=_said(wish), headers=_once(key))
+    return ApiRequest(method="POST", path="/v1/jobs", json=_said(wish), headers=_once(key))
 
 
-def create_jobs(wishes: Sequence[Mapping[str, Any]], key: str) -> Call:
+def create_jobs(wishes: Sequence[Mapping[str, Any]], key: str) -> ApiRequest:
     """Ask for up to 1,000 jobs at once."""
-    return Call(
+    return ApiRequest(
         method="POST",
         path="/v1/jobs:batch",
         json={"jobs": [_said(wish) for wish in wishes]},
@@ -72,34 +72,34 @@ def create_jobs(wishes: Sequence[Mapping[str, Any]], key: str) -> Call:
     )
 
 
-def estimate(wish: Mapping[str, Any]) -> Call:
+def estimate(wish: Mapping[str, Any]) -> ApiRequest:
     """Ask what the wish would become, without making it a job."""
-    return Call(method="POST", path="/v1/estimate", json=_said(wish))
+    return ApiRequest(method="POST", path="/v1/estimate", json=_said(wish))
 
 
-def replay_job(job_id: str, key: str) -> Call:
+def replay_job(job_id: str, key: str) -> ApiRequest:
     """Ask for a new job with every parameter of that one."""
-    return Call(method="POST", path=f"/v1/jobs/{job_id}/replay", headers=_once(key))
+    return ApiRequest(method="POST", path=f"/v1/jobs/{job_id}/replay", headers=_once(key))
 
 
-def delete_job(job_id: str) -> Call:
+def delete_job(job_id: str) -> ApiRequest:
     """Erase the job's prompt and images; the audit log stays."""
-    return Call(method="DELETE", path=f"/v1/jobs/{job_id}")
+    return ApiRequest(method="DELETE", path=f"/v1/jobs/{job_id}")
 
 
-def show_job(job_id: str, wait_s: int | None = None) -> Call:
+def show_job(job_id: str, wait_s: int | None = None) -> ApiRequest:
     """Ask for the job.
 
     wait_s: let the gateway hold the answer until the job is finished, at most so long (it allows
     60).
     """
     headers = {"Prefer": f"wait={wait_s}"} if wait_s else {}
-    return Call(method="GET", path=f"/v1/jobs/{job_id}", headers=headers, held_s=wait_s or 0)
+    return ApiRequest(method="GET", path=f"/v1/jobs/{job_id}", headers=headers, held_s=wait_s or 0)
 
 
-def show_status(job_id: str) -> Call:
+def show_status(job_id: str) -> ApiRequest:
     """Ask for the job's state and place in the queue, which is cheap for the gateway."""
-    return Call(method="GET", path=f"/v1/jobs/{job_id}/status")
+    return ApiRequest(method="GET", path=f"/v1/jobs/{job_id}/status")
 
 
 def list_jobs(
@@ -110,7 +110,7 @@ def list_jobs(
     metadata: Mapping[str, str] | None,
     limit: int,
     cursor: str | None,
-) -> Call:
+) -> ApiRequest:
     said = {
         "state": state,
         "created_after": _instant(since) if since else None,
@@ -119,27 +119,27 @@ def list_jobs(
         "cursor": cursor,
     }
     labels = {f"metadata.{name}": value for name, value in (metadata or {}).items()}
-    return Call(method="GET", path="/v1/jobs", params=_said(said) | labels)
+    return ApiRequest(method="GET", path="/v1/jobs", params=_said(said) | labels)
 
 
-def cancel_job(job_id: str) -> Call:
-    return Call(method="POST", path=f"/v1/jobs/{job_id}/cancel")
+def cancel_job(job_id: str) -> ApiRequest:
+    return ApiRequest(method="POST", path=f"/v1/jobs/{job_id}/cancel")
 
 
-def show_image(job_id: str, index: int, *, direct: bool = False) -> Call:
+def show_image(job_id: str, index: int, *, direct: bool = False) -> ApiRequest:
     """Ask for an image.
 
     The answer is a redirect to a presigned URL of the object store, or the image itself. direct:
     ask for the image itself.
     """
-    return Call(
+    return ApiRequest(
         method="GET",
         path=f"/v1/jobs/{job_id}/images/{index}",
         params={"redirect": "false"} if direct else {},
     )
 
 
-def follow_job(job_id: str, *, previews: bool, after: str | None) -> Call:
+def follow_job(job_id: str, *, previews: bool, after: str | None) -> ApiRequest:
     """Ask for server-sent events. after: the id of the last event that was seen."""
     headers = {
         "Accept": "text/event-stream",
@@ -147,7 +147,7 @@ def follow_job(job_id: str, *, previews: bool, after: str | None) -> Call:
         **({"Last-Event-ID": after} if after else {}),
     }
     params = {"previews": "true"} if previews else {}
-    return Call(
+    return ApiRequest(
         method="GET",
         path=f"/v1/jobs/{job_id}/events",
         params=params,
@@ -156,19 +156,19 @@ def follow_job(job_id: str, *, previews: bool, after: str | None) -> Call:
     )
 
 
-def upload(name: str, content: bytes) -> Call:
+def upload(name: str, content: bytes) -> ApiRequest:
     """Send a picture to start images from."""
-    return Call(method="POST", path="/v1/files", file=(name, content), held_s=_LARGE_S)
+    return ApiRequest(method="POST", path="/v1/files", file=(name, content), held_s=_LARGE_S)
 
 
-def show_usage() -> Call:
+def show_usage() -> ApiRequest:
     """Ask what the tenant used, and for its limits."""
-    return Call(method="GET", path="/v1/usage")
+    return ApiRequest(method="GET", path="/v1/usage")
 
 
-def list_of(resource: str) -> Call:
+def list_of(resource: str) -> ApiRequest:
     """Ask for the whole list of a resource: models or tiers."""
-    return Call(method="GET", path=f"/v1/{resource}")
+    return ApiRequest(method="GET", path=f"/v1/{resource}")
 
 
 def _said(fields: Mapping[str, Any]) -> dict[str, Any]:

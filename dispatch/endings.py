@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 from dispatch.release import Release
 from edges.handoff import Handoff, HandoffUnavailable
 from edges.inputs import Inputs
-from edges.progress import News
+from edges.progress import JobSignals
 from edges.snapshots import Snapshots, SnapshotsUnavailable
 from models import leases
 from models.database import run_transaction
@@ -38,7 +38,7 @@ class EndedJobs:
     No method raises because Redis is away.
     """
 
-    news: News
+    signals: JobSignals
     handoff: Handoff
     snapshots: Snapshots
     inputs: Inputs
@@ -60,8 +60,8 @@ class EndedJobs:
         failed under way.  Harmless when repeated.
         """
         if job.attempt and job.state != JobState.SUCCEEDED:
-            self.news.tell_cancel(job.id)
-        self.news.tell_ending(job.id)
+            self.signals.publish_cancel(job.id)
+        self.signals.publish_ending(job.id)
         self._drop_what_it_began_from(job.id)
 
     def notify_erased(self, job: Job) -> None:
@@ -73,7 +73,7 @@ class EndedJobs:
         for image in job.images:
             for attempt in {image.handed_off_attempt or job.attempt, job.attempt}:
                 self.handoff.drop(job.id, image.index, attempt)
-        self.news.forget(job.id)
+        self.signals.forget(job.id)
 
     def _drop_what_it_began_from(self, job_id: uuid.UUID) -> None:
         try:

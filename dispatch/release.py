@@ -20,7 +20,7 @@ from models.database import run_transaction, transaction
 from models.tables import Job
 from policy import queues
 from policy.fleet import Fleet
-from policy.release import Picked, ReleaseLimits, release_limits
+from policy.release import PickedJob, ReleaseLimits, release_limits
 from policy.states import JobState
 
 log = structlog.get_logger(__name__)
@@ -45,7 +45,7 @@ class Release:
         are looked at.
         """
 
-        def pick(session: Session) -> tuple[list[Picked], list[uuid.UUID]]:
+        def pick(session: Session) -> tuple[list[PickedJob], list[uuid.UUID]]:
             capacity = workers.capacity(session, pool=pool, silent_for_s=self._worker_silence_s)
             limits = self.limits(pool, tier, capacity.slots)
             picked = releasing.pick(
@@ -75,7 +75,7 @@ class Release:
 
     def announce(self, pool: str, tier: str, job_id: uuid.UUID, *, num_images: int) -> None:
         """Publish a job that was stamped as it was accepted."""
-        self._publish(pool, tier, [Picked(job_id, is_front=False, num_images=num_images)])
+        self._publish(pool, tier, [PickedJob(job_id, is_front=False, num_images=num_images)])
 
     def reannounce(self, pool: str, tier: str, job_ids: Sequence[uuid.UUID]) -> int:
         """Announce jobs whose message was lost, but for those that a worker took meanwhile."""
@@ -107,7 +107,7 @@ class Release:
                 return job_ids[position:]
         return ()
 
-    def _publish(self, pool: str, tier: str, picked: Sequence[Picked]) -> int:
+    def _publish(self, pool: str, tier: str, picked: Sequence[PickedJob]) -> int:
         for position, job in enumerate(picked):
             queue = queues.render_queue(pool, tier, is_front=job.is_front)
             try:

@@ -75,8 +75,11 @@ def take_apart(content: bytes) -> Container:
 
 
 def _png(content: bytes) -> Container:
-    whole, needed = memoryview(content), [memoryview(_PNG)]
-    profile, orientation, at = None, 1, len(_PNG)
+    whole = memoryview(content)
+    needed = [memoryview(_PNG)]
+    profile = None
+    orientation = 1
+    at = len(_PNG)
     for _ in range(MAX_PARTS):
         if at + 12 > len(content):
             raise NotAContainer("is cut off")
@@ -110,8 +113,12 @@ def _unpacked_profile(data: bytes) -> bytes | None:
 
 
 def _jpeg(content: bytes) -> Container:
-    whole, needed = memoryview(content), [memoryview(b"\xff\xd8")]
-    profile, orientation, scans, data_at = list[memoryview](), 0, 0, None
+    whole = memoryview(content)
+    needed = [memoryview(b"\xff\xd8")]
+    profile = list[memoryview]()
+    orientation = 0
+    scans = 0
+    data_at = None
     for marker, at, end in _segments(content):
         if marker == _EOI:
             needed.append(whole[at:end] if data_at is None else whole[data_at:end])
@@ -171,8 +178,12 @@ def _webp(content: bytes) -> Container:
     stop = struct.unpack_from("<I", content, 4)[0] + 8
     if len(content) < 20 or stop > len(content):
         raise NotAContainer("is cut off")
-    whole, needed = memoryview(content), list[memoryview | bytes]()
-    profile, orientation, frames, at = None, 1, 0, 12
+    whole = memoryview(content)
+    needed = list[memoryview | bytes]()
+    profile = None
+    orientation = 1
+    frames = 0
+    at = 12
     for _ in range(MAX_PARTS):
         if at + 8 > stop:
             body = b"".join(needed)

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from typing import IO, Any, BinaryIO
 
 from edges import pictures
-from edges.pictures import NotAPicture, Picture
+from edges.pictures import NormalisedPicture, NotAPicture
 from settings import REPO
 
 AT_ONCE = 2  # some 350 MB each at worst
@@ -53,10 +53,10 @@ class Decoders:
     """Own the decoder processes of one gateway process; each starts when it is first needed."""
 
     def __init__(self, *, at_once: int = AT_ONCE, wait_s: float = WAIT_S) -> None:
-        self._turns = Turns(at_once, wait_s=wait_s, max_waiting=MAX_WAITING)
+        self._turns = FairSemaphore(at_once, wait_s=wait_s, max_waiting=MAX_WAITING)
         self._idle = [_Decoder() for _ in range(at_once)]
 
-    def normalise(self, source: bytes | BinaryIO, *, tenant: Hashable) -> Picture:
+    def normalise(self, source: bytes | BinaryIO, *, tenant: Hashable) -> NormalisedPicture:
         """Decode and encode again (edges/pictures.py). Raises NotAPicture, TooBusy.
 
         source: a file is read, in pieces, only when it is this picture's turn; those that wait take
@@ -64,7 +64,7 @@ class Decoders:
         """
         with self._turn(tenant) as decoder:
             told, content = decoder.ask({"what": "normalise"}, source)
-            return Picture(content, **told)
+            return NormalisedPicture(content, **told)
 
     def selects(self, mask: bytes, width_px: int, height_px: int, *, tenant: Hashable) -> bool:
         """Tell whether this stored picture, as a mask, selects anything to repaint.
@@ -108,7 +108,7 @@ class _Waiting:
     may_go: bool = False
 
 
-class Turns:
+class FairSemaphore:
     """Give at most `at_once` tenants' callers a turn at the same time, fairly.
 
     Next is the tenant with the fewest turns running; among equals, the one whose last turn began
@@ -116,9 +116,12 @@ class Turns:
     """
 
     def __init__(self, at_once: int, *, wait_s: float, max_waiting: int) -> None:
-        self._at_once, self._wait_s, self._max_waiting = at_once, wait_s, max_waiting
+        self._at_once = at_once
+        self._wait_s = wait_s
+        self._max_waiting = max_waiting
         self._changed = threading.Condition()
-        self._running, self._waiting = Counter[Hashable](), list[_Waiting]()
+        self._running = Counter[Hashable]()
+        self._waiting = list[_Waiting]()
         self._last_turn: dict[Hashable, int] = {}  # of those that run or wait
         self._count = 0
 
@@ -208,7 +211,8 @@ class _Decoder:
     def _ask(
         self, process: "subprocess.Popen[bytes]", question: dict[str, Any], source: bytes | BinaryIO
     ) -> tuple[dict[str, Any], bytes]:
-        given, answers = process.stdin, process.stdout
+        given = process.stdin
+        answers = process.stdout
         assert given is not None
         assert answers is not None
         file = io.BytesIO(source) if isinstance(source, bytes) else source
@@ -289,7 +293,8 @@ def serve(given: IO[bytes], answers: IO[bytes]) -> None:
         try:
             told, content = _answer(question, _exactly(given, question["size_bytes"]))
         except NotAPicture as error:
-            told, content = {"why": str(error)}, b""
+            told = {"why": str(error)}
+            content = b""
         answers.write(json.dumps(told | {"size_bytes": len(content)}).encode() + b"\n" + content)
         answers.flush()
 

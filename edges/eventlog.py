@@ -29,11 +29,12 @@ FINAL = "final"
 BEGINNING = "0-0"
 KEPT_PREVIEWS = 2  # of each image
 _MOST_EVENTS = 1000
-_KEEP_S, _KEEP_ENDED_S = 600, 60
+_KEEP_S = 600
+_KEEP_ENDED_S = 60
 
 
 @dataclass(frozen=True)
-class Event:
+class JobEvent:
     """Tell one thing that happened to a job.
 
     id: where to go on reading, growing from event to event; None for an event that is not in the
@@ -69,7 +70,7 @@ def keep_ended(pipe: Pipeline, job_id: object) -> None:
     pipe.expire(key(job_id), _KEEP_ENDED_S)
 
 
-def parsed(raw_id: bytes, fields: Mapping[bytes, bytes]) -> Event:
+def parse(raw_id: bytes, fields: Mapping[bytes, bytes]) -> JobEvent:
     """Parse an entry of a stream. Raises ValueError, KeyError if `append` did not write it."""
     data = json.loads(fields[b"data"])
     if (jpeg := fields.get(b"jpeg")) is not None:
@@ -79,7 +80,7 @@ def parsed(raw_id: bytes, fields: Mapping[bytes, bytes]) -> Event:
             "width_px": width_px,
             "height_px": height_px,
         }
-    return Event(raw_id.decode(), fields[b"kind"].decode(), data)
+    return JobEvent(raw_id.decode(), fields[b"kind"].decode(), data)
 
 
 def order(event_id: str) -> tuple[int, int]:

@@ -15,54 +15,55 @@ import redis
 import structlog
 
 from edges import connections, eventlog, telemetry
-from edges.eventlog import BEGINNING, FINAL, PREVIEW, STEP, Event
+from edges.eventlog import BEGINNING, FINAL, PREVIEW, STEP, JobEvent
 from edges.progress import ENDINGS, Listener, connect
 
 log = structlog.get_logger(__name__)
 
 READ_EVERY_S = 0.05  # the events of busy jobs come in batches, 20 a second at most
 _BLOCK_MS = 2000
-_MOST_UNREAD = 256  # events of a follower, before its steps and previews are dropped
+_MAX_UNREAD = 256  # events of a follower, before its steps and previews are dropped
 _DROPPABLE = (STEP, PREVIEW)
-LEAVE = Event(None, "leave", {})  # this process ends: follow on elsewhere
+SHUTDOWN = JobEvent(None, "leave", {})  # this process ends: follow on elsewhere
 
 
-class NoSeat(Exception):
+class TooManySubscribers(Exception):
     """The process has as many followers as it may have; try again later."""
 
 
-class Seat:
+class Subscription:
     """Queue the events of one job for one follower."""
 
     def __init__(self, job_id: uuid.UUID, *, wants_previews: bool) -> None:
-        self.job_id, self.wants_previews = job_id, wants_previews
+        self.job_id = job_id
+        self.wants_previews = wants_previews
         self.seen = (0, 0)
-        self._news: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._unread: queue.SimpleQueue[JobEvent] = queue.SimpleQueue()
 
-    def put(self, event: Event) -> None:
+    def put(self, event: JobEvent) -> None:
         """Queue the event for the follower; never wait. Steps and previews may be dropped."""
         if event.kind == PREVIEW and not self.wants_previews:
             return
-        if event.kind in _DROPPABLE and self._news.qsize() >= _MOST_UNREAD:
+        if event.kind in _DROPPABLE and self._unread.qsize() >= _MAX_UNREAD:
             telemetry.EVENTS_DROPPED.labels(event.kind).inc()
             return
-        self._news.put(event)
+        self._unread.put(event)
 
-    def get(self, within_s: float) -> Event | None:
+    def get(self, within_s: float) -> JobEvent | None:
         """Return the next event that is new to the follower; None if none comes in time.
 
-        An event of the job's stream, FINAL when the job has ended, or LEAVE.
+        An event of the job's stream, FINAL when the job has ended, or SHUTDOWN.
         """
         deadline = time.monotonic() + within_s
         while True:
             try:
-                event = self._news.get(timeout=max(0.0, deadline - time.monotonic()))
+                event = self._unread.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 return None
             if self.is_new(event):
                 return event
 
-    def is_new(self, event: Event) -> bool:
+    def is_new(self, event: JobEvent) -> bool:
         """Tell whether the event is new to the follower, and remember it as seen."""
         if event.id is None:
             return True
@@ -72,50 +73,55 @@ class Seat:
         return True
 
 
-class Reader:
+class EventFanout:
     """Read the streams for all followers of a process; the threads start with the first one."""
 
     def __init__(self, handoff_url: str, *, most: int) -> None:
-        self._url, self._most = handoff_url, most
+        self._url = handoff_url
+        self._max_subscriptions = most
         self._redis = connect(handoff_url)
-        self._wake_key, self._wake_id = f"events:wake:{uuid.uuid4()}", BEGINNING
-        self._seats: dict[uuid.UUID, list[Seat]] = {}
+        self._wake_key = f"events:wake:{uuid.uuid4()}"
+        self._wake_id = BEGINNING
+        self._subscriptions: dict[uuid.UUID, list[Subscription]] = {}
         self._positions: dict[uuid.UUID, str] = {}  # what has been read of each followed job
-        self._everybody: set[Seat] = set()
-        self._lock, self._stop = threading.Condition(), threading.Event()
+        self._all_subscriptions: set[Subscription] = set()
+        self._lock = threading.Condition()
+        self._stop = threading.Event()
         self._listener: Listener | None = None
         self._thread = threading.Thread(target=self._run, name="events", daemon=True)
 
-    def sit_down(
+    def subscribe(
         self, job_id: uuid.UUID, *, wants_previews: bool, after: str = BEGINNING
-    ) -> tuple[Seat, Sequence[Event]]:
-        """Return a seat, and what happened after the event `after`. Raises NoSeat.
+    ) -> tuple[Subscription, Sequence[JobEvent]]:
+        """Return a subscription, and what happened after the event `after`.
 
-        Later events come to the seat. The caller must `leave`.
+        Later events come to the subscription. The caller must `unsubscribe`. Raises
+        TooManySubscribers.
         """
-        seat = Seat(job_id, wants_previews=wants_previews)
+        subscription = Subscription(job_id, wants_previews=wants_previews)
         with self._lock:
-            if len(self._everybody) >= self._most or self._stop.is_set():
-                raise NoSeat
-            self._everybody.add(seat)
-            telemetry.EVENT_STREAMS.set(len(self._everybody))
+            if len(self._all_subscriptions) >= self._max_subscriptions or self._stop.is_set():
+                raise TooManySubscribers
+            self._all_subscriptions.add(subscription)
+            telemetry.EVENT_STREAMS.set(len(self._all_subscriptions))
             if self._listener is None:
                 self._listener = Listener(self._url, ENDINGS, lambda ended: self.end([ended]))
                 self._thread.start()
-        return seat, self._caught_up(seat, after)
+        return subscription, self._catch_up(subscription, after)
 
-    def leave(self, seat: Seat) -> None:
+    def unsubscribe(self, subscription: Subscription) -> None:
         """Forget the follower; harmless when repeated."""
         with self._lock:
-            self._everybody.discard(seat)
-            telemetry.EVENT_STREAMS.set(len(self._everybody))
-            seats = self._seats.get(seat.job_id, [])
-            if seat in seats:
-                seats.remove(seat)
-                if not seats:
-                    del self._seats[seat.job_id], self._positions[seat.job_id]
+            self._all_subscriptions.discard(subscription)
+            telemetry.EVENT_STREAMS.set(len(self._all_subscriptions))
+            subscriptions = self._subscriptions.get(subscription.job_id, [])
+            if subscription in subscriptions:
+                subscriptions.remove(subscription)
+                if not subscriptions:
+                    del self._subscriptions[subscription.job_id]
+                    del self._positions[subscription.job_id]
 
-    def followed(self) -> list[uuid.UUID]:
+    def followed_jobs(self) -> list[uuid.UUID]:
         """List the jobs that somebody follows."""
         with self._lock:
             return list(self._positions)
@@ -131,16 +137,17 @@ class Reader:
             try:
                 rest = self._range(job_id, position) if is_there else []
             except redis.RedisError:
-                rest, is_there = [], False
-            self._hand_out(job_id, [*rest, Event(None, FINAL, {})])
+                rest = []
+                is_there = False
+            self._distribute(job_id, [*rest, JobEvent(None, FINAL, {})])
 
-    def watched(self) -> list[uuid.UUID]:
+    def watched_jobs(self) -> list[uuid.UUID]:
         """List the jobs whose previews a follower wants."""
         with self._lock:
             return [
                 job_id
-                for job_id, seats in self._seats.items()
-                if any(seat.wants_previews for seat in seats)
+                for job_id, subscriptions in self._subscriptions.items()
+                if any(subscription.wants_previews for subscription in subscriptions)
             ]
 
     def close(self) -> None:
@@ -148,42 +155,42 @@ class Reader:
         self._stop.set()
         with self._lock:
             self._lock.notify_all()
-            for seat in self._everybody:
-                seat.put(LEAVE)
+            for subscription in self._all_subscriptions:
+                subscription.put(SHUTDOWN)
         self._wake()
         if self._listener is not None:
             self._listener.close()
             self._thread.join(timeout=3)
 
-    def _caught_up(self, seat: Seat, after: str) -> list[Event]:
-        """Read what happened before the seat got its place, and add it, without gap or overlap."""
-        first = self._tried_range(seat.job_id, after)
+    def _catch_up(self, subscription: Subscription, after: str) -> list[JobEvent]:
+        """Read what happened before, and add the subscription, without gap or overlap."""
+        first = self._try_range(subscription.job_id, after)
         events = first or []
         position = (events[-1].id if events else None) or after
-        seat.seen = eventlog.order(after)
+        subscription.seen = eventlog.order(after)
         with self._lock:
-            read_to = self._positions.setdefault(seat.job_id, position)
-            self._seats.setdefault(seat.job_id, []).append(seat)
+            read_to = self._positions.setdefault(subscription.job_id, position)
+            self._subscriptions.setdefault(subscription.job_id, []).append(subscription)
             self._lock.notify_all()
         # Other followers of the job got these events before this one was added.
         if eventlog.order(read_to) > eventlog.order(position):
-            events += self._tried_range(seat.job_id, position) or []
+            events += self._try_range(subscription.job_id, position) or []
         if first is not None:  # one wait for a Redis that is away is enough
             self._wake()
         return [
             event
             for event in events
-            if seat.is_new(event) and (seat.wants_previews or event.kind != PREVIEW)
+            if subscription.is_new(event) and (subscription.wants_previews or event.kind != PREVIEW)
         ]
 
-    def _tried_range(self, job_id: uuid.UUID, after: str) -> list[Event] | None:
+    def _try_range(self, job_id: uuid.UUID, after: str) -> list[JobEvent] | None:
         try:
             return self._range(job_id, after)
         except redis.RedisError as error:
             log.info("events_not_read", job_id=str(job_id), reason=type(error).__name__)
             return None
 
-    def _range(self, job_id: uuid.UUID, after: str) -> list[Event]:
+    def _range(self, job_id: uuid.UUID, after: str) -> list[JobEvent]:
         return _events(connections.xrange(self._redis, eventlog.key(job_id), after=after))
 
     def _wake(self) -> None:
@@ -220,9 +227,9 @@ class Reader:
             if name == self._wake_key:
                 self._wake_id = entries[-1][0].decode()
             else:
-                self._hand_out(uuid.UUID(name.partition(":")[2]), _events(entries))
+                self._distribute(uuid.UUID(name.partition(":")[2]), _events(entries))
 
-    def _hand_out(self, job_id: uuid.UUID, events: Sequence[Event]) -> None:
+    def _distribute(self, job_id: uuid.UUID, events: Sequence[JobEvent]) -> None:
         """Queue the events for each follower of the job.
 
         Under the lock: a follower that is added meanwhile gets each event either here or from its
@@ -233,16 +240,16 @@ class Reader:
                 return
             ids = [event.id for event in events if event.id is not None]
             self._positions[job_id] = max([self._positions[job_id], *ids], key=eventlog.order)
-            for seat in self._seats[job_id]:
+            for subscription in self._subscriptions[job_id]:
                 for event in events:
-                    seat.put(event)
+                    subscription.put(event)
 
 
-def _events(entries: list[connections.Entry]) -> list[Event]:
+def _events(entries: list[connections.Entry]) -> list[JobEvent]:
     events = []
     for raw_id, fields in entries:
         try:
-            events.append(eventlog.parsed(raw_id, fields))
+            events.append(eventlog.parse(raw_id, fields))
         except (ValueError, KeyError, TypeError, OSError, AttributeError):
             log.warning("event_not_understood", id=raw_id.decode())
     return events

@@ -67,7 +67,8 @@ class Handoff:
             end = 4 + int.from_bytes(blob[:4], "big")
             head = json.loads(blob[4:end])
             array = np.frombuffer(blob, dtype=np.uint8, offset=end).reshape(head["shape"])
-            digest, expected = pixels_sha256(array), head["sha256"]
+            digest = pixels_sha256(array)
+            expected = head["sha256"]
         except (ValueError, KeyError, TypeError) as error:
             raise HandoffCorrupt(str(error)) from error
         if digest != expected:
@@ -118,7 +119,9 @@ class Gauge:
     def __init__(self, handoff_url: str, *, trusted_for_s: float = math.inf) -> None:
         self._redis = connections.connect(handoff_url, socket_timeout=1, socket_connect_timeout=1)
         self._trusted_for_s = trusted_for_s
-        self._fill, self._asked_at, self._answered_at = 0.0, -math.inf, time.monotonic()
+        self._fill = 0.0
+        self._asked_at = -math.inf
+        self._answered_at = time.monotonic()
 
     def fill(self) -> float:
         """Return memory in use / `maxmemory`, 0 without a limit; 1 if Redis was silent too long."""

@@ -22,13 +22,13 @@ from edges.handoff import HandoffUnavailable
 
 
 @dataclass(frozen=True)
-class Gone:
+class PictureGone:
     """Say that a role's picture is no longer in the store; `reason` may be shown to the tenant."""
 
     reason: str
 
 
-Brought = NDArray[np.uint8] | Gone
+StagedPicture = NDArray[np.uint8] | PictureGone
 
 
 class Inputs:
@@ -42,7 +42,7 @@ class Inputs:
         self._redis = connect(handoff_url, socket_timeout=10)
         self._ttl_s = ttl_s
 
-    def bring(self, job_id: uuid.UUID, brought: Mapping[str, Brought]) -> None:
+    def bring(self, job_id: uuid.UUID, brought: Mapping[str, StagedPicture]) -> None:
         """Keep all pictures of the job, by role, for `ttl_s`. Raises HandoffUnavailable.
 
         In one transaction, so that no reader sees only some of them.
@@ -61,7 +61,7 @@ class Inputs:
         with wrap(redis.RedisError, HandoffUnavailable):
             return bool(self._redis.exists(_key(job_id)))
 
-    def of(self, job_id: uuid.UUID) -> dict[str, Brought]:
+    def of(self, job_id: uuid.UUID) -> dict[str, StagedPicture]:
         """Return the job's pictures by role; {} if there are none. Raises HandoffUnavailable."""
         with wrap((redis.RedisError, ValueError, KeyError, TypeError), HandoffUnavailable):
             return {
@@ -84,19 +84,21 @@ class Inputs:
             ]
 
 
-def _packed(picture: Brought) -> bytes:
-    if isinstance(picture, Gone):
-        head, body = json.dumps({"gone": picture.reason}), b""
+def _packed(picture: StagedPicture) -> bytes:
+    if isinstance(picture, PictureGone):
+        head = json.dumps({"gone": picture.reason})
+        body = b""
     else:
-        head, body = json.dumps({"shape": picture.shape}), np.ascontiguousarray(picture).tobytes()
+        head = json.dumps({"shape": picture.shape})
+        body = np.ascontiguousarray(picture).tobytes()
     return len(head).to_bytes(4, "big") + head.encode() + body
 
 
-def _unpacked(packed: bytes) -> Brought:
+def _unpacked(packed: bytes) -> StagedPicture:
     end = 4 + int.from_bytes(packed[:4], "big")
     head = json.loads(packed[4:end])
     if "gone" in head:
-        return Gone(str(head["gone"]))
+        return PictureGone(str(head["gone"]))
     return np.frombuffer(packed, dtype=np.uint8, offset=end).reshape(head["shape"])
 
 

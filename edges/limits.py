@@ -45,7 +45,7 @@ return {taken, tostring(tokens), tostring(wait)}
 
 
 @dataclass(frozen=True)
-class Counted:
+class RateResult:
     """Tell whether a request passes, how many more may, and in how many seconds to ask again."""
 
     passes: bool
@@ -54,7 +54,7 @@ class Counted:
 
 
 @dataclass(frozen=True)
-class Taken:
+class BudgetResult:
     """Tell whether a budget had enough. wait_s: until it has, if it had not."""
 
     passes: bool
@@ -71,7 +71,7 @@ class Rates:
         self._shared = SlidingWindowCounterRateLimiter(shared)
         self._own = SlidingWindowCounterRateLimiter(MemoryStorage())
 
-    def count(self, tenant_id: uuid.UUID, per_minute: int) -> Counted:
+    def count(self, tenant_id: uuid.UUID, per_minute: int) -> RateResult:
         """Count one request; it never waits for long and never fails."""
         item = RateLimitItemPerMinute(per_minute)
         try:
@@ -84,12 +84,12 @@ class Rates:
     @staticmethod
     def _count(
         limiter: SlidingWindowCounterRateLimiter, item: RateLimitItemPerMinute, tenant_id: uuid.UUID
-    ) -> Counted:
+    ) -> RateResult:
         passes = limiter.hit(item, "tenant", str(tenant_id))
         stats = limiter.get_window_stats(item, "tenant", str(tenant_id))
         remaining = max(0, int(stats.remaining))
         reset_s = max(1, round(stats.reset_time - time.time()))
-        return Counted(passes, remaining, reset_s)
+        return RateResult(passes, remaining, reset_s)
 
 
 class Budgets:
@@ -101,17 +101,17 @@ class Budgets:
 
     def take(
         self, tenant_id: uuid.UUID, *, per_minute: float, burst: float, amount: float
-    ) -> Taken:
+    ) -> BudgetResult:
         """Take `amount` out of the budget, or nothing. While Redis is away everything passes."""
         try:
             taken, left, wait_s = self._script(
                 keys=[f"budget:{tenant_id}"], args=[per_minute / 60, burst, amount]
             )
-            return Taken(bool(taken), float(left), float(wait_s))
+            return BudgetResult(bool(taken), float(left), float(wait_s))
         except redis.RedisError as error:
             telemetry.LIMITS_LOCAL.labels("budget").inc()
             log.info("budget_not_asked", reason=type(error).__name__)
-            return Taken(True, burst, 0.0)
+            return BudgetResult(True, burst, 0.0)
 
     def give_back(
         self, tenant_id: uuid.UUID, *, per_minute: float, burst: float, amount: float

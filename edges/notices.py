@@ -76,7 +76,8 @@ class NoticeWatch:
     ) -> None:
         self._on_notice = on_notice
         self._ends_at = math.inf  # time.monotonic() when the machine goes
-        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
         self._threads = [
             threading.Thread(
                 target=self._run, args=[source], name=f"notices-{source.name}", daemon=True
@@ -168,7 +169,8 @@ class AwsNotices:
     arrives and the source is unavailable.
     """
 
-    name, poll_every_s = "aws", 5.0
+    name = "aws"
+    poll_every_s = 5.0
 
     def __init__(self, base_url: str = LINK_LOCAL, *, token_ttl_s: int = 21600) -> None:
         self._server = _MetadataServer(base_url)
@@ -182,7 +184,8 @@ class AwsNotices:
         if answer.status == 404:
             self._log_rebalance()
             return None
-        action, at = answer.json().get("action"), answer.json().get("time")
+        action = answer.json().get("action")
+        at = answer.json().get("time")
         if action not in ("terminate", "stop", "hibernate"):
             raise NoticeSourceUnavailable("instance-action: no action that we know")
         # Hibernation has no two minutes: it begins at once, whatever time is stated.
@@ -218,7 +221,8 @@ class AwsNotices:
                 "PUT", "/latest/api/token", {ttl_header: str(self._token_ttl_s)}
             )
             ttl_s = _seconds(answer.headers.get(ttl_header)) or self._token_ttl_s
-            self._token, self._renew_at = answer.body.strip(), time.monotonic() + 0.9 * ttl_s
+            self._token = answer.body.strip()
+            self._renew_at = time.monotonic() + 0.9 * ttl_s
             if not (self._token.isascii() and self._token.isprintable()):
                 self._token = None
                 raise NoticeSourceUnavailable("token: not one that fits a header")
@@ -232,13 +236,15 @@ class GcpNotices:
     `within_s` where less is left, as on GKE, which leaves ordinary pods about 15 s.
     """
 
-    name, poll_every_s = "gcp", 1.0
+    name = "gcp"
+    poll_every_s = 1.0
 
     def __init__(
         self, base_url: str = LINK_LOCAL, *, within_s: float = 30.0, hold_s: int = 10
     ) -> None:
         self._server = _MetadataServer(base_url)
-        self._within_s, self._hold_s = within_s, hold_s
+        self._within_s = within_s
+        self._hold_s = hold_s
         self._etag = "0"  # of no value: the first answer comes at once
 
     def poll(self) -> Notice | None:
@@ -265,7 +271,8 @@ class AzureNotices:
     source is unavailable.
     """
 
-    name, poll_every_s = "azure", 1.0
+    name = "azure"
+    poll_every_s = 1.0
 
     def __init__(self, base_url: str = LINK_LOCAL, *, instance: str | None = None) -> None:
         self._server = _MetadataServer(base_url)
@@ -303,10 +310,12 @@ class FileNotices:
     rename it: the watch may read a half-written one.
     """
 
-    name, poll_every_s = "file", 0.2
+    name = "file"
+    poll_every_s = 0.2
 
     def __init__(self, path: str | Path, *, default_s: float = 30.0) -> None:
-        self._path, self._default_s = Path(path), default_s
+        self._path = Path(path)
+        self._default_s = default_s
 
     def poll(self) -> Notice | None:
         with wrap(OSError, _unavailable(self._path)):
@@ -327,7 +336,8 @@ class SignalNotices:
     As in `signal.signal(SIGTERM, lambda *_: source.notify())`.
     """
 
-    name, poll_every_s = "signal", 0.1
+    name = "signal"
+    poll_every_s = 0.1
 
     def __init__(self, within_s: float) -> None:
         self._within_s = within_s
@@ -388,7 +398,8 @@ class _Answer:
 
         `or_else` if either cannot be read.
         """
-        end, now = _instant(instant), _instant(self.headers.get("Date"))
+        end = _instant(instant)
+        now = _instant(self.headers.get("Date"))
         return or_else if end is None or now is None else max(0.0, (end - now).total_seconds())
 
 

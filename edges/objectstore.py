@@ -60,7 +60,8 @@ class ObjectStore:
     """Read and write one bucket. Thread-safe, as boto3 clients are."""
 
     def __init__(self, settings: StoreSettings) -> None:
-        self._bucket, self._presign_ttl_s = settings.s3_bucket, settings.presign_ttl_s
+        self._bucket = settings.s3_bucket
+        self._presign_ttl_s = settings.presign_ttl_s
         self._client = _client(settings, settings.s3_endpoint_url)
         self._hasty = _client(settings, settings.s3_endpoint_url, read_timeout_s=3, retries=0)
         public = settings.s3_public_endpoint_url

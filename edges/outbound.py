@@ -48,7 +48,7 @@ class _Unresolved(requests.ConnectionError):
 
 
 @dataclass(frozen=True)
-class Answer:
+class ReceiverAnswer:
     """Hold a receiver's answer. retry_after_s: its Retry-After, None if it sent none."""
 
     status: int
@@ -95,10 +95,12 @@ class Outbound:
 
     def post(
         self, url: str, body: bytes, headers: Mapping[str, str], *, timeout_s: float
-    ) -> Answer:
+    ) -> ReceiverAnswer:
         """Post and return the status; the response body is not read. Raises Unreachable."""
         with self._request("POST", url, timeout_s, data=body, headers=dict(headers)) as response:
-            return Answer(response.status_code, _retry_after_s(response.headers.get("Retry-After")))
+            return ReceiverAnswer(
+                response.status_code, _retry_after_s(response.headers.get("Retry-After"))
+            )
 
     def fetch(self, url: str, *, max_bytes: int, timeout_s: float) -> bytes:
         """Return the bytes behind `url`.
@@ -200,7 +202,8 @@ class _Adapter(IPFilterAdapter):  # type: ignore[misc]  # requests_hardened has 
 
     def __init__(self, outbound: Outbound, parts: SplitResult) -> None:
         super().__init__(is_https_proto=parts.scheme == "https")
-        self._outbound, self._parts = outbound, parts
+        self._outbound = outbound
+        self._parts = parts
         self.connections: list[HTTPConnection] = []
 
     def build_connection_pool_key_attributes(
@@ -236,7 +239,8 @@ class _Watch:
     """
 
     def __init__(self, adapter: _Adapter, timeout_s: float) -> None:
-        self._adapter, self._deadline = adapter, time.monotonic() + timeout_s
+        self._adapter = adapter
+        self._deadline = time.monotonic() + timeout_s
         self._timer = threading.Timer(timeout_s, self._shut)
         self._timer.daemon = True
         self._timer.start()
@@ -262,7 +266,9 @@ class _Response:
     def __init__(
         self, response: requests.Response, session: requests.Session, watch: _Watch
     ) -> None:
-        self._response, self._session, self._watch = response, session, watch
+        self._response = response
+        self._session = session
+        self._watch = watch
 
     def __enter__(self) -> requests.Response:
         return self._response

@@ -50,7 +50,7 @@ class NotAPicture(Exception):
 
 
 @dataclass(frozen=True)
-class Picture:
+class NormalisedPicture:
     """Hold a picture as it is stored: PNG of mode L, RGB or RGBA."""
 
     content: bytes
@@ -59,7 +59,7 @@ class Picture:
     height_px: int
 
 
-def normalise(content: bytes) -> Picture:
+def normalise(content: bytes) -> NormalisedPicture:
     """Decode an untrusted picture and encode it again. Raises NotAPicture."""
     try:
         container = take_apart(content)
@@ -206,8 +206,8 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     return result.convert("L") if image.mode == "L" else result
 
 
-def _encoded(plain: Image.Image) -> Picture:
+def _encoded(plain: Image.Image) -> NormalisedPicture:
     plain.info.clear()  # or its profile and its text would be written again
     buffer = io.BytesIO()
     plain.save(buffer, format="PNG", compress_level=1)
-    return Picture(buffer.getvalue(), plain.mode, *plain.size)
+    return NormalisedPicture(buffer.getvalue(), plain.mode, *plain.size)

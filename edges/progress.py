@@ -53,7 +53,7 @@ class Preview:
 
 
 @dataclass
-class _Noted:
+class _PendingProgress:
     """Collect what is to be sent; of steps and previews only the newest of each image."""
 
     started: list[tuple[str, int]] = field(default_factory=list)
@@ -75,13 +75,16 @@ class ProgressWriter:
         self._redis = connect(handoff_url)
         self._fill = fill
         self._unwatched: Callable[[uuid.UUID], None] = _ignore
-        self._noted = _Noted()
+        self._noted = _PendingProgress()
         # The event ids of the previews of each image that are in its job's stream.
         self._kept: dict[tuple[str, int], deque[bytes]] = {}
-        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
         self._is_due = threading.Event()
         self._sent = threading.Condition(self._lock)
-        self._turns_begun, self._turns_ended = 0, 0  # of the sending thread
+        # Of the sending thread:
+        self._turns_begun = 0
+        self._turns_ended = 0
         self._note_turn = telemetry.loop("progress")
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
         self._thread.start()
@@ -137,7 +140,7 @@ class ProgressWriter:
 
     def _send_noted(self) -> None:
         with self._lock:
-            noted, self._noted = self._noted, _Noted()
+            noted, self._noted = self._noted, _PendingProgress()
             self._turns_begun += 1
         try:
             if noted.jobs():
@@ -151,7 +154,7 @@ class ProgressWriter:
                 self._turns_ended = self._turns_begun
                 self._sent.notify_all()
 
-    def _send(self, noted: _Noted) -> None:
+    def _send(self, noted: _PendingProgress) -> None:
         # A transaction: otherwise the first event would wake a blocked reader, which would then
         # read that one alone.
         pipe = self._redis.pipeline(transaction=True)
@@ -190,7 +193,7 @@ class ProgressWriter:
             del self._kept[next(iter(self._kept))]
 
 
-class News:
+class JobSignals:
     """Read progress; publish cancels, stored images, endings and watched jobs.
 
     Used by the gateway and the results worker.
@@ -220,11 +223,11 @@ class News:
         except redis.RedisError as error:
             log.info("progress_not_forgotten", job_id=str(job_id), reason=type(error).__name__)
 
-    def tell_cancel(self, job_id: uuid.UUID) -> None:
+    def publish_cancel(self, job_id: uuid.UUID) -> None:
         """Ask whichever worker runs the job to stop at its next step."""
         self._send("cancel", lambda pipe: _publish(pipe, CANCELS, job_id))
 
-    def tell_ending(self, job_id: uuid.UUID) -> None:
+    def publish_ending(self, job_id: uuid.UUID) -> None:
         """Publish that the job has ended, which wakes those who wait; its events expire soon."""
 
         def write(pipe: Pipeline) -> None:
@@ -233,7 +236,7 @@ class News:
 
         self._send("ending", write)
 
-    def tell_stored(self, job_id: uuid.UUID, image: Mapping[str, Any]) -> None:
+    def publish_stored(self, job_id: uuid.UUID, image: Mapping[str, Any]) -> None:
         """Append to the job's events that an image is stored. image: the event's data."""
 
         def write(pipe: Pipeline) -> None:
@@ -242,7 +245,7 @@ class News:
 
         self._send("stored", write)
 
-    def tell_watching(self, job_ids: Collection[uuid.UUID]) -> None:
+    def publish_watched(self, job_ids: Collection[uuid.UUID]) -> None:
         """Ask the workers that run or will run these jobs for previews, for half a minute."""
 
         def write(pipe: Pipeline) -> None:
@@ -265,7 +268,9 @@ class Listener:
     """Call `hear` with every job id published on `channel`; its thread reconnects for ever."""
 
     def __init__(self, handoff_url: str, channel: str, hear: Callable[[uuid.UUID], None]) -> None:
-        self._url, self._channel, self._hear = handoff_url, channel, hear
+        self._url = handoff_url
+        self._channel = channel
+        self._hear = hear
         self._stop = threading.Event()
         self._loop = channel.removeprefix("darkroom:")
         self._note_turn = telemetry.loop(self._loop)
@@ -336,7 +341,7 @@ class Endings:
         event = self._enter(job_id)
         try:
             while not is_over() and (left_s := deadline - time.monotonic()) > 0:
-                is_heard = _heard(event, min(left_s, LOOK_EVERY_S), gives_up)
+                is_heard = _wait_for_event(event, min(left_s, LOOK_EVERY_S), gives_up)
                 if gives_up():
                     return
                 if is_heard and not is_over():
@@ -368,7 +373,7 @@ class Endings:
                 del self._waiting[job_id]
 
 
-def _heard(event: threading.Event, within_s: float, gives_up: Callable[[], bool]) -> bool:
+def _wait_for_event(event: threading.Event, within_s: float, gives_up: Callable[[], bool]) -> bool:
     """Tell whether the event was set within that time, and before `gives_up()`."""
     deadline = time.monotonic() + within_s
     while (left_s := deadline - time.monotonic()) > 0:

@@ -35,7 +35,7 @@ class SnapshotsUnavailable(Exception):
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredSnapshot:
     """Hold the newest snapshot of one image, the attempt that made it, and its step."""
 
     attempt: int
@@ -65,14 +65,14 @@ class Snapshots:
                 self._put(keys=[_key(job_id)], args=[index, attempt, step, blob, self._ttl_s])
             )
 
-    def of(self, job_id: uuid.UUID) -> dict[int, Kept]:
+    def of(self, job_id: uuid.UUID) -> dict[int, StoredSnapshot]:
         """Return the snapshots of the job's images, by index. Raises SnapshotsUnavailable."""
         with wrap(redis.RedisError, SnapshotsUnavailable):
             fields = hgetall(self._redis, _key(job_id))
         kept = {}
         for index, value in fields.items():
             attempt, step, blob = value.split(b" ", 2)
-            kept[int(index)] = Kept(int(attempt), int(step), blob)
+            kept[int(index)] = StoredSnapshot(int(attempt), int(step), blob)
         return kept
 
     def jobs(self) -> list[uuid.UUID]:

@@ -54,12 +54,12 @@ from engine.request import AdapterUse
 
 MAX_STRENGTH = 10.0
 
-Place = tuple[str, str]
+LayerName = tuple[str, str]
 """A layer: the name of its network, and its own name within that."""
 
 
 @dataclass(frozen=True)
-class Call:
+class ForwardAdapters:
     """What the rows of one forward wear.
 
     Every row has as many adapters as the richest; those it does not have are slot 0.
@@ -113,9 +113,9 @@ class AdapterBank:
         self._device = device
         # Adapter -> its slot, least recently used first.
         self._slot_of: OrderedDict[str, int] = OrderedDict()
-        self._whole_call: Call | None = None  # with all rows
-        self._call: Call | None = None  # with those the coming layers hold
-        self._layers: dict[Place, Any] = {}
+        self._whole_call: ForwardAdapters | None = None  # with all rows
+        self._call: ForwardAdapters | None = None  # with those the coming layers hold
+        self._layers: dict[LayerName, Any] = {}
         self._hooks: list[Any] = []
         self._hook_layers(networks, dtype)
         self._changes = {
@@ -235,7 +235,7 @@ class AdapterBank:
         self._hooks.clear()
         self._layers.clear()
 
-    def _arrange(self, per_row: Sequence[tuple[AdapterUse, ...]]) -> Call:
+    def _arrange(self, per_row: Sequence[tuple[AdapterUse, ...]]) -> ForwardAdapters:
         """Load the adapters of a forward, and say which slots each row wears at which strength."""
         names = list(dict.fromkeys(use.name for uses in per_row for use in uses))
         self._fill_slots(names)
@@ -245,7 +245,7 @@ class AdapterBank:
             for nth, use in enumerate(uses):
                 slots[nth, row] = self._slot_of[use.name]
                 strengths[nth, row] = use.strength
-        return Call(
+        return ForwardAdapters(
             slots=torch.from_numpy(slots).to(self._device).unbind(),
             strengths=torch.from_numpy(strengths[..., None, None]).to(self._device).unbind(),
             changes=np.logical_or.reduce([self._changes[name] for name in names]).tolist(),
@@ -407,7 +407,7 @@ class AdapterFile:
     """
 
     sha256: str
-    updates: Mapping[Place, Update]
+    updates: Mapping[LayerName, Update]
 
 
 def read_adapter(
@@ -452,7 +452,9 @@ def _verified(spec: AdapterSpec) -> tuple[bytes, str]:
     return data, sha256
 
 
-def _check_finite(spec: AdapterSpec, updates: Mapping[Place, Update], dtype: torch.dtype) -> None:
+def _check_finite(
+    spec: AdapterSpec, updates: Mapping[LayerName, Update], dtype: torch.dtype
+) -> None:
     for place, update in updates.items():
         if not (torch.isfinite(update.down).all() and torch.isfinite(update.up).all()):
             raise CheckpointCorrupt(
@@ -485,13 +487,13 @@ def _updates(
     networks: Mapping[str, nn.Module],
     max_rank: int,
     dtype: torch.dtype,
-) -> dict[Place, Update]:
+) -> dict[LayerName, Update]:
     """Find the layer of every tensor.
 
     Raises `ValueError` for what cannot be laid over these networks.
     """
     spellings = _spellings(networks)
-    updates: dict[Place, Update] = {}
+    updates: dict[LayerName, Update] = {}
     for stem, parts in _by_stem(tensors).items():
         pieces = {stem: parts} if stem in spellings else _converted(stem, parts, networks)
         if not pieces or not pieces.keys() <= spellings.keys():
@@ -545,9 +547,9 @@ def _check_pairs(stems: Mapping[str, Mapping[str, Tensor]]) -> None:
             raise ValueError(f"holds no complete pair of matrices for {stem!r}")
 
 
-def _spellings(networks: Mapping[str, nn.Module]) -> dict[str, Place]:
+def _spellings(networks: Mapping[str, nn.Module]) -> dict[str, LayerName]:
     """Return every name that a file may use for a layer, with the layer's place."""
-    spellings: dict[str, Place] = {}
+    spellings: dict[str, LayerName] = {}
     for network, module in networks.items():
         for name, layer in module.named_modules():
             if not isinstance(layer, (nn.Linear, nn.Conv2d)):
@@ -623,7 +625,7 @@ def _training_facts(data: bytes) -> dict[str, Any]:
     return facts
 
 
-def _scale(parts: Mapping[str, Tensor], facts: Mapping[str, Any], place: Place) -> float:
+def _scale(parts: Mapping[str, Tensor], facts: Mapping[str, Any], place: LayerName) -> float:
     """Return alpha / rank, by the file's own tensor, else by the trainer's note.
 
     1 where the file does not say.

@@ -1,4 +1,4 @@
-"""The engine as its callers see it: wishes in, finished images out, from any thread.
+"""The engine as its callers see it: requests in, finished images out, from any thread.
 
     engine = Engine(EngineConfig(device="cuda:0"), [CheckpointSpec(...)])
     engine.start()                             # loads and warms up; weights stay until stop()
@@ -183,9 +183,9 @@ class Engine:
     ) -> Handle:
         """Go on with an image from a snapshot, at its step and with the bits it would have had.
 
-        request: the same wish under another id, group or rank.  within_s: as for `submit`, counted
-        from now.  Raises as `submit`, and `SnapshotRefused` for a blob that is damaged, of another
-        wish, or made where a bit could come out differently.
+        request: the same request under another id, group or rank.  within_s: as for `submit`,
+        counted from now.  Raises as `submit`, and `SnapshotRefused` for a blob that is damaged, of
+        another request, or made where a bit could come out differently.
         """
         snapshot = from_bytes(blob)
         wanted = request or snapshot.request
@@ -209,7 +209,7 @@ class Engine:
         request: ImageRequest,
         on_event: OnEvent | None = None,
     ) -> Handle:
-        """Start a new wish from the latents of a snapshot: another prompt from that step on.
+        """Start a new request from the latents of a snapshot: another prompt from that step on.
 
         For iterative edits; nothing of the product calls it yet. The caller answers for both being
         of one owner. Raises as `submit` and `restore`.

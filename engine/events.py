@@ -96,5 +96,5 @@ class Failed:
     error: EngineError
 
 
-Event = Queued | Started | Stepped | Previewed | Parked | Resumed | Finished | Failed
-OnEvent = Callable[[Event], None]
+EngineEvent = Queued | Started | Stepped | Previewed | Parked | Resumed | Finished | Failed
+OnEvent = Callable[[EngineEvent], None]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engine.errors import EngineError, SnapshotRefused
-from engine.inflight import ImageState, InFlight
+from engine.inflight import InFlight, RenderState
 from engine.records import FinishedImage
 from engine.request import ImageRequest
 
@@ -17,7 +17,7 @@ from engine.request import ImageRequest
 class Progress:
     """Where an image stands; the numbers may be one step old."""
 
-    state: ImageState
+    state: RenderState
     step: int
     num_steps: int
     eta_s: float | None  # until the pixels are there; None before the first step

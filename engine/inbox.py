@@ -19,7 +19,7 @@ from engine.errors import EngineError, EngineStopped, UnsupportedRequest
 from engine.events import OnEvent
 from engine.families.contract import State
 from engine.handle import Handle
-from engine.inflight import ImageState, InFlight
+from engine.inflight import InFlight, RenderState
 from engine.previews import Pace
 from engine.records import FinishedImage
 from engine.scheduler import Scheduler
@@ -124,9 +124,9 @@ class Inbox:
             states = Counter(image.state for image in self._scheduler.in_order())
             arriving = len(self._arrivals)
         return {
-            "inflight": states[ImageState.RUNNING] + states[ImageState.DENOISED],
-            "parked": states[ImageState.PARKED],
-            "waiting": states[ImageState.QUEUED] + arriving,
+            "inflight": states[RenderState.RUNNING] + states[RenderState.DENOISED],
+            "parked": states[RenderState.PARKED],
+            "waiting": states[RenderState.QUEUED] + arriving,
         }
 
     # --- from the device thread ---

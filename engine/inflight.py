@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 PACE_MEMORY = 0.3  # weight of the newest step in an image's seconds per step
 
 
-class ImageState(StrEnum):
+class RenderState(StrEnum):
     """Where an image stands."""
 
     QUEUED = "queued"  # not encoded yet
@@ -77,7 +77,7 @@ class InFlight:
     batch_key: BatchKey  # of its next forward
     rows: int  # of its next forward: 2 with classifier-free guidance, else 1
     rank: int = 0  # the request's, until a caller sets another
-    state: ImageState = ImageState.QUEUED
+    state: RenderState = RenderState.QUEUED
     step: int = 0  # denoise steps behind it
     num_steps: int = 0  # 0: as requested
     is_denoised: bool = False  # are all its denoise steps behind it?

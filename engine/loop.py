@@ -33,7 +33,7 @@ from engine.errors import (
     SnapshotRefused,
 )
 from engine.events import (
-    Event,
+    EngineEvent,
     Failed,
     Finished,
     Parked,
@@ -44,7 +44,7 @@ from engine.events import (
     Stepped,
 )
 from engine.inbox import Inbox
-from engine.inflight import ImageState, InFlight
+from engine.inflight import InFlight, RenderState
 from engine.keptlatents import KeptLatents, StepLatents
 from engine.ledger import Ledger
 from engine.previews import jpeg
@@ -89,7 +89,7 @@ class DeviceLoop:
         self._inbox = inbox
         self._pending_decodes: deque[tuple[Decode, PendingDecode]] = deque()  # as launched
         self._turn_began_at: float | None = None  # on the monotonic clock; None between two turns
-        self._outcomes: Counter[ImageState] = Counter()
+        self._outcomes: Counter[RenderState] = Counter()
         self._previews = 0
         self._parks = 0
 
@@ -104,9 +104,9 @@ class DeviceLoop:
     def stats(self) -> dict[str, Any]:
         """Return plain numbers since the start: how images ended, and the other events they had."""
         return {
-            "finished": self._outcomes[ImageState.FINISHED],
-            "failed": self._outcomes[ImageState.FAILED],
-            "canceled": self._outcomes[ImageState.CANCELED],
+            "finished": self._outcomes[RenderState.FINISHED],
+            "failed": self._outcomes[RenderState.FAILED],
+            "canceled": self._outcomes[RenderState.CANCELED],
             "parks": self._parks,
             "previews": self._previews,
             "warm_up_s": self.warm_up_s,
@@ -213,7 +213,7 @@ class DeviceLoop:
             return
         watch.stop()
         entry.begin = entry.unstarted = None  # what it began with need not be kept
-        image.state = ImageState.DENOISED if image.is_denoised else ImageState.RUNNING
+        image.state = RenderState.DENOISED if image.is_denoised else RenderState.RUNNING
         self._scheduler.settle(work)
         self._ledger.enter_encode(work, watch)
         if entry.is_new:
@@ -365,7 +365,7 @@ class DeviceLoop:
         self._ledger.book_decode(work, pending.watch.seconds())
         record = render_record(image, self._checkpoints.fingerprint_of(image))
         finished = FinishedImage(request=image.request, pixels=pixels, record=record)
-        self._close(image, ImageState.FINISHED, finished)
+        self._close(image, RenderState.FINISHED, finished)
 
     def _with_room(self, launch: Callable[[], Launched]) -> Launched:
         """Do `launch`, and once more when the device is out of memory, having freed all it can."""
@@ -410,7 +410,7 @@ class DeviceLoop:
         if image is None:
             raise SnapshotRefused(f"image {image_id} is not (or no longer) in this engine")
         bits = self._checkpoints.fingerprint_of(image)
-        is_queued = image.state is ImageState.QUEUED
+        is_queued = image.state is RenderState.QUEUED
         state = self._inbox[image_id].unstarted if is_queued else self._runner.save(image)
         if state is None:
             raise SnapshotRefused(f"image {image_id} is a fork that has not started yet")
@@ -430,8 +430,8 @@ class DeviceLoop:
     # --- an image's end ---
 
     def _fail(self, image: InFlight, error: EngineError) -> None:
-        state = ImageState.CANCELED if isinstance(error, ImageCanceled) else ImageState.FAILED
-        if state is ImageState.FAILED and not isinstance(error, EngineStopped):
+        state = RenderState.CANCELED if isinstance(error, ImageCanceled) else RenderState.FAILED
+        if state is RenderState.FAILED and not isinstance(error, EngineStopped):
             where = {"image_id": image.id, "step": image.step}
             log.warning("image_failed", extra=where, exc_info=error)
         self._close(image, state, error)
@@ -439,12 +439,12 @@ class DeviceLoop:
     def _close(
         self,
         image: InFlight,
-        state: ImageState,
+        state: RenderState,
         outcome: FinishedImage | EngineError,
     ) -> None:
         """End the image: off the device, its last event told, its handle resolved."""
         image.state = state
-        image.eta_s = 0.0 if state is ImageState.FINISHED else None
+        image.eta_s = 0.0 if state is RenderState.FINISHED else None
         try:
             self._runner.release(image)
         except Exception:  # whoever waits for the image must hear of its end all the same
@@ -456,7 +456,7 @@ class DeviceLoop:
             self._tell(image, Failed(request_id=image.id, error=outcome))
         self._inbox.resolve(image.id, outcome)
 
-    def _tell(self, image: InFlight, event: Event) -> None:
+    def _tell(self, image: InFlight, event: EngineEvent) -> None:
         on_event = self._inbox[image.id].on_event
         if on_event is None:
             return

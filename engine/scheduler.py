@@ -18,7 +18,7 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from weakref import WeakValueDictionary
 
 from engine.costs import CostModel, Curve
-from engine.inflight import BatchKey, ImageState, InFlight
+from engine.inflight import BatchKey, InFlight, RenderState
 from engine.owners import Owner, Owners
 from engine.shares import Shares
 
@@ -338,7 +338,7 @@ class Scheduler:
             if isinstance(work, Decode):
                 ticket.is_decoded = self._is_stale = True
             elif image.is_denoised:
-                image.state = ImageState.DENOISED
+                image.state = RenderState.DENOISED
                 self._is_stale = True
 
     def charge(self, work: Work, seconds: float) -> None:
@@ -380,21 +380,21 @@ class Scheduler:
         `ready` is everybody, best first.
         """
         mine = [ticket for ticket in ready if ticket.group == group]
-        can_denoise = any(ticket.image.state is ImageState.RUNNING for ticket in mine)
+        can_denoise = any(ticket.image.state is RenderState.RUNNING for ticket in mine)
         may_decode = not can_denoise or self._decodes < self.max_decodes_between_steps
         may_encode = not can_denoise or self._encodes < self.max_encodes_between_steps
         pool = []
         for ticket in mine:
             image = ticket.image
-            if image.state is ImageState.RUNNING or (
-                image.state is ImageState.QUEUED and may_encode
+            if image.state is RenderState.RUNNING or (
+                image.state is RenderState.QUEUED and may_encode
             ):
                 pool.append(ticket)
-            elif image.state is ImageState.DENOISED and may_decode:
+            elif image.state is RenderState.DENOISED and may_decode:
                 return Decode(image, ticket.kind.decode_s)
         others = [ticket for ticket in ready if ticket.group != group]
         batch = self._next_batch(pool, _guests(others, may_encode=may_encode))
-        newcomer = next((image for image in batch if image.state is ImageState.QUEUED), None)
+        newcomer = next((image for image in batch if image.state is RenderState.QUEUED), None)
         if newcomer is not None:
             return Encode(newcomer, self.costs.encode_s(newcomer.batch_key))
         return batch
@@ -448,7 +448,7 @@ class Scheduler:
                 kind.solo_s[image.rows] = kind.curve.seconds(kind.pin or self._padded(image.rows))
             steps_left = image.num_steps - image.step
             ticket.remaining_s = steps_left * kind.solo_s[image.rows] + kind.decode_s
-            if image.state is ImageState.QUEUED:
+            if image.state is RenderState.QUEUED:
                 ticket.remaining_s += kind.encode_s
 
     def _look_at(self, kind: _Kind) -> None:
@@ -467,7 +467,7 @@ class Scheduler:
 
         def place(ticket: _Ticket) -> tuple[Group, float, int]:
             score = ticket.remaining_s - self.ageing * (self._now_s - ticket.added_s)
-            if hold and ticket.has_seat and ticket.image.state is ImageState.RUNNING:
+            if hold and ticket.has_seat and ticket.image.state is RenderState.RUNNING:
                 score -= hold * ticket.remaining_s
             return ticket.group, score, ticket.arrival
 
@@ -480,7 +480,7 @@ class Scheduler:
         for ticket in self._tickets.values():
             if ticket.is_decoded:
                 continue
-            if ticket.image.state is ImageState.DENOISED or ticket.is_pinned:
+            if ticket.image.state is RenderState.DENOISED or ticket.is_pinned:
                 self._ready.append(ticket)
             else:
                 waiting.append(ticket)
@@ -492,15 +492,15 @@ class Scheduler:
         for ticket in tickets:
             ticket.has_seat = True
             self._ready.append(ticket)
-            if ticket.image.state is ImageState.PARKED:
-                ticket.image.state = ImageState.RUNNING
+            if ticket.image.state is RenderState.PARKED:
+                ticket.image.state = RenderState.RUNNING
                 self._resumed.append(ticket.image)
 
     def _unseat(self, tickets: Iterable[_Ticket]) -> None:
         for ticket in tickets:
             ticket.has_seat = False
-            if ticket.image.state is ImageState.RUNNING:
-                ticket.image.state = ImageState.PARKED
+            if ticket.image.state is RenderState.RUNNING:
+                ticket.image.state = RenderState.PARKED
                 ticket.parks += 1
                 self._parked.append(ticket.image)
 
@@ -678,12 +678,12 @@ def _check_limits(limits: Iterable[float], row_buckets: tuple[int, ...]) -> None
 
 def _guests(others: Sequence[_Ticket], *, may_encode: bool) -> list[_Ticket]:
     """List those of other groups that may ride along: the encoded, then the cheap to encode."""
-    guests = [ticket for ticket in others if ticket.image.state is ImageState.RUNNING]
+    guests = [ticket for ticket in others if ticket.image.state is RenderState.RUNNING]
     if may_encode:
         guests += [
             ticket
             for ticket in others
-            if ticket.image.state is ImageState.QUEUED and ticket.is_cheap_to_encode
+            if ticket.image.state is RenderState.QUEUED and ticket.is_cheap_to_encode
         ]
     return guests
 
@@ -694,5 +694,5 @@ def _may_join(ticket: _Ticket, lead: _Ticket) -> bool:
     A new image of a pipeline learns its call by its encode: until then its lane decides.
     """
     return ticket.kind is lead.kind or (
-        ticket.image.state is ImageState.QUEUED and ticket.home is lead.home
+        ticket.image.state is RenderState.QUEUED and ticket.home is lead.home
     )

@@ -167,7 +167,8 @@ class TierCycle:
     """
 
     def __init__(self, queues: Sequence[str], may_take: MayTake) -> None:
-        self._queues, self._may_take = queues, may_take
+        self._queues = queues
+        self._may_take = may_take
         self._active: set[str] = set(queues)
 
     def consume(self, n: int) -> list[str]:

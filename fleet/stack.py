@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 from sqlalchemy.exc import SQLAlchemyError
 
-from fleet import backup, house, services
+from fleet import backup, processes, services
 from fleet.addresses import LISTENERS, Addresses, read_env, write_env
 from fleet.errors import StackError
 from fleet.supervision import ProcessStatus, Supervisor
@@ -77,8 +77,8 @@ class Stack:
             self._migrate(addresses)
             addresses = self._ensure_first_key(addresses)
             on_stage("starting the house")
-            env = self._house_env(addresses)
-            for program in house.programs(env, self._fleet(), num_workers=self.workers):
+            env = self._process_env(addresses)
+            for program in processes.programs(env, self._fleet(), num_workers=self.workers):
                 self._supervisor.start(program.name)
             on_stage("loading the model")
             self._wait_ready(deadline)
@@ -173,8 +173,8 @@ class Stack:
             self._supervisor.shut_down()
         addresses = self._addresses(keep={status.name for status in self.status() if status.pid})
         prepared = services.prepare(self.data_dir, addresses)
-        programs = house.programs(self._house_env(addresses), fleet, num_workers=self.workers)
-        if problems := house.problems(programs):
+        programs = processes.programs(self._process_env(addresses), fleet, num_workers=self.workers)
+        if problems := processes.problems(programs):
             raise StackError("\n".join(f"settings: {problem}" for problem in problems))
         self._supervisor.run([*(service.program for service in prepared), *programs])
         for service in prepared:
@@ -184,11 +184,11 @@ class Stack:
         services.create_database(addresses)
         return addresses
 
-    def house_env(self) -> dict[str, str]:
+    def process_env(self) -> dict[str, str]:
         """Return the variables of all Darkroom processes; each is handed its part of them."""
-        return self._house_env(Addresses.from_env(self.env))
+        return self._process_env(Addresses.from_env(self.env))
 
-    def _house_env(self, addresses: Addresses) -> dict[str, str]:
+    def _process_env(self, addresses: Addresses) -> dict[str, str]:
         own = {"FLEET_FILE": str(self.fleet_file)} if self.fleet_file else {}
         return {**addresses.env(), "CURVES_FOLDER": str(self.data_dir / "curves"), **own}
 

@@ -44,7 +44,7 @@ class May:
     but: tuple[str, ...] = ()
 
 
-WISH = ("prompt", "negative_prompt", "metadata")  # what tenants write
+TENANT_TEXTS = ("prompt", "negative_prompt", "metadata")  # what tenants write
 IDENTITY = (
     "id",
     "tenant_id",
@@ -58,7 +58,7 @@ IDENTITY = (
 
 # Privileges of every process that changes a job's state: see `finish` in models/jobs.py.
 _MOVES_JOBS = (
-    May("jobs", "UPDATE", but=(*WISH, *IDENTITY)),
+    May("jobs", "UPDATE", but=(*TENANT_TEXTS, *IDENTITY)),
     May("images", "SELECT, UPDATE"),
     May("attempts", "SELECT, UPDATE"),
     May("flows", "SELECT, INSERT, UPDATE"),
@@ -111,19 +111,19 @@ GRANTS: dict[str, tuple[May, ...]] = {
     ),
     "results": (
         *_MOVES_JOBS,
-        May("jobs", "SELECT", but=WISH),
+        May("jobs", "SELECT", but=TENANT_TEXTS),
         May("artifacts", "SELECT, INSERT"),
         May("files", "SELECT"),
         May("uploads", "SELECT, INSERT, UPDATE, DELETE"),
     ),
     "sweeper": (
         *_MOVES_JOBS,
-        May("jobs", "SELECT", but=WISH),
+        May("jobs", "SELECT", but=TENANT_TEXTS),
         May("workers", "DELETE"),
         May("learnt_costs", "SELECT, INSERT, UPDATE"),
         May("learnt_etas", "SELECT, INSERT, UPDATE"),
         # To empty prompts that are older than their tier keeps them; never to read them.
-        May("jobs", "UPDATE", only=WISH),
+        May("jobs", "UPDATE", only=TENANT_TEXTS),
         May("artifacts", "SELECT, UPDATE"),
         May("files", "SELECT"),
         May("uploads", "SELECT, INSERT, UPDATE, DELETE"),
@@ -215,7 +215,7 @@ def _grant_tables(
         connection.execute(text(statement))
 
 
-def take_back(connection: Connection) -> None:
+def revoke_all(connection: Connection) -> None:
     """Revoke every right of the roles in this database."""
     for role in (OPERATOR, AUDITOR, *OF_PROCESS.values()):
         connection.execute(text(f"DROP OWNED BY {role}"))

@@ -90,7 +90,7 @@ def accept(
     which the statement's own foreign keys would lock only at its end. Raises FileGone.
     """
     named = {file_id for job in new_jobs for file_id in pictures_of(job.params).values()}
-    files.hold(session, named, tenant_id=tenant_id)
+    files.lock_against_erasure(session, named, tenant_id=tenant_id)
     rows = [_row(place, job) for place, job in enumerate(new_jobs)]
     values = {
         "jobs": json.dumps(rows),

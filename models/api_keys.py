@@ -128,7 +128,7 @@ def kid_of(key: str) -> str | None:
     return parts[1] if len(parts) == 3 and parts[0] == "dr" and parts[1].isalnum() else None
 
 
-def is_it(key: str, digest: bytes, *, pepper: str) -> bool:
+def verify_key(key: str, digest: bytes, *, pepper: str) -> bool:
     """Tell whether `digest` was made of `key`."""
     return hmac.compare_digest(digest, _digest(pepper, key))
 

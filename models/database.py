@@ -38,7 +38,7 @@ CHECKED_AFTER_S = 0.5
 CONFLICTS = {"40P01": "deadlock", "40001": "serialization"}
 TRIES = 5  # of a transaction that conflicts with others; a deadlock costs each of them a second
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 # SQLSTATEs. 08: the connection broke. 25006: read-only, as a replica is. 25P03, 57P: the server
 # ends this session, or all of them. 53: no connections, disk or memory left. 58: its files cannot
@@ -176,7 +176,7 @@ def transaction(engine: Engine) -> Iterator[Session]:
         yield session
 
 
-def run_transaction(engine: Engine, work: Callable[[Session], Answer]) -> Answer:
+def run_transaction(engine: Engine, work: Callable[[Session], Result]) -> Result:
     """Do `work` in a transaction, commit it and return what `work` did.
 
     A transaction that the database ended only because of a concurrent one is run again from
@@ -206,7 +206,7 @@ def conflict(error: BaseException) -> str | None:
     return CONFLICTS.get(getattr(error.orig, "pgcode", None) or "")
 
 
-def now_once() -> ScalarSelect[Any]:
+def statement_time() -> ScalarSelect[Any]:
     """Return SQL for the database's clock, read once a statement, for use with indexed columns.
 
     `clock_timestamp()` itself is volatile: Postgres does not search an index with it, but looks at

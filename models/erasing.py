@@ -20,7 +20,7 @@ def erase(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: s
 
     None if the tenant has no such job. Harmless when repeated.
     """
-    job = jobs.lock(session, job_id, tenant_id=tenant_id, options=jobs.WITHOUT_WORDS)
+    job = jobs.lock(session, job_id, tenant_id=tenant_id, options=jobs.WITHOUT_TEXTS)
     if job is None or job.erased_at is not None:
         return job
     artifacts = [image.artifact for image in job.images if image.artifact is not None]
@@ -31,7 +31,7 @@ def erase(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: s
         # Before the flow is locked, in the order in which `jobs.store` takes these locks.
         uploads.give_up(session, object_key)
     if job.state in ACTIVE_STATES:
-        jobs.take_back(session, job, actor=actor)
+        jobs.cancel_locked(session, job, actor=actor)
     job.prompt = ""
     job.negative_prompt = ""
     job.tenant_metadata = None

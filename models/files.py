@@ -38,7 +38,9 @@ class FileGone(Exception):
         self.file_id = file_id
 
 
-def hold(session: Session, file_ids: Collection[uuid.UUID], *, tenant_id: uuid.UUID) -> None:
+def lock_against_erasure(
+    session: Session, file_ids: Collection[uuid.UUID], *, tenant_id: uuid.UUID
+) -> None:
     """Keep the tenant's files from being erased until commit, for a job that is to start from them.
 
     Raises FileGone.

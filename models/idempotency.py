@@ -43,7 +43,7 @@ _FORGET = text(
 
 
 @dataclass(frozen=True)
-class Once:
+class IdempotentRequest:
     """A request that must come to one answer.
 
     request_sha256: of what it asks for, in canonical form, not of its bytes.  renew: an earlier
@@ -56,7 +56,7 @@ class Once:
 
 
 @dataclass(frozen=True)
-class Answer:
+class StoredAnswer:
     """The answer to a request: a job, or the answer to each item of a batch."""
 
     job_id: uuid.UUID | None
@@ -70,47 +70,53 @@ class KeyReused(Exception):
 class AlreadyAnswered(Exception):
     """Another transaction answered the request first."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: StoredAnswer) -> None:
         super().__init__(f"answered with job {answer.job_id}")
         self.answer = answer
 
 
-def look_up(session: Session, once: Once, *, tenant_id: uuid.UUID) -> Answer | None:
+def look_up(
+    session: Session, idempotent: IdempotentRequest, *, tenant_id: uuid.UUID
+) -> StoredAnswer | None:
     """Find the answer to the same request; None if it is new, or to be renewed.
 
     Raises KeyReused.
     """
-    if once.renew:
+    if idempotent.renew:
         return None
     oldest = func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, 0, KEPT_FOR_S)
     conditions = (IdempotencyKey.tenant_id == tenant_id, IdempotencyKey.created_at > oldest)
-    return _answer(session, once, *conditions)
+    return _answer(session, idempotent, *conditions)
 
 
-def claim(session: Session, once: Once, *, tenant_id: uuid.UUID) -> None:
+def claim(session: Session, idempotent: IdempotentRequest, *, tenant_id: uuid.UUID) -> None:
     """Take the key for this transaction, before any other row; `fulfil` it before the end.
 
     Waits for another transaction that has it. Raises AlreadyAnswered when that one came to an
     answer, or KeyReused.
     """
-    row = {"tenant_id": tenant_id, "key": once.key, "request_sha256": once.request_sha256}
-    if session.scalar(_CLAIM, {**row, "renew": once.renew, "kept_for_s": KEPT_FOR_S}):
+    row = {
+        "tenant_id": tenant_id,
+        "key": idempotent.key,
+        "request_sha256": idempotent.request_sha256,
+    }
+    if session.scalar(_CLAIM, {**row, "renew": idempotent.renew, "kept_for_s": KEPT_FOR_S}):
         return
-    answer = _answer(session, once, IdempotencyKey.tenant_id == tenant_id)
+    answer = _answer(session, idempotent, IdempotencyKey.tenant_id == tenant_id)
     assert answer is not None  # the conflict locked its row
     raise AlreadyAnswered(answer)
 
 
 def fulfil(
     session: Session,
-    once: Once,
+    idempotent: IdempotentRequest,
     *,
     tenant_id: uuid.UUID,
     job_id: uuid.UUID | None = None,
     answer: Mapping[str, Any] | None = None,
 ) -> None:
     """Note the answer to the claimed key: a job, or the answer to a batch."""
-    conditions = (IdempotencyKey.tenant_id == tenant_id, IdempotencyKey.key == once.key)
+    conditions = (IdempotencyKey.tenant_id == tenant_id, IdempotencyKey.key == idempotent.key)
     items = dict(answer) if answer is not None else None
     session.execute(update(IdempotencyKey).where(*conditions).values(job_id=job_id, answer=items))
 
@@ -122,10 +128,12 @@ def forget_old(session: Session, *, limit: int) -> int:
     return result.rowcount  # type: ignore[attr-defined,no-any-return]
 
 
-def _answer(session: Session, once: Once, *conditions: ColumnElement[bool]) -> Answer | None:
+def _answer(
+    session: Session, idempotent: IdempotentRequest, *conditions: ColumnElement[bool]
+) -> StoredAnswer | None:
     columns = (IdempotencyKey.request_sha256, IdempotencyKey.job_id, IdempotencyKey.answer)
-    query = select(*columns).where(IdempotencyKey.key == once.key, *conditions)
+    query = select(*columns).where(IdempotencyKey.key == idempotent.key, *conditions)
     row = session.execute(query).one_or_none()
-    if row is not None and row.request_sha256 != once.request_sha256:
+    if row is not None and row.request_sha256 != idempotent.request_sha256:
         raise KeyReused
-    return Answer(row.job_id, row.answer) if row is not None else None
+    return StoredAnswer(row.job_id, row.answer) if row is not None else None

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from sqlalchemy import ColumnElement, case, func, text, update
 from sqlalchemy.orm import Session
 
-from models.database import now_once
+from models.database import statement_time
 from models.tables import Job
 from policy.params import pictures_of
 from policy.states import JobState
@@ -91,14 +91,14 @@ _LACKING_BY_FLOW = text(
 )
 
 
-class Lacking(NamedTuple):
+class MissingInputs(NamedTuple):
     """Jobs of a flow that lack their pictures; `queued_s` is device seconds."""
 
     jobs: int
     queued_s: float
 
 
-class Brought(NamedTuple):
+class InputsArrival(NamedTuple):
     """A job whose pictures have come, and how long after they were last asked for."""
 
     pool: str
@@ -122,7 +122,7 @@ def ask_again(session: Session, *, pool: str, tier: str, asked_before_s: float) 
 
     Returns their ids.
     """
-    long_ago = now_once() - func.make_interval(0, 0, 0, 0, 0, 0, asked_before_s)
+    long_ago = statement_time() - func.make_interval(0, 0, 0, 0, 0, 0, asked_before_s)
     is_late = (
         Job.state == JobState.QUEUED,
         Job.inputs_asked_at < long_ago,
@@ -145,7 +145,7 @@ def forget_asking(session: Session, job_ids: Sequence[uuid.UUID]) -> None:
     session.execute(update(Job).where(Job.id.in_(job_ids), *lacking).values(inputs_asked_at=None))
 
 
-def note_brought(session: Session, job_id: uuid.UUID) -> Brought | None:
+def note_brought(session: Session, job_id: uuid.UUID) -> InputsArrival | None:
     """Note that the job's pictures are in the hand-off, so that it may be announced.
 
     None if it does not wait for them.
@@ -167,7 +167,7 @@ def note_brought(session: Session, job_id: uuid.UUID) -> Brought | None:
         .execution_options(synchronize_session=False)
     )
     row = session.execute(statement).one_or_none()
-    return Brought(row[0], row[1], float(row[2])) if row is not None else None
+    return InputsArrival(row[0], row[1], float(row[2])) if row is not None else None
 
 
 def lose(job: Job) -> None:
@@ -193,13 +193,15 @@ def oldest_asked(session: Session, *, pool: str) -> uuid.UUID | None:
     return oldest
 
 
-def lacking_by_flow(session: Session, *, pool: str) -> dict[tuple[str, uuid.UUID], Lacking]:
+def lacking_by_flow(session: Session, *, pool: str) -> dict[tuple[str, uuid.UUID], MissingInputs]:
     """Count the jobs of the pool that lack their pictures, by tier and tenant.
 
     Reads them all, so it is meant for times when no pictures come.
     """
     rows = session.execute(_LACKING_BY_FLOW, {"pool": pool})
-    return {(tier, tenant_id): Lacking(jobs, queued_s) for tier, tenant_id, jobs, queued_s in rows}
+    return {
+        (tier, tenant_id): MissingInputs(jobs, queued_s) for tier, tenant_id, jobs, queued_s in rows
+    }
 
 
 def asked_and_lacking(session: Session) -> Mapping[tuple[str, str], int]:

@@ -32,7 +32,7 @@ SWEEPER = "sweeper"
 # Query options for processes that may not read what tenants wrote (migrations/roles.py): to touch
 # such a column is an error.
 WITHOUT_PROMPTS = (defer(Job.prompt, raiseload=True), defer(Job.negative_prompt, raiseload=True))
-WITHOUT_WORDS = (*WITHOUT_PROMPTS, defer(Job.tenant_metadata, raiseload=True))
+WITHOUT_TEXTS = (*WITHOUT_PROMPTS, defer(Job.tenant_metadata, raiseload=True))
 
 
 class JobAlreadyFinished(Exception):
@@ -45,7 +45,7 @@ class JobAlreadyFinished(Exception):
         self.state = job.state
 
 
-class NothingLeft(Exception):
+class JobErased(Exception):
     """The job was erased: there is nothing to make another one from."""
 
 
@@ -60,10 +60,10 @@ def accept(
 ) -> Job:
     """Accept one job (`models.accepting` does any number); return it with its images, no attempts.
 
-    Raises NothingLeft, FileGone.
+    Raises JobErased, FileGone.
     """
     if new_job.replay_of is not None:
-        hold(session, new_job.replay_of)
+        lock_against_erasure(session, new_job.replay_of)
     (row,) = accepting.accept(
         session,
         [new_job],
@@ -72,7 +72,9 @@ def accept(
         currency=currency,
         actor=actor,
     )
-    return session.scalars(select(Job).where(Job.id == row.id).options(*whole())).one()
+    return session.scalars(
+        select(Job).where(Job.id == row.id).options(*with_images_and_attempts())
+    ).one()
 
 
 def find(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID) -> Job | None:
@@ -81,7 +83,9 @@ def find(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID) -> Job | 
     None also for another tenant's job, for existence is private.
     """
     return session.scalar(
-        select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id).options(*whole())
+        select(Job)
+        .where(Job.id == job_id, Job.tenant_id == tenant_id)
+        .options(*with_images_and_attempts())
     )
 
 
@@ -92,16 +96,16 @@ def find_without_prompts(
     return session.scalar(
         select(Job)
         .where(Job.id == job_id, Job.tenant_id == tenant_id)
-        .options(*whole(), *WITHOUT_PROMPTS)
+        .options(*with_images_and_attempts(), *WITHOUT_PROMPTS)
     )
 
 
-def without_words(session: Session, job_id: uuid.UUID) -> Job | None:
+def find_without_texts(session: Session, job_id: uuid.UUID) -> Job | None:
     """Read the job's row, whatever its tenant, without the text that its tenant wrote."""
-    return session.get(Job, job_id, options=WITHOUT_WORDS)
+    return session.get(Job, job_id, options=WITHOUT_TEXTS)
 
 
-def glance(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID) -> Job | None:
+def find_with_images(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID) -> Job | None:
     """Find the tenant's job with its images, but without artifacts and attempts."""
     return session.scalar(
         select(Job)
@@ -131,7 +135,7 @@ def cancel(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: 
         return job
     if job.state not in ACTIVE_STATES:
         raise JobAlreadyFinished(job)
-    take_back(session, job, actor=actor)
+    cancel_locked(session, job, actor=actor)
     session.refresh(job)
     return job
 
@@ -145,11 +149,12 @@ def lock(
     """
     query = select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id)
     return session.scalar(
-        query.with_for_update().options(*whole(), *options), execution_options=AFRESH
+        query.with_for_update().options(*with_images_and_attempts(), *options),
+        execution_options=AFRESH,
     )
 
 
-def take_back(session: Session, job: Job, *, actor: str) -> None:
+def cancel_locked(session: Session, job: Job, *, actor: str) -> None:
     """Cancel an active job that the caller has locked."""
     was = job.state
     if was == JobState.RUNNING:
@@ -169,10 +174,10 @@ def abandon(session: Session, job: Job, steps_done: Mapping[int, int], *, actor:
     rows = session.scalars(
         select(Image).where(Image.job_id == job.id, Image.state != ImageState.STORED)
     ).all()
-    before = _counted(job, rows)
+    before = _sum_steps_done(job, rows)
     for row in rows:
         row.steps_done = max(row.steps_done, min(steps_done.get(row.index, 0), image_steps(job)))
-    steps = _counted(job, rows) - before
+    steps = _sum_steps_done(job, rows) - before
     if not steps:
         return
     shares = _shares(job)
@@ -193,7 +198,7 @@ def expire(session: Session, job_id: uuid.UUID) -> Job | None:
             Job.attempt == 0,
             inputs.start_deadline() < func.clock_timestamp(),
         )
-        .options(*WITHOUT_WORDS)
+        .options(*WITHOUT_TEXTS)
         .with_for_update(skip_locked=True),
         execution_options=AFRESH,
     )
@@ -205,7 +210,7 @@ def expire(session: Session, job_id: uuid.UUID) -> Job | None:
     return job
 
 
-def overrun(session: Session, job_id: uuid.UUID) -> Job | None:
+def fail_past_deadline(session: Session, job_id: uuid.UUID) -> Job | None:
     """Fail a job that waits again after an earlier attempt and is past its run deadline.
 
     None if a worker took it meanwhile.
@@ -213,7 +218,7 @@ def overrun(session: Session, job_id: uuid.UUID) -> Job | None:
     job = session.scalar(
         select(Job)
         .where(Job.id == job_id, Job.state == JobState.QUEUED, Job.run_by < func.clock_timestamp())
-        .options(*WITHOUT_WORDS)
+        .options(*WITHOUT_TEXTS)
         .with_for_update(skip_locked=True),
         execution_options=AFRESH,
     )
@@ -286,7 +291,7 @@ def store(
     fleet: says what device time costs.  None, and nothing is written, if the image is stored
     already, belongs to another attempt, or the job ended otherwise.
     """
-    job = session.get(Job, job_id, with_for_update=True, options=WITHOUT_WORDS)
+    job = session.get(Job, job_id, with_for_update=True, options=WITHOUT_TEXTS)
     image = session.get(Image, (job_id, index))
     # Active includes queued: its lease may have been lost after this hand-off.
     if job is None or image is None or job.state not in ACTIVE_STATES:
@@ -384,7 +389,9 @@ def finish(
     job.failure_detail = detail
     session.flush()
     _settle_flow(session, job, state)
-    stored, steps = _came_to(session, job) if state != JobState.SUCCEEDED else (job.num_images, 0)
+    stored, steps = (
+        _count_results(session, job) if state != JobState.SUCCEEDED else (job.num_images, 0)
+    )
     booking = _booking(job, state, num_stored=stored, steps=steps)
     usage.settle(session, booking, tenant_id=job.tenant_id, day=job.usage_day)
     webhooks.note(session, job, event_of(state))
@@ -432,7 +439,7 @@ def _shares(job: Job) -> usage.Shares:
     return usage.Shares(job.megapixel_steps, job.num_images, image_steps(job))
 
 
-def _counted(job: Job, images: Sequence[Image]) -> int:
+def _sum_steps_done(job: Job, images: Sequence[Image]) -> int:
     """Add up the denoise steps of images that are not stored.
 
     Of each no more than the job was counted for.
@@ -440,7 +447,7 @@ def _counted(job: Job, images: Sequence[Image]) -> int:
     return sum(min(image.steps_done, image_steps(job)) for image in images)
 
 
-def _came_to(session: Session, job: Job) -> tuple[int, int]:
+def _count_results(session: Session, job: Job) -> tuple[int, int]:
     """Count the job's stored images, and the denoise steps noted of the others."""
     if job.attempt == 0:
         return 0, 0
@@ -462,15 +469,15 @@ def requeue(job: Job) -> None:
     job.lease_expires_at = job.announced_at = job.store_by = job.worker = job.rendered_at = None
 
 
-def hold(session: Session, job_id: uuid.UUID) -> None:
+def lock_against_erasure(session: Session, job_id: uuid.UUID) -> None:
     """Keep the job from being erased until commit; other changes of it are not blocked.
 
-    Raises NothingLeft.
+    Raises JobErased.
     """
     query = select(Job.erased_at).where(Job.id == job_id).with_for_update(read=True, key_share=True)
     row = session.execute(query).one_or_none()
     if row is None or row.erased_at is not None:  # without a row: it was pruned
-        raise NothingLeft
+        raise JobErased
 
 
 def end_attempt(session: Session, job: Job, outcome: Outcome, *, error: str | None = None) -> None:
@@ -485,6 +492,6 @@ def end_attempt(session: Session, job: Job, outcome: Outcome, *, error: str | No
         attempt.waste_class = outcome.value
 
 
-def whole() -> tuple[Any, ...]:
+def with_images_and_attempts() -> tuple[Any, ...]:
     """Return query options that load jobs with their images, artifacts and attempts."""
     return (selectinload(Job.images).selectinload(Image.artifact), selectinload(Job.attempts))

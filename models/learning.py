@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
-from models.database import now_once
+from models.database import statement_time
 from models.tables import Job, LearntCost, LearntEta
 from policy.states import JobState
 
@@ -34,7 +34,7 @@ _OBSERVE = text(
 
 
 @dataclass
-class Observed:
+class ImageTimings:
     """Measured images of one model and size, added up."""
 
     images: int = 0
@@ -42,7 +42,7 @@ class Observed:
     denoise_s: float = 0.0
     fixed_s: float = 0.0
 
-    def add(self, other: "Observed") -> None:
+    def add(self, other: "ImageTimings") -> None:
         """Add the other's sums to these."""
         self.images += other.images
         self.row_steps += other.row_steps
@@ -51,7 +51,7 @@ class Observed:
 
 
 @dataclass(frozen=True)
-class Ended:
+class SucceededJob:
     """A job that succeeded: how long it took from accept, beside the first guess."""
 
     pool: str
@@ -61,7 +61,7 @@ class Ended:
     finished_at: datetime
 
 
-def observe(session: Session, seen: Mapping[CostKey, Observed]) -> None:
+def observe(session: Session, seen: Mapping[CostKey, ImageTimings]) -> None:
     """Add the measurements since the last call."""
     # In the same order in every worker, so that no two deadlock.
     for (pool, model, width_px, height_px), sums in sorted(seen.items()):
@@ -89,7 +89,7 @@ def eta_of(session: Session, *, pool: str, tier: str) -> LearntEta | None:
     return session.get(LearntEta, (pool, tier))
 
 
-def newly_ended(session: Session, *, most: int = 500) -> Sequence[Ended]:
+def newly_ended(session: Session, *, most: int = 500) -> Sequence[SucceededJob]:
     """List jobs that succeeded since the newest one that was learnt from, oldest first.
 
     At first those of the last hour.
@@ -97,21 +97,21 @@ def newly_ended(session: Session, *, most: int = 500) -> Sequence[Ended]:
     since = session.scalar(select(func.max(LearntEta.learnt_until)))
     taken_s = func.extract("epoch", Job.finished_at - Job.accepted_at)
     query = select(Job.pool, Job.tier, Job.eta_raw_s, taken_s, Job.finished_at).where(
-        Job.finished_at > (since if since is not None else now_once() - timedelta(hours=1)),
+        Job.finished_at > (since if since is not None else statement_time() - timedelta(hours=1)),
         # `finished_at` is older than its commit.
-        Job.finished_at < now_once() - timedelta(seconds=2),
+        Job.finished_at < statement_time() - timedelta(seconds=2),
         Job.state == JobState.SUCCEEDED,
         Job.eta_raw_s > 0,
     )
     rows = session.execute(query.order_by(Job.finished_at).limit(most))
     return [
-        Ended(pool, tier, guessed_s, float(taken), at)
+        SucceededJob(pool, tier, guessed_s, float(taken), at)
         for pool, tier, guessed_s, taken, at in rows
         if guessed_s and at
     ]
 
 
-def learn_eta(session: Session, ended: Ended, *, ratio_p50: float, ratio_p90: float) -> None:
+def learn_eta(session: Session, ended: SucceededJob, *, ratio_p50: float, ratio_p90: float) -> None:
     """Note the quantiles of actual / guessed as they are after `ended`."""
     row = session.get(LearntEta, (ended.pool, ended.tier))
     if row is None:

@@ -61,7 +61,7 @@ class Lease:
 
 
 @dataclass(frozen=True)
-class Left:
+class LeftSnapshot:
     """The snapshot that a preempted attempt leaves of one image.
 
     snapshot_ref, size_bytes: its place and size.  steps_done, device_seconds: the work that it
@@ -76,7 +76,7 @@ class Left:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rendered:
+class RenderedWork:
     """The work of rendering one image, in the columns of `attempts`."""
 
     num_steps: int  # of the image, those of earlier attempts included
@@ -208,7 +208,7 @@ def note_steps(session: Session, reached: Mapping[tuple[uuid.UUID, int], int]) -
 
 
 def hand_off(
-    session: Session, lease: Lease, index: int, *, rendered: Rendered, store_within_s: float
+    session: Session, lease: Lease, index: int, *, rendered: RenderedWork, store_within_s: float
 ) -> Job:
     """Note that the image's pixels wait in the hand-off.
 
@@ -267,7 +267,7 @@ def give_back(session: Session, lease: Lease, *, reason: str, lacks_inputs: bool
 
 
 def preempt(
-    session: Session, lease: Lease, *, reason: str, left: Sequence[Left], store: str
+    session: Session, lease: Lease, *, reason: str, left: Sequence[LeftSnapshot], store: str
 ) -> Job:
     """Return the job because its worker has to go, with the snapshots `left` of its images.
 
@@ -297,7 +297,7 @@ def preempt(
     return job
 
 
-def _keep_snapshot(row: Image, left: Left) -> None:
+def _keep_snapshot(row: Image, left: LeftSnapshot) -> None:
     row.snapshot_ref = left.snapshot_ref
     row.steps_done = left.steps_done
     row.reached_step = max(row.reached_step, left.steps_done)
@@ -397,7 +397,7 @@ def lose(
     nobodys = (
         select(Job)
         .where(Job.id == job_id, Job.state == JobState.RUNNING, is_nobodys)
-        .options(*jobs.WITHOUT_WORDS)
+        .options(*jobs.WITHOUT_TEXTS)
     )
     job = session.scalar(nobodys.with_for_update(skip_locked=True), execution_options=AFRESH)
     if job is None:
@@ -432,7 +432,7 @@ def lose_hand_off(
     then is left alone. A job that was rendered has met its run deadline: while its pixels waited to
     be stored nothing ran, so it is given the whole time again.
     """
-    job = session.get(Job, job_id, with_for_update=True, options=jobs.WITHOUT_WORDS)
+    job = session.get(Job, job_id, with_for_update=True, options=jobs.WITHOUT_TEXTS)
     if job is None or job.state not in ACTIVE_STATES:
         return None
     query = select(Image).where(Image.job_id == job_id, Image.index.in_(indexes))
@@ -536,7 +536,7 @@ def _count(
     return job
 
 
-def _add_to_record(attempt: Attempt, rendered: Rendered) -> None:
+def _add_to_record(attempt: Attempt, rendered: RenderedWork) -> None:
     steps = attempt.steps + rendered.steps
     rows = attempt.mean_rows * attempt.steps + rendered.mean_rows * rendered.steps
     attempt.mean_rows = rows / max(1, steps)

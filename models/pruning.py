@@ -35,7 +35,7 @@ NAME_ANOTHER_JOB = ("requeue_of", "replay_of")  # columns of `jobs`, which are s
 
 
 @dataclass(frozen=True)
-class Due:
+class PrunableRows:
     """The rows that are older than asked for. size_bytes: of the stored images."""
 
     jobs: int
@@ -46,7 +46,7 @@ class Due:
 
 
 @dataclass(frozen=True)
-class Piece:
+class PrunedBatch:
     """The jobs of one transaction. last_id: where the next one begins; None: there is none."""
 
     jobs: int
@@ -138,12 +138,12 @@ _MONTHS = text(
 )
 
 
-def due(session: Session, *, before: datetime, tier: str | None = None) -> Due:
+def due(session: Session, *, before: datetime, tier: str | None = None) -> PrunableRows:
     """Count what `prune_jobs` and `prune_files` would remove."""
     _take_time(session)
     jobs, images, size_bytes = session.execute(_COUNT_JOBS, _old(before, tier)).one()
     files, file_bytes = session.execute(_COUNT_FILES, {"before": before}).one()
-    return Due(jobs, int(images), int(size_bytes), files, int(file_bytes))
+    return PrunableRows(jobs, int(images), int(size_bytes), files, int(file_bytes))
 
 
 def prune_jobs(
@@ -153,7 +153,7 @@ def prune_jobs(
     after: uuid.UUID = FIRST_ID,
     limit: int,
     tier: str | None = None,
-) -> Piece:
+) -> PrunedBatch:
     """Remove up to `limit` jobs with larger ids than `after` that ended before `before`.
 
     tier: of this tier alone; None: of all.  Their objects go as soon as the store is tidied. One
@@ -161,7 +161,7 @@ def prune_jobs(
     """
     rows = session.execute(_NEXT_JOBS, {**_old(before, tier), "after": after, "limit": limit}).all()
     if not rows:
-        return Piece(0, None)
+        return PrunedBatch(0, None)
     ids = [row.id for row in rows]
     _remove_jobs(session, ids)
     for tenant_id in sorted({row.tenant_id for row in rows}, key=str):
@@ -172,7 +172,7 @@ def prune_jobs(
             "before": before.isoformat(),
         }
         audit.append(session, EventName.TENANT_JOBS_PRUNED, chain=tenant_id, actor=ACTOR, **facts)
-    return Piece(len(ids), ids[-1])
+    return PrunedBatch(len(ids), ids[-1])
 
 
 def _remove_jobs(session: Session, ids: Sequence[uuid.UUID]) -> None:

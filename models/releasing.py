@@ -34,11 +34,11 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 
 from models import flows
-from models.database import now_once
+from models.database import statement_time
 from models.tables import Flow, Job
 from policy.release import (
     Outstanding,
-    Picked,
+    PickedJob,
     ReleaseLimits,
     Selection,
     WaitingJob,
@@ -108,7 +108,7 @@ def pick(
     tier: str,
     limits: ReleaseLimits,
     tenant_id: uuid.UUID | None = None,
-) -> list[Picked]:
+) -> list[PickedJob]:
     """Stamp the next waiting jobs of (pool, tier) as announced, as far as the limits allow.
 
     Returns them in the order in which to publish them. Releases of one (pool, tier) take turns, so
@@ -237,7 +237,7 @@ def _heads(
     return [WaitingJob(*row) for row in session.execute(_HEADS, asked)]
 
 
-def _stamp(session: Session, chosen: Sequence[Picked]) -> set[uuid.UUID]:
+def _stamp(session: Session, chosen: Sequence[PickedJob]) -> set[uuid.UUID]:
     fronts = [job.job_id for job in chosen if job.is_front]
     statement = update(Job).where(
         Job.id.in_(_in_turn([job.job_id for job in chosen], *_IS_WAITING))
@@ -248,7 +248,7 @@ def _stamp(session: Session, chosen: Sequence[Picked]) -> set[uuid.UUID]:
     return set(session.scalars(stamped.execution_options(synchronize_session=False)))
 
 
-def announce_again(session: Session, job_ids: Sequence[uuid.UUID]) -> list[Picked]:
+def announce_again(session: Session, job_ids: Sequence[uuid.UUID]) -> list[PickedJob]:
     """Stamp jobs anew whose message was lost; return those that are still queued."""
     if not job_ids:
         return []
@@ -258,7 +258,7 @@ def announce_again(session: Session, job_ids: Sequence[uuid.UUID]) -> list[Picke
     rows = session.execute(
         statement.returning(*columns).execution_options(synchronize_session=False)
     )
-    return [Picked(*row) for row in rows]
+    return [PickedJob(*row) for row in rows]
 
 
 def withdraw(session: Session, job_ids: Sequence[uuid.UUID]) -> None:
@@ -289,7 +289,8 @@ def announced(session: Session, *, pool: str, tier: str, older_than_s: float) ->
             Job.pool == pool,
             Job.tier == tier,
             Job.state == JobState.QUEUED,
-            Job.announced_at < now_once() - func.make_interval(0, 0, 0, 0, 0, 0, older_than_s),
+            Job.announced_at
+            < statement_time() - func.make_interval(0, 0, 0, 0, 0, 0, older_than_s),
         )
         .order_by(Job.announced_at)
     )

@@ -14,7 +14,7 @@ from sqlalchemy import ColumnElement, func, select, text, update
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from models import inputs, jobs
-from models.database import now_once
+from models.database import statement_time
 from models.ids import first_id
 from models.tables import Image, Job
 from policy.states import ACTIVE_STATES, JobState
@@ -24,7 +24,7 @@ LONGEST_STORE_WAIT = 6  # times `store_within_s`: between two tries to have a jo
 
 
 @dataclass(frozen=True)
-class Unstored:
+class OverdueStore:
     """A storing job past its deadline and the pixels it waits for: attempt by image index."""
 
     job_id: uuid.UUID
@@ -33,13 +33,15 @@ class Unstored:
 
 
 def expired_leases(session: Session, *, limit: int = 500) -> list[uuid.UUID]:
-    query = select(Job.id).where(Job.state == JobState.RUNNING, Job.lease_expires_at < now_once())
+    query = select(Job.id).where(
+        Job.state == JobState.RUNNING, Job.lease_expires_at < statement_time()
+    )
     return list(session.scalars(query.order_by(Job.lease_expires_at).limit(limit)))
 
 
 def missed_starts(session: Session, *, limit: int = 500) -> list[uuid.UUID]:
     # The first condition is there for its index; the second one implies it.
-    is_late = (Job.start_by < now_once(), inputs.start_deadline() < now_once())
+    is_late = (Job.start_by < statement_time(), inputs.start_deadline() < statement_time())
     query = select(Job.id).where(Job.state == JobState.QUEUED, Job.attempt == 0, *is_late)
     return list(session.scalars(query.order_by(Job.start_by).limit(limit)))
 
@@ -49,14 +51,18 @@ def overruns(session: Session, *, limit: int = 500) -> list[uuid.UUID]:
 
     Running ones are stopped by their engine.
     """
-    query = select(Job.id).where(Job.state == JobState.QUEUED, Job.run_by < now_once())
+    query = select(Job.id).where(Job.state == JobState.QUEUED, Job.run_by < statement_time())
     return list(session.scalars(query.order_by(Job.run_by).limit(limit)))
 
 
-def overdue_stores(session: Session, *, limit: int = 500) -> list[Unstored]:
-    query = select(Job.id, Job.tier).where(Job.state == JobState.STORING, Job.store_by < now_once())
+def overdue_stores(session: Session, *, limit: int = 500) -> list[OverdueStore]:
+    query = select(Job.id, Job.tier).where(
+        Job.state == JobState.STORING, Job.store_by < statement_time()
+    )
     overdue = session.execute(query.order_by(Job.store_by).limit(limit)).all()
-    return [Unstored(job_id, tier, jobs.handed_off(session, job_id)) for job_id, tier in overdue]
+    return [
+        OverdueStore(job_id, tier, jobs.handed_off(session, job_id)) for job_id, tier in overdue
+    ]
 
 
 def storing_by_tier(session: Session) -> Counter[str]:
@@ -70,7 +76,7 @@ def postpone_store(session: Session, job_id: uuid.UUID, *, store_within_s: float
 
     From 1 to LONGEST_STORE_WAIT times `store_within_s`.
     """
-    job = session.get(Job, job_id, with_for_update=True, options=jobs.WITHOUT_WORDS)
+    job = session.get(Job, job_id, with_for_update=True, options=jobs.WITHOUT_TEXTS)
     if job is not None and job.state == JobState.STORING:
         shortest = timedelta(seconds=store_within_s)
         longest = timedelta(seconds=LONGEST_STORE_WAIT * store_within_s)
@@ -82,7 +88,7 @@ def hasten_stores(session: Session) -> None:
     """Make every storing job overdue: storing works again."""
     waiting = (
         select(Job.id)
-        .where(Job.state == JobState.STORING, Job.store_by > now_once())
+        .where(Job.state == JobState.STORING, Job.store_by > statement_time())
         .with_for_update(skip_locked=True)
     )
     statement = update(Job).where(Job.id.in_(waiting)).values(store_by=func.clock_timestamp())
@@ -109,14 +115,14 @@ def _prolong(
     near = select(Job.id).where(
         Job.state == JobState.QUEUED,
         is_waiting,
-        deadline > now_once() - lasted,
-        deadline < now_once() + lasted,
+        deadline > statement_time() - lasted,
+        deadline < statement_time() + lasted,
     )
     # Locked rows are just being given to a worker, or ended: they are not waited for.
     statement = (
         update(Job)
         .where(Job.id.in_(near.with_for_update(skip_locked=True)))
-        .values({deadline: now_once() + lasted})
+        .values({deadline: statement_time() + lasted})
         .returning(Job.id)
         .execution_options(synchronize_session=False)
     )
@@ -158,7 +164,7 @@ def rendered_of(session: Session, job_ids: Sequence[uuid.UUID]) -> set[uuid.UUID
 
 
 @dataclass(frozen=True)
-class Aged:
+class OldJob:
     """A job of long ago. is_due: it ended long enough ago, and its content is not erased."""
 
     job_id: uuid.UUID
@@ -168,9 +174,9 @@ class Aged:
     is_erased: bool
 
 
-def aged(session: Session, *, older_than: timedelta, after: uuid.UUID, limit: int) -> list[Aged]:
+def aged(session: Session, *, older_than: timedelta, after: uuid.UUID, limit: int) -> list[OldJob]:
     """List up to `limit` jobs above id `after` accepted before `older_than` ago, oldest first."""
-    now = session.scalar(select(now_once()))
+    now = session.scalar(select(statement_time()))
     assert now is not None
     columns = (Job.id, Job.tenant_id, Job.tier, Job.finished_at, Job.erased_at)
     query = (
@@ -182,7 +188,7 @@ def aged(session: Session, *, older_than: timedelta, after: uuid.UUID, limit: in
     found = []
     for job_id, tenant_id, tier, finished_at, erased_at in session.execute(query):
         is_due = erased_at is None and finished_at is not None and finished_at < now - older_than
-        found.append(Aged(job_id, tenant_id, tier, is_due, is_erased=erased_at is not None))
+        found.append(OldJob(job_id, tenant_id, tier, is_due, is_erased=erased_at is not None))
     return found
 
 

@@ -32,7 +32,7 @@ def create(session: Session, *, name: str, weight: float = 1.0, actor: str = "cl
     return tenant
 
 
-def weigh(session: Session, tenant: Tenant, *, weight: float, actor: str = "cli") -> None:
+def set_weight(session: Session, tenant: Tenant, *, weight: float, actor: str = "cli") -> None:
     """Give the tenant another weight in fair order; jobs that wait keep the places they have."""
     was = tenant.weight
     tenant.weight = weight
@@ -82,6 +82,6 @@ def by_name(session: Session, name: str) -> Tenant | None:
     return session.scalar(select(Tenant).where(Tenant.name == name))
 
 
-def all_of_them(session: Session) -> list[Tenant]:
+def list_all(session: Session) -> list[Tenant]:
     """List every tenant, oldest first."""
     return list(session.scalars(select(Tenant).order_by(Tenant.id)))

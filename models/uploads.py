@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, delete, func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from models.database import now_once
+from models.database import statement_time
 from models.tables import Artifact, File, Upload
 
 # No upload takes that long: its task is dead, or found that the image was stored already.
@@ -99,4 +99,4 @@ def _is_named(session: Session, object_key: str) -> bool:
 
 
 def _is_old(older_than_s: float) -> ColumnElement[bool]:
-    return Upload.started_at < now_once() - func.make_interval(0, 0, 0, 0, 0, 0, older_than_s)
+    return Upload.started_at < statement_time() - func.make_interval(0, 0, 0, 0, 0, 0, older_than_s)

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from models import audit
 from models.audit_events import EventName
-from models.database import AFRESH, now_once
+from models.database import AFRESH, statement_time
 from models.ids import new_id
 from models.tables import Job, WebhookAttempt, WebhookDelivery, WebhookEndpoint, WebhookSecret
 from policy.states import DeliveryState
@@ -131,7 +131,7 @@ class TooManyUnderWay(Exception):
 
 
 @dataclass(frozen=True)
-class Tried:
+class AttemptResult:
     """The result of an attempt.
 
     status: the answer's HTTP status; None without an answer.  try_again_s: from now; None: never.
@@ -245,7 +245,7 @@ def change(
         endpoint.disabled_at = None
         endpoint.disabled_reason = None
     elif enabled is not None:
-        endpoint.disabled_at = endpoint.disabled_at or session.scalar(select(now_once()))
+        endpoint.disabled_at = endpoint.disabled_at or session.scalar(select(statement_time()))
         endpoint.disabled_reason = endpoint.disabled_reason or OWN_WISH
     values = {"url": url, "events": events, "description": description, "enabled": enabled}
     changed = [name for name, value in values.items() if value is not None]
@@ -257,7 +257,7 @@ def change(
 
 def delete(session: Session, endpoint: WebhookEndpoint, *, actor: str) -> None:
     """Delete the endpoint: nothing is sent there any more, not even waiting deliveries."""
-    endpoint.deleted_at = session.scalar(select(now_once()))
+    endpoint.deleted_at = session.scalar(select(statement_time()))
     _end_pending(session, endpoint.id)
     audit.append(
         session,
@@ -349,12 +349,12 @@ def due_of_job(session: Session, job_id: uuid.UUID) -> list[uuid.UUID]:
 def next_of_endpoint(session: Session, endpoint_id: uuid.UUID) -> uuid.UUID | None:
     """Find another delivery that is due at the endpoint; None if there is none."""
     is_free = or_(
-        WebhookDelivery.claimed_until.is_(None), WebhookDelivery.claimed_until <= now_once()
+        WebhookDelivery.claimed_until.is_(None), WebhookDelivery.claimed_until <= statement_time()
     )
     here = (
         WebhookDelivery.endpoint_id == endpoint_id,
         _IS_PENDING,
-        WebhookDelivery.due_at <= now_once(),
+        WebhookDelivery.due_at <= statement_time(),
         is_free,
     )
     return session.scalar(
@@ -403,7 +403,7 @@ def claim(session: Session, delivery_id: uuid.UUID) -> Claim | None:
 
 def _live_secrets(session: Session, endpoint_id: uuid.UUID) -> tuple[str, ...]:
     """Read the secrets that sign for the endpoint now, newest first."""
-    is_live = or_(WebhookSecret.expires_at.is_(None), WebhookSecret.expires_at > now_once())
+    is_live = or_(WebhookSecret.expires_at.is_(None), WebhookSecret.expires_at > statement_time())
     query = select(WebhookSecret.secret).where(WebhookSecret.endpoint_id == endpoint_id, is_live)
     return tuple(session.scalars(query.order_by(WebhookSecret.created_at.desc())))
 
@@ -415,7 +415,9 @@ def note_speed(session: Session, endpoint_id: uuid.UUID, *, is_slow: bool) -> No
     )
 
 
-def record(session: Session, claim: Claim, tried: Tried, *, actor: str) -> DeliveryState | None:
+def record(
+    session: Session, claim: Claim, tried: AttemptResult, *, actor: str
+) -> DeliveryState | None:
     """Note the result of the attempt and the delivery's new state, and return that state.
 
     None if another attempt has begun since. A 410 disables the endpoint.
@@ -446,7 +448,7 @@ def record(session: Session, claim: Claim, tried: Tried, *, actor: str) -> Deliv
     return state
 
 
-def _end_or_put_off(delivery: WebhookDelivery, tried: Tried) -> None:
+def _end_or_put_off(delivery: WebhookDelivery, tried: AttemptResult) -> None:
     """Set the delivery's state after an attempt: it is over, or due again later."""
     delivery.claimed_until = None
     is_gone = tried.status == HTTPStatus.GONE
@@ -544,13 +546,16 @@ def give_up_old(session: Session, *, older_than_s: float, limit: int) -> int:
     They wait for an endpoint that was disabled and never enabled again. One that was redelivered by
     hand is due anew, and stays.
     """
-    oldest = now_once() - func.make_interval(0, 0, 0, 0, 0, 0, older_than_s)
-    overdue = now_once() - func.make_interval(0, 0, 0, 0, 0, 0, OVERDUE_S)
+    oldest = statement_time() - func.make_interval(0, 0, 0, 0, 0, 0, older_than_s)
+    overdue = statement_time() - func.make_interval(0, 0, 0, 0, 0, 0, OVERDUE_S)
     old = select(WebhookDelivery.id).where(
         _IS_PENDING,
         WebhookDelivery.created_at < oldest,
         WebhookDelivery.due_at < overdue,
-        or_(WebhookDelivery.claimed_until.is_(None), WebhookDelivery.claimed_until < now_once()),
+        or_(
+            WebhookDelivery.claimed_until.is_(None),
+            WebhookDelivery.claimed_until < statement_time(),
+        ),
     )
     ids = list(session.scalars(old.limit(limit).with_for_update(skip_locked=True)))
     over = update(WebhookDelivery).where(WebhookDelivery.id.in_(ids), _IS_PENDING)
@@ -567,7 +572,8 @@ def give_up_old(session: Session, *, older_than_s: float, limit: int) -> int:
 def forget_old(session: Session, *, limit: int) -> int:
     """Delete up to `limit` deliveries that ended long ago, with their attempts; return how many."""
     old = select(WebhookDelivery.id).where(
-        WebhookDelivery.created_at < now_once() - func.make_interval(0, 0, 0, 0, 0, 0, KEPT_FOR_S),
+        WebhookDelivery.created_at
+        < statement_time() - func.make_interval(0, 0, 0, 0, 0, 0, KEPT_FOR_S),
         WebhookDelivery.ended_at.is_not(None),
     )
     ids = list(session.scalars(old.order_by(WebhookDelivery.created_at).limit(limit)))

@@ -36,7 +36,7 @@ class Verdict:
     An attribute is None where the caption did not name it.
     """
 
-    wish: Scene
+    expected: Scene
     seen: Scene
     background: bool
     colour: bool
@@ -92,17 +92,17 @@ def check(image: np.ndarray, caption: str) -> Verdict:
 
     Raises `CaptionNotUnderstood`, or ValueError for another size.
     """
-    wish = read_caption(caption)
-    seen = look(image, is_pair=wish.is_pair)
-    agree = partial(_agree, wish.things, seen.things)
+    expected = read_caption(caption)
+    seen = look(image, is_pair=expected.is_pair)
+    agree = partial(_agree, expected.things, seen.things)
     return Verdict(
-        wish,
+        expected,
         seen,
-        background=wish.background == seen.background,
+        background=expected.background == seen.background,
         colour=agree("colour") is True,
         shape=agree("shape") is True,
         # Beside another object the halves already say who stands where.
-        place=None if wish.is_pair else agree("place"),
+        place=None if expected.is_pair else agree("place"),
         size=agree("size"),
     )
 

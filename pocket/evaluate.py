@@ -102,8 +102,8 @@ def share(answers: Sequence[bool | None]) -> str:
 
 def table_row(num_steps: int, verdicts: Sequence[Verdict], seconds: float) -> str:
     """Write one line of the markdown table."""
-    one = [verdict for verdict in verdicts if not verdict.wish.is_pair]
-    two = [verdict for verdict in verdicts if verdict.wish.is_pair]
+    one = [verdict for verdict in verdicts if not verdict.expected.is_pair]
+    two = [verdict for verdict in verdicts if verdict.expected.is_pair]
     cells = [
         str(num_steps),
         share([v.background for v in verdicts]),
@@ -186,27 +186,27 @@ def misses(num_steps: int, prompts: Sequence[str], verdicts: Sequence[Verdict]) 
 
 def main() -> None:
     """Measure with the options of the command line."""
-    wishes = _parser().parse_args()
+    options = _parser().parse_args()
     torch.set_num_threads(1)
-    pipeline = load_pipeline(wishes.checkpoint)
-    prompts = unseen_prompts(wishes.prompts, wishes.prompt_seed)
+    pipeline = load_pipeline(options.checkpoint)
+    prompts = unseen_prompts(options.prompts, options.prompt_seed)
     print(HEADER)
     rows: list[str] = []
     missed: list[int] = []
     told: list[str] = []
-    for num_steps in wishes.steps:
+    for num_steps in options.steps:
         pictures, verdicts, seconds = measure(pipeline, prompts, num_steps)
         rows.append(table_row(num_steps, verdicts, seconds))
         print(rows[-1], flush=True)
         told += misses(num_steps, prompts, verdicts)
         if np.mean([verdict.everything_right for verdict in verdicts]) < TARGET:
             missed.append(num_steps)
-        if num_steps == wishes.steps[0]:
+        if num_steps == options.steps[0]:
             shown = min(len(prompts), SHEET_COLUMNS * SHEET_ROWS)
-            contact_sheet(pictures[:shown], prompts[:shown]).save(wishes.sheet)
-    if wishes.readme:
-        write_readme(rows, len(prompts), wishes.checkpoint)
-    if wishes.misses:
+            contact_sheet(pictures[:shown], prompts[:shown]).save(options.sheet)
+    if options.readme:
+        write_readme(rows, len(prompts), options.checkpoint)
+    if options.misses:
         print("\n".join(told))
     if missed:
         sys.exit(f"below {TARGET:.0%} at {' and '.join(map(str, missed))} steps")

@@ -636,26 +636,26 @@ def pick_device(name: str) -> torch.device:
 
 def main() -> None:
     """Train with the options of the command line."""
-    wishes = _parser().parse_args()
-    torch.set_num_threads(wishes.threads)
-    torch.manual_seed(wishes.seed)
-    rng = random.Random(wishes.seed)
-    device = pick_device(wishes.device)
-    wishes.work.mkdir(parents=True, exist_ok=True)
-    plan = _plan(wishes)
-    tokenizer = _tokenizer(wishes)
-    vae = _vae(wishes, plan, device, rng)
-    data = _data(wishes, vae, plan, tokenizer, device, rng)
+    options = _parser().parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    rng = random.Random(options.seed)
+    device = pick_device(options.device)
+    options.work.mkdir(parents=True, exist_ok=True)
+    plan = _plan(options)
+    tokenizer = _tokenizer(options)
+    vae = _vae(options, plan, device, rng)
+    data = _data(options, vae, plan, tokenizer, device, rng)
 
     denoising = Denoising(vae, tokenizer, device)
-    _resume(denoising, wishes)
+    _resume(denoising, options)
     if plan.denoiser_minutes > 0:
-        denoising.train(data, plan, wishes.work, num_workers=wishes.workers)
+        denoising.train(data, plan, options.work, num_workers=options.workers)
     if plan.decoder_minutes > 0:
         denoising.vae = polish_decoder(denoising.vae, plan, device, rng)
-        denoising.vae.save_pretrained(wishes.work / POLISHED)
-    denoising.save(wishes.out)
-    print(f"saved to {wishes.out}")
+        denoising.vae.save_pretrained(options.work / POLISHED)
+    denoising.save(options.out)
+    print(f"saved to {options.out}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -710,33 +710,33 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _plan(wishes: argparse.Namespace) -> Plan:
-    if wishes.quick:
+def _plan(options: argparse.Namespace) -> Plan:
+    if options.quick:
         return Plan(
-            0.4, 0.7, 0.3, wishes.images, num_vae_scenes=500, num_scenes=640, num_polish_scenes=128
+            0.4, 0.7, 0.3, options.images, num_vae_scenes=500, num_scenes=640, num_polish_scenes=128
         )
-    vae_minutes = 0 if _is_kept(wishes, VAE) else wishes.minutes / 5
+    vae_minutes = 0 if _is_kept(options, VAE) else options.minutes / 5
     return Plan(
         vae_minutes,
-        wishes.minutes - vae_minutes,
-        wishes.decoder_minutes,
-        wishes.images,
-        peak_lr=wishes.peak_lr,
+        options.minutes - vae_minutes,
+        options.decoder_minutes,
+        options.images,
+        peak_lr=options.peak_lr,
     )
 
 
-def _is_kept(wishes: argparse.Namespace, name: str) -> bool:
+def _is_kept(options: argparse.Namespace, name: str) -> bool:
     """Tell whether to go on from what an earlier run left under this name in the work folder."""
-    return bool(wishes.resume and (wishes.work / name).exists())
+    return bool(options.resume and (options.work / name).exists())
 
 
-def _tokenizer(wishes: argparse.Namespace) -> CLIPTokenizer:
+def _tokenizer(options: argparse.Namespace) -> CLIPTokenizer:
     """Read the kept tokenizer, or build one and keep it.
 
     The encoded captions and the weights are useless without the tokenizer they were made with.
     """
-    folder = wishes.work / TOKENIZER
-    if _is_kept(wishes, TOKENIZER):
+    folder = options.work / TOKENIZER
+    if _is_kept(options, TOKENIZER):
         return CLIPTokenizer.from_pretrained(folder)
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(folder)
@@ -744,13 +744,13 @@ def _tokenizer(wishes: argparse.Namespace) -> CLIPTokenizer:
 
 
 def _vae(
-    wishes: argparse.Namespace, plan: Plan, device: torch.device, rng: random.Random
+    options: argparse.Namespace, plan: Plan, device: torch.device, rng: random.Random
 ) -> AutoencoderKL:
     """Read the kept autoencoder, or train one and keep it."""
-    if _is_kept(wishes, VAE):
-        return _frozen_vae(wishes.work / VAE, device)
+    if _is_kept(options, VAE):
+        return _frozen_vae(options.work / VAE, device)
     vae = train_vae(plan, device, rng)
-    vae.save_pretrained(wishes.work / VAE)
+    vae.save_pretrained(options.work / VAE)
     return vae
 
 
@@ -759,7 +759,7 @@ def _frozen_vae(folder: Path, device: torch.device) -> AutoencoderKL:
 
 
 def _data(
-    wishes: argparse.Namespace,
+    options: argparse.Namespace,
     vae: AutoencoderKL,
     plan: Plan,
     tokenizer: CLIPTokenizer,
@@ -767,24 +767,24 @@ def _data(
     rng: random.Random,
 ) -> dict[str, Tensor]:
     """Read the kept training set, or encode one and keep it."""
-    file = wishes.work / DATA
-    if _is_kept(wishes, DATA):
+    file = options.work / DATA
+    if _is_kept(options, DATA):
         kept: dict[str, Tensor] = torch.load(file)
         return kept
     data = encode_scenes(vae, plan, tokenizer, device, rng)
-    vae.save_pretrained(wishes.work / VAE)  # again: it now knows its scaling factor
+    vae.save_pretrained(options.work / VAE)  # again: it now knows its scaling factor
     torch.save(data, file)
     return data
 
 
-def _resume(denoising: Denoising, wishes: argparse.Namespace) -> None:
+def _resume(denoising: Denoising, options: argparse.Namespace) -> None:
     """Give it the kept weights and the kept polished autoencoder, where there are any."""
     device = denoising.device
-    if _is_kept(wishes, STATE):
-        state = torch.load(wishes.work / STATE, map_location=device)
+    if _is_kept(options, STATE):
+        state = torch.load(options.work / STATE, map_location=device)
         denoising.weights.load(state["weights"])
-    if _is_kept(wishes, POLISHED):
-        denoising.vae = _frozen_vae(wishes.work / POLISHED, device)
+    if _is_kept(options, POLISHED):
+        denoising.vae = _frozen_vae(options.work / POLISHED, device)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from policy.fleet import Fleet
-from policy.prediction import EtaRatios, Line, Waiting, raw_eta_s
+from policy.prediction import EtaRatios, QueuedFlow, TierQueue, raw_eta_s
 
 # Shares of the hand-off's memory.
 HANDOFF_FULL = 0.8  # workers take no more jobs
@@ -21,7 +21,7 @@ SHORTEST_RETRY_S = 1
 
 
 @dataclass(frozen=True)
-class Running:
+class RunningJobs:
     """Running jobs of one tier: predicted device seconds, and images."""
 
     cost_s: float = 0.0
@@ -32,14 +32,14 @@ class Running:
 class TenantBacklog:
     """The jobs of the asking tenant that wait in one tier.
 
-    counted: as the tier's line counts them.  now: with those that the tenant adds right now.
+    counted: as the tier's queue counts them.  now: with those that the tenant adds right now.
     """
 
-    counted: Waiting
-    now: Waiting
+    counted: QueuedFlow
+    now: QueuedFlow
 
     def added_before(self, lead_s: float) -> tuple[float, float]:
-        """Count (device seconds, jobs) before a place that the line does not count yet."""
+        """Count (device seconds, jobs) before a place that the queue does not count yet."""
         known_s, known = self.counted.before(lead_s)
         now_s, now = self.now.before(lead_s)
         return now_s - known_s, now - known
@@ -49,19 +49,19 @@ class TenantBacklog:
 class PoolSnapshot:
     """A pool at one moment, as one tenant sees it.
 
-    devices: that work.  lines: waiting jobs, by tier.  running: running jobs, by tier.
-    handoff_fill: 0 to 1.  own: the tenant's part of the lines, by tier.
+    devices: that work.  queues: waiting jobs, by tier.  running: running jobs, by tier.
+    handoff_fill: 0 to 1.  own: the tenant's part of the queues, by tier.
     """
 
     devices: int
-    lines: Mapping[str, Line] = field(default_factory=dict)
-    running: Mapping[str, Running] = field(default_factory=dict)
+    queues: Mapping[str, TierQueue] = field(default_factory=dict)
+    running: Mapping[str, RunningJobs] = field(default_factory=dict)
     handoff_fill: float = 0.0
     own: Mapping[str, TenantBacklog] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Place:
+class QueuePosition:
     """A job's place in the queue.
 
     ahead_s, jobs_ahead: device seconds and jobs that go before it.  concurrent_images: that will
@@ -82,9 +82,9 @@ class Refusal:
     retry_after_s: int
 
 
-def place_in(
+def queue_position(
     fleet: Fleet, snapshot: PoolSnapshot, *, pool: str, tier: str, num_images: int, lead_s: float
-) -> Place:
+) -> QueuePosition:
     """Find the place of a job of `tier` whose start tag is `lead_s` ahead of virtual time.
 
     Before it go all jobs of better tiers, the running ones of its own tier, and those that fair
@@ -93,9 +93,11 @@ def place_in(
     rank = fleet.tiers[tier].rank
     better = {name for name, other in fleet.tiers.items() if other.rank < rank}
     own = snapshot.own.get(tier)
-    ahead_s, jobs = snapshot.lines.get(tier, Line()).before(lead_s)
+    ahead_s, jobs = snapshot.queues.get(tier, TierQueue()).before(lead_s)
     added_s, added = own.added_before(lead_s) if own is not None else (0.0, 0.0)
-    ahead_s += added_s + sum(snapshot.lines[name].cost_s for name in better & snapshot.lines.keys())
+    ahead_s += added_s + sum(
+        snapshot.queues[name].cost_s for name in better & snapshot.queues.keys()
+    )
     ahead_s += sum(
         work.now.cost_s - work.counted.cost_s
         for name, work in snapshot.own.items()
@@ -108,7 +110,7 @@ def place_in(
     devices = max(1, snapshot.devices)
     images = num_images + sum(work.images for work in snapshot.running.values())
     least_images = float(min(num_images, slots))
-    return Place(
+    return QueuePosition(
         ahead_s,
         round(jobs + added),
         concurrent_images=min(float(slots), max(least_images, images / devices)),
@@ -116,7 +118,7 @@ def place_in(
 
 
 def first_guess_s(
-    place: Place, snapshot: PoolSnapshot, *, job_device_s: float, num_images: int
+    place: QueuePosition, snapshot: PoolSnapshot, *, job_device_s: float, num_images: int
 ) -> float:
     """Estimate the seconds from now to the job's last image, by the queue alone.
 
@@ -133,7 +135,7 @@ def first_guess_s(
 def refusal(
     fleet: Fleet,
     snapshot: PoolSnapshot,
-    place: Place,
+    place: QueuePosition,
     ratios: EtaRatios | None,
     *,
     pool: str,
@@ -167,7 +169,7 @@ def _refuse_full_queue(
     if own is None or own.now.cost_s + job_device_s <= most_s:
         return None
     counted_weight = own.counted.weight if own.counted.jobs else 0.0
-    others = snapshot.lines.get(tier, Line()).weights - counted_weight
+    others = snapshot.queues.get(tier, TierQueue()).weights - counted_weight
     excess_s = own.now.cost_s + job_device_s - most_s
     wait_s = excess_s * (own.now.weight + others) / own.now.weight / max(1, snapshot.devices)
     detail = (
@@ -180,7 +182,7 @@ def _refuse_full_queue(
 def _refuse_late_start(
     fleet: Fleet,
     snapshot: PoolSnapshot,
-    place: Place,
+    place: QueuePosition,
     ratios: EtaRatios | None,
     *,
     tier: str,

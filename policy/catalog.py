@@ -8,7 +8,7 @@ import math
 from typing import Any, TypeVar
 
 from policy.fleet import Fleet, Model, ModelTier, ModelVersion, parse_size
-from policy.params import PARAMS, AsAsked, Resolved, Wish
+from policy.params import PARAMS, PassThrough, Resolved, Wish
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
 RANDOM_SEED = -1  # what other programs send for a seed that is drawn
@@ -62,7 +62,7 @@ def resolve(fleet: Fleet, wish: Wish, *, default_seed: int, draw: float) -> Reso
         sampler=_one_of("sampler", _first(wish.sampler, model.default_sampler), model.samplers),
         seed=_seed(wish, default_seed, num_images),
         num_images=num_images,
-        **_as_asked(model, model_id, wish),
+        **_passed_through(model, model_id, wish),
         strength=_strength(wish, steps),
         adapters=_adapters(model, model_id, wish),
         precision=model.precision,
@@ -130,19 +130,19 @@ def _strength(wish: Wish, num_steps: int) -> float | None:
     return _within("strength", strength, least, 1.0, f"{num_steps} steps")
 
 
-def _as_asked(model: Model, model_id: str, wish: Wish) -> dict[str, Any]:
+def _passed_through(model: Model, model_id: str, wish: Wish) -> dict[str, Any]:
     """Return the parameters that are taken from the wish as they are. Raises InvalidWish."""
     taken = {}
     for param in PARAMS:
-        if param.as_asked is not None and param.member is not None:
+        if param.pass_through is not None and param.member is not None:
             value = getattr(wish, param.member)
             if value is not None:
-                _check_rule(param.member, param.as_asked, value, model, model_id)
+                _check_rule(param.member, param.pass_through, value, model, model_id)
             taken[param.name] = value
     return taken
 
 
-def _check_rule(field: str, rule: AsAsked, value: Any, model: Model, model_id: str) -> None:
+def _check_rule(field: str, rule: PassThrough, value: Any, model: Model, model_id: str) -> None:
     if rule.families is not None and model.family not in rule.families:
         raise InvalidWish(field, rule.unfit.format(model=model_id))
     if rule.choices is not None:

@@ -21,7 +21,7 @@ from policy.formats import FORMATS
 # Families that may take a control image; a pipeline's call decides if it has a control network.
 CONTROLLED_FAMILIES = OPEN_FAMILIES
 
-Picture = Literal["image", "mask"]
+PictureKind = Literal["image", "mask"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Wish:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AsAsked:
+class PassThrough:
     """The rule of a parameter that is taken from the wish as it is, whatever the model or the tier.
 
     choices: the values that are accepted.  low, high: the accepted range, both included; either may
@@ -100,9 +100,9 @@ class Param:
     use: Use = Use.NOWHERE
     _: KW_ONLY
     unit: str | None = None
-    picture: Picture | None = None
+    picture: PictureKind | None = None
     none_shown_as: tuple[()] | None = None
-    as_asked: AsAsked | None = None
+    pass_through: PassThrough | None = None
     name: str = ""
     kind: Any = None
 
@@ -114,11 +114,11 @@ class Param:
         return self.member if self.picture else self.name
 
 
-_CONTROL = AsAsked(
+_CONTROL = PassThrough(
     families=CONTROLLED_FAMILIES,
     unfit="is not followed by model {model}: it has no control network",
 )
-_CLIP_SKIP = AsAsked(
+_CLIP_SKIP = PassThrough(
     low=0,
     high=12,
     families=("sd", "sdxl", "sd3", *OPEN_FAMILIES),
@@ -132,7 +132,7 @@ class Resolved:
 
     prompt: Annotated[
         str,
-        Param("prompt", "What the images show.", Use.ENGINE, as_asked=AsAsked()),
+        Param("prompt", "What the images show.", Use.ENGINE, pass_through=PassThrough()),
     ]
     negative_prompt: Annotated[
         str,
@@ -140,7 +140,7 @@ class Resolved:
             "negative_prompt",
             "What they do not show.",
             Use.ENGINE | Use.OPENAI_REQUEST,
-            as_asked=AsAsked(),
+            pass_through=PassThrough(),
         ),
     ]
     model: Annotated[str, Param("model", "The id of its model.", Use.OPENAI_ANSWER)]
@@ -189,7 +189,7 @@ class Resolved:
         Param(
             "output_format",
             "The format of the images.",
-            as_asked=AsAsked(choices=tuple(FORMATS)),
+            pass_through=PassThrough(choices=tuple(FORMATS)),
         ),
     ]
     init_file_id: Annotated[
@@ -199,7 +199,7 @@ class Resolved:
             "The file of the picture that it starts from.",
             Use.ENGINE,
             picture="image",
-            as_asked=AsAsked(),
+            pass_through=PassThrough(),
         ),
     ]
     mask_file_id: Annotated[
@@ -209,7 +209,7 @@ class Resolved:
             "The file that says which part is painted anew.",
             Use.ENGINE,
             picture="mask",
-            as_asked=AsAsked(),
+            pass_through=PassThrough(),
         ),
     ]
     control_file_id: Annotated[
@@ -219,7 +219,7 @@ class Resolved:
             "The file that a control network follows.",
             Use.ENGINE,
             picture="image",
-            as_asked=_CONTROL,
+            pass_through=_CONTROL,
         ),
     ]
     # The part of noise that is laid over the picture it starts from.
@@ -240,7 +240,7 @@ class Resolved:
             "Layers of the CLIP text encoder that are left out at its end.",
             Use.ENGINE | Use.OPENAI,
             unit="layers",
-            as_asked=_CLIP_SKIP,
+            pass_through=_CLIP_SKIP,
         ),
     ]
     adapters: Annotated[

@@ -19,7 +19,7 @@ FIRST_RATIOS = (1.0, 2.0)
 
 
 @dataclass(frozen=True)
-class Cost:
+class DeviceCost:
     """The device seconds of one model and size.
 
     row_step_s: of one row in one denoise step.  fixed_s: of encode and decode.
@@ -38,7 +38,7 @@ class EtaRatios:
 
 
 @dataclass(frozen=True)
-class Waiting:
+class QueuedFlow:
     """The queued jobs of one tenant in one tier: a flow of fair queuing. cost_s: device seconds."""
 
     weight: float
@@ -55,14 +55,14 @@ class Waiting:
         return given_s, jobs
 
 
-class Line:
+class TierQueue:
     """The queued jobs of all tenants in one tier.
 
     Laid out so that what goes before a place is found without a walk through all flows. jobs,
     cost_s, weights: of all flows, added up.
     """
 
-    def __init__(self, flows: Iterable[Waiting] = ()) -> None:
+    def __init__(self, flows: Iterable[QueuedFlow] = ()) -> None:
         ordered = sorted(flows, key=_span_s)
         self._spans_s = [_span_s(flow) for flow in ordered]
         self._costs_s = list(accumulate((flow.cost_s for flow in ordered), initial=0.0))
@@ -87,7 +87,7 @@ class Line:
         return seconds, self._jobs[through] + lead_s * (self._rates[-1] - self._rates[through])
 
 
-def _span_s(flow: Waiting) -> float:
+def _span_s(flow: QueuedFlow) -> float:
     """Return how far virtual time moves until all of the flow is released."""
     return flow.cost_s / flow.weight
 
@@ -104,11 +104,11 @@ class Eta:
 
 
 def predicted_s(
-    cost: Cost | None, *, width_px: int, height_px: int, denoising: Denoising, num_images: int
+    cost: DeviceCost | None, *, width_px: int, height_px: int, denoising: Denoising, num_images: int
 ) -> float:
     """Predict the device seconds of a whole job."""
     megapixels = width_px * height_px / 1e6
-    unseen = Cost(
+    unseen = DeviceCost(
         UNSEEN_ROW_STEP_S_PER_MEGAPIXEL * megapixels, UNSEEN_FIXED_S_PER_MEGAPIXEL * megapixels
     )
     known = cost or unseen

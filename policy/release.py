@@ -68,7 +68,7 @@ class WaitingJob:
 
 
 @dataclass(frozen=True)
-class Picked:
+class PickedJob:
     """A job to be announced; `is_front`: in the front queue of its tier."""
 
     job_id: uuid.UUID
@@ -187,7 +187,7 @@ class Selection:
         """Begin a selection. outstanding: picked images are added to it."""
         self._outstanding = outstanding
         self._limits = limits
-        self.picked: dict[uuid.UUID, Picked] = {}
+        self.picked: dict[uuid.UUID, PickedJob] = {}
         self.newest_tag: float | None = None
 
     def take_in_order(self, line: Sequence[WaitingJob]) -> None:
@@ -229,7 +229,7 @@ class Selection:
                 self._pick(job, is_front=True)
 
     def _pick(self, job: WaitingJob, *, is_front: bool) -> None:
-        self.picked[job.job_id] = Picked(job.job_id, is_front, job.num_images)
+        self.picked[job.job_id] = PickedJob(job.job_id, is_front, job.num_images)
         self._outstanding.images[job.tenant_id] += job.num_images
 
     def _exceeds_cap(self, job: WaitingJob) -> bool:

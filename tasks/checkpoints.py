@@ -12,15 +12,15 @@ from dataclasses import dataclass
 import structlog
 
 from edges import telemetry
-from edges.progress import News
-from edges.snapshots import Kept, Snapshots, SnapshotsUnavailable, place
+from edges.progress import JobSignals
+from edges.snapshots import Snapshots, SnapshotsUnavailable, StoredSnapshot, place
 from engine.engine import Engine
 from engine.errors import EngineError, SnapshotRefused
 from engine.events import OnEvent
 from engine.handle import Handle
 from engine.request import ImageRequest
 from engine.snapshots import peek
-from models.leases import Lease, Left
+from models.leases import Lease, LeftSnapshot
 from policy import gates
 
 log = structlog.get_logger(__name__)
@@ -29,7 +29,7 @@ WITHDRAW_WITHIN_S = 20.0  # a snapshot is taken at the next step boundary; no st
 
 
 @dataclass(frozen=True)
-class Earlier:
+class EarlierAttempts:
     """Hold what earlier attempts left of a job's images, by index.
 
     kept: the newest snapshot of each.  reached: the step it had come to. That is the larger of two
@@ -37,7 +37,7 @@ class Earlier:
     heartbeat old.
     """
 
-    kept: Mapping[int, Kept]
+    kept: Mapping[int, StoredSnapshot]
     reached: Mapping[int, int]
 
 
@@ -49,9 +49,17 @@ class Checkpoints:
     """
 
     def __init__(
-        self, engine: Engine, snapshots: Snapshots, news: News, *, fill: Callable[[], float]
+        self,
+        engine: Engine,
+        snapshots: Snapshots,
+        signals: JobSignals,
+        *,
+        fill: Callable[[], float],
     ) -> None:
-        self._engine, self._snapshots, self._news, self._fill = engine, snapshots, news, fill
+        self._engine = engine
+        self._snapshots = snapshots
+        self._signals = signals
+        self._fill = fill
         # Attempt and blob, by job and image.
         self._newest: dict[tuple[uuid.UUID, int], tuple[int, bytes]] = {}
         self._changed = threading.Condition()
@@ -59,22 +67,27 @@ class Checkpoints:
         self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
         self._thread.start()
 
-    def of_earlier_attempts(self, lease: Lease) -> Earlier:
+    def of_earlier_attempts(self, lease: Lease) -> EarlierAttempts:
         """Return what this attempt can resume from; no snapshots if they cannot be read."""
         if lease.attempt == 1:
-            return Earlier({}, {})
-        heard = {step.index: step.step for step in self._news.steps(lease.job_id)}
+            return EarlierAttempts({}, {})
+        heard = {step.index: step.step for step in self._signals.steps(lease.job_id)}
         reached = {
             index: max(heard.get(index, 0), lease.reached.get(index, 0)) for index in lease.pending
         }
         try:
-            return Earlier(self._snapshots.of(lease.job_id), reached)
+            return EarlierAttempts(self._snapshots.of(lease.job_id), reached)
         except SnapshotsUnavailable as error:
             log.warning("snapshots_unavailable", reason=str(error))
-            return Earlier({}, reached)
+            return EarlierAttempts({}, reached)
 
     def begin(
-        self, kept: Kept | None, request: ImageRequest, on_event: OnEvent, *, within_s: float | None
+        self,
+        kept: StoredSnapshot | None,
+        request: ImageRequest,
+        on_event: OnEvent,
+        *,
+        within_s: float | None,
     ) -> tuple[Handle, int]:
         """Give an image to the engine, from its snapshot if that fits; return its first step, too.
 
@@ -100,7 +113,7 @@ class Checkpoints:
 
         self._engine.snapshot(request_id).add_done_callback(keep)
 
-    def withdraw(self, lease: Lease, handles: Mapping[int, Handle]) -> list[Left]:
+    def withdraw(self, lease: Lease, handles: Mapping[int, Handle]) -> list[LeftSnapshot]:
         """Take the images out of the engine, store their snapshots, and return what was stored.
 
         Images that are finished by then, or cannot be stored, are left out.
@@ -115,7 +128,9 @@ class Checkpoints:
                 step = peek(blob).step
                 self._snapshots.put(lease.job_id, index, lease.attempt, step, blob)
                 device_s = handles[index].progress().device_seconds
-                left.append(Left(index, step, place(lease.job_id, index), len(blob), device_s))
+                left.append(
+                    LeftSnapshot(index, step, place(lease.job_id, index), len(blob), device_s)
+                )
             except (EngineError, TimeoutError) as error:
                 log.warning("not_kept", index=index, reason=f"{type(error).__name__}: {error}")
             except SnapshotsUnavailable as error:

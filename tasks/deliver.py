@@ -25,7 +25,7 @@ from edges.webhooks import headers
 from models import jobs, webhooks
 from models.database import run_transaction, transaction
 from models.tables import Image, Job
-from models.webhooks import Claim, TooManyUnderWay, Tried
+from models.webhooks import AttemptResult, Claim, TooManyUnderWay
 from policy.instants import rfc3339
 from policy.webhooks import GIVE_UP_AFTER_S, SLOW_AFTER_S, next_try_s
 
@@ -36,7 +36,7 @@ GO_ON_S = 30.0  # with one endpoint, before others get the thread
 
 
 @dataclass(frozen=True, kw_only=True)
-class Courier:
+class WebhookSender:
     """Deliver webhooks; one per process."""
 
     database: Database
@@ -103,7 +103,7 @@ class Courier:
             job = jobs.find_without_prompts(session, claim.job_id, tenant_id=claim.tenant_id)
             return claim, job
 
-    def _record(self, claim: Claim, tried: Tried) -> None:
+    def _record(self, claim: Claim, tried: AttemptResult) -> None:
         """Write the attempt down, with how fast the endpoint is; count and log it."""
         state = run_transaction(
             self.database, lambda session: webhooks.record(session, claim, tried, actor=self.name)
@@ -123,7 +123,7 @@ class Courier:
             state=state,
         )
 
-    def _try(self, claim: Claim, job: Job | None) -> Tried:
+    def _try(self, claim: Claim, job: Job | None) -> AttemptResult:
         at = datetime.now(UTC)
         facts = message(claim, job, at, public_url=self.public_url)
         body = json.dumps(facts, separators=(",", ":"))
@@ -134,16 +134,19 @@ class Courier:
         try:
             signed = headers(str(claim.id), at, body, claim.secrets)
             answer = self.outbound.post(claim.url, body.encode(), signed, timeout_s=ATTEMPT_S)
-            status, retry_after_s = answer.status, answer.retry_after_s
+            status = answer.status
+            retry_after_s = answer.retry_after_s
             error = "redirects are not followed" if 300 <= status < 400 else None
         except Unreachable as refused:
             error = refused.reason
         try_again_s = next_try_s(claim.attempt, draw=random.random(), retry_after_s=retry_after_s)
         is_last = claim.age_s + try_again_s > GIVE_UP_AFTER_S
-        return Tried(status, error, time.monotonic() - started, None if is_last else try_again_s)
+        return AttemptResult(
+            status, error, time.monotonic() - started, None if is_last else try_again_s
+        )
 
 
-def _outcome(tried: Tried) -> str:
+def _outcome(tried: AttemptResult) -> str:
     """Name how an attempt went, for Prometheus."""
     if tried.is_delivered:
         return "delivered"

@@ -29,11 +29,14 @@ class Health:
     def __init__(
         self, engine: Engine, *, stuck_after_s: float, leave: Callable[[Notice], None]
     ) -> None:
-        self._engine, self._stuck_after_s, self._leave = engine, stuck_after_s, leave
+        self._engine = engine
+        self._stuck_after_s = stuck_after_s
+        self._leave = leave
         # Jobs that ended in an unplanned error since the last image.
         self._strikes: set[str] = set()
         self.gave_up = ""  # why; then the process ends because of an error
-        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
         threading.Thread(target=self._run, name="health", daemon=True).start()
 
     def note_image(self) -> None:

@@ -25,7 +25,7 @@ class Rendering(Protocol):
         """Estimate the seconds until the last image's pixels; None: nobody can say."""
 
 
-class Held:
+class HeldLease:
     """Hold one lease. It is released when it is lost or its worker has to leave."""
 
     def __init__(self, lease: Lease) -> None:

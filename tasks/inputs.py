@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import structlog
 
 from edges.handoff import HandoffUnavailable
-from edges.inputs import Brought, Gone, Inputs
+from edges.inputs import Inputs, PictureGone, StagedPicture
 from engine.request import Picture
 from models.tables import Job
 from policy.params import pictures_of
@@ -54,7 +54,7 @@ class InputPictures:
             with suppress(HandoffUnavailable):
                 self.inputs.drop([job.id])
 
-    def _brought(self, job: Job) -> dict[str, Brought]:
+    def _brought(self, job: Job) -> dict[str, StagedPicture]:
         try:
             return self.inputs.of(job.id)
         except HandoffUnavailable as error:  # or they are damaged: they must be brought again
@@ -62,7 +62,7 @@ class InputPictures:
             raise InputsMissing(str(error)) from error
 
 
-def _picture(brought: Brought) -> Picture:
-    if isinstance(brought, Gone):
+def _picture(brought: StagedPicture) -> Picture:
+    if isinstance(brought, PictureGone):
         raise InputGone(brought.reason)
     return Picture(brought)

@@ -25,10 +25,10 @@ from dispatch.endings import EndedJobs
 from edges import telemetry
 from models import learning, leases, workers
 from models.database import run_transaction, transaction
-from models.learning import CostKey, Observed
+from models.learning import CostKey, ImageTimings
 from models.leases import Lease
 from policy import gates
-from tasks.held import Held
+from tasks.held import HeldLease
 
 log = structlog.get_logger(__name__)
 
@@ -73,14 +73,19 @@ class LeaseKeeper:
         beats: connections for renewals and heartbeats alone, so that no task keeps them waiting;
         None: those of `database`.
         """
-        self._database, self._beats, self.identity = database, beats or database, identity
+        self._database = database
+        self._beats = beats or database
+        self.identity = identity
         self._ended = ended
-        self._ttl_s, self._renew_s, self._stop_s = ttl_s, renew_s, stop_s
-        self._held: dict[uuid.UUID, Held] = {}
+        self._ttl_s = ttl_s
+        self._renew_s = renew_s
+        self._stop_s = stop_s
+        self._held: dict[uuid.UUID, HeldLease] = {}
         # Tasks that know whether they have got the lease, by job.
         self._asked: Counter[uuid.UUID] = Counter()
-        self._seen: defaultdict[CostKey, Observed] = defaultdict(Observed)
-        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._seen: defaultdict[CostKey, ImageTimings] = defaultdict(ImageTimings)
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
         self._exclusive = threading.Lock()
         self._renewed_at = time.monotonic()
         self._leaving = ""
@@ -114,10 +119,10 @@ class LeaseKeeper:
             self._leaving = reason
 
     @contextmanager
-    def leased(self, job_id: uuid.UUID) -> Iterator[Held | None]:
+    def leased(self, job_id: uuid.UUID) -> Iterator[HeldLease | None]:
         """Hold the job's lease during the block; None if it is finished or another holds it."""
         lease = run_transaction(self._database, partial(self._take, job_id=job_id))
-        held = Held(lease) if lease is not None else None
+        held = HeldLease(lease) if lease is not None else None
         with self._lock:
             self._asked[job_id] += 1
             if held is not None:
@@ -137,7 +142,7 @@ class LeaseKeeper:
                     del self._held[job_id]
 
     @contextmanager
-    def exclusive(self, held: Held) -> Iterator[bool]:
+    def exclusive(self, held: HeldLease) -> Iterator[bool]:
         """Keep everything else off this worker for the length of the block.
 
         The block begins when all else that is here has ended, or when `held` is released meanwhile.
@@ -155,7 +160,7 @@ class LeaseKeeper:
             held.set_exclusive(False)
             self._exclusive.release()
 
-    def is_reserved(self, held: Held | None = None) -> bool:
+    def is_reserved(self, held: HeldLease | None = None) -> bool:
         """Tell whether a job here, other than `held`, has or wants the worker to itself."""
         return any(other.is_exclusive and other is not held for other in self.all_held())
 
@@ -168,7 +173,7 @@ class LeaseKeeper:
 
     def learn(self, key: CostKey, *, row_steps: float, denoise_s: float, fixed_s: float) -> None:
         """Note what one image took; the next heartbeat writes it to Postgres."""
-        image = Observed(images=1, row_steps=row_steps, denoise_s=denoise_s, fixed_s=fixed_s)
+        image = ImageTimings(images=1, row_steps=row_steps, denoise_s=denoise_s, fixed_s=fixed_s)
         with self._lock:
             self._seen[key].add(image)
 
@@ -195,7 +200,7 @@ class LeaseKeeper:
                     counts[tier] += images
         return counts
 
-    def all_held(self) -> list[Held]:
+    def all_held(self) -> list[HeldLease]:
         """List every lease that is held at this moment."""
         with self._lock:
             return list(self._held.values())
@@ -208,7 +213,7 @@ class LeaseKeeper:
             if thread.is_alive():
                 thread.join(timeout=10)
         with self._lock:  # a thread that did not end in time may still add to it
-            seen, self._seen = self._seen, defaultdict(Observed)
+            seen, self._seen = self._seen, defaultdict(ImageTimings)
         try:
             with transaction(self._database) as session:
                 learning.observe(session, seen)
@@ -278,7 +283,7 @@ class LeaseKeeper:
         """Renew everything in one UPDATE and say that this worker is alive."""
         snapshot = self.all_held()
         with self._lock:
-            seen, self._seen = self._seen, defaultdict(Observed)
+            seen, self._seen = self._seen, defaultdict(ImageTimings)
         started_at = time.monotonic()
         write = partial(self._write_beat, snapshot=snapshot, seen=seen)
         try:
@@ -296,7 +301,7 @@ class LeaseKeeper:
         self._lose(gone)
 
     def _write_beat(
-        self, session: Session, *, snapshot: list[Held], seen: Mapping[CostKey, Observed]
+        self, session: Session, *, snapshot: list[HeldLease], seen: Mapping[CostKey, ImageTimings]
     ) -> set[uuid.UUID]:
         """Write all that a heartbeat says; return the jobs whose leases are still ours."""
         who = self.identity
@@ -318,20 +323,20 @@ class LeaseKeeper:
         learning.observe(session, seen)
         return kept
 
-    def _learn_again(self, seen: Mapping[CostKey, Observed]) -> None:
+    def _learn_again(self, seen: Mapping[CostKey, ImageTimings]) -> None:
         """Keep for the next heartbeat what was measured before one that failed."""
         with self._lock:
             for key, sums in seen.items():
                 self._seen[key].add(sums)
 
-    def _lose(self, gone: list[Held]) -> None:
+    def _lose(self, gone: list[HeldLease]) -> None:
         for held in gone:
             telemetry.LEASES_LOST.inc()
             log.warning("lease_lost", job_id=str(held.lease.job_id), attempt=held.lease.attempt)
             held.lose()
 
 
-def _steps_of(going_on: Iterable[Held]) -> dict[tuple[uuid.UUID, int], int]:
+def _steps_of(going_on: Iterable[HeldLease]) -> dict[tuple[uuid.UUID, int], int]:
     """Tell how far each image is, by job and index."""
     return {
         (held.lease.job_id, index): step

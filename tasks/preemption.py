@@ -36,7 +36,8 @@ class Preemption:
     """
 
     def __init__(self, keeper: LeaseKeeper, *, when_empty: Callable[[], None]) -> None:
-        self._keeper, self._when_empty = keeper, when_empty
+        self._keeper = keeper
+        self._when_empty = when_empty
         self._end: _End | None = None
         self._lock = threading.Lock()
 

@@ -25,16 +25,16 @@ from dispatch.release import Release
 from edges import telemetry
 from edges.broker import Broker, BrokerUnavailable
 from edges.handoff import Handoff, HandoffUnavailable
-from edges.progress import News, Preview, ProgressWriter, Step
+from edges.progress import JobSignals, Preview, ProgressWriter, Step
 from edges.snapshots import STORE
 from engine.errors import ImageCanceled
-from engine.events import Event, Failed, Finished, Previewed, Resumed, Started, Stepped
+from engine.events import EngineEvent, Failed, Finished, Previewed, Resumed, Started, Stepped
 from engine.records import FinishedImage, RenderRecord
 from engine.request import AdapterUse, Determinism, ImageRequest, Picture
 from engine.texts import UnreadText
 from models import leases
 from models.database import run_transaction
-from models.leases import Lease, LeaseLost, Rendered
+from models.leases import Lease, LeaseLost, RenderedWork
 from models.tables import Job
 from policy import queues, warnings
 from policy.catalog import checkpoint_name
@@ -43,14 +43,14 @@ from policy.params import PARAMS
 from policy.steps import image_steps, rows_taken
 from settings import Settings
 from tasks import verdicts
-from tasks.checkpoints import Checkpoints, Earlier
+from tasks.checkpoints import Checkpoints, EarlierAttempts
 from tasks.health import Health
-from tasks.held import Held
+from tasks.held import HeldLease
 from tasks.inputs import InputPictures
 from tasks.keeper import EXCLUSIVE_FROM, LeaseKeeper
 from tasks.previews import Previews
 from tasks.verdicts import Verdicts, persist
-from tasks.work import End, ImageEnding, RenderResult, TextsUnread, Work
+from tasks.work import End, ImageEnding, RenderResult, RenderWork, TextsUnread
 
 log = structlog.get_logger(__name__)
 
@@ -72,7 +72,7 @@ class Renderer:
     handoff: Handoff
     progress: ProgressWriter
     previews: Previews
-    news: News
+    signals: JobSignals
 
     def render_job(self, *, job_id: str) -> None:
         """Render one job. Harmless when delivered twice: only the lease holder works."""
@@ -99,7 +99,7 @@ class Renderer:
             self._render_alone_if_suspect(held)
         self.release.release(held.lease.job.pool, held.lease.job.tier)
 
-    def _render_alone_if_suspect(self, held: Held) -> None:
+    def _render_alone_if_suspect(self, held: HeldLease) -> None:
         """Keep a job that was there when its worker died, more than once, apart from all others.
 
         What comes to the worker meanwhile is given back.
@@ -115,9 +115,9 @@ class Renderer:
             else:
                 self._give_back(held.lease, "another job has the worker to itself")
 
-    def _render(self, held: Held) -> None:
+    def _render(self, held: HeldLease) -> None:
         """Render what is pending of the job; afterwards nothing of it is in the engine."""
-        work = Work(held)
+        work = RenderWork(held)
         self.progress.begin(held.lease.job_id, held.lease.attempt)
         try:
             self._settle(work, self._attempt(work))
@@ -126,7 +126,7 @@ class Renderer:
             work.cancel()
             self._note_waste(work)
 
-    def _attempt(self, work: Work) -> RenderResult:
+    def _attempt(self, work: RenderWork) -> RenderResult:
         """Render and hand on every pending image; say how that ended, whatever happened."""
         try:
             earlier = self._submit(work)
@@ -137,7 +137,7 @@ class Renderer:
         except BaseException as error:  # noqa: BLE001
             return _result_of(error)
 
-    def _settle(self, work: Work, result: RenderResult) -> None:
+    def _settle(self, work: RenderWork, result: RenderResult) -> None:
         """Do what the job's result asks for."""
         match result.end:
             case End.RENDERED:
@@ -151,7 +151,7 @@ class Renderer:
                 assert result.error is not None
                 self.verdicts.decide(work.held, result.error)
 
-    def _submit(self, work: Work) -> Earlier:
+    def _submit(self, work: RenderWork) -> EarlierAttempts:
         """Give every pending image to the engine; return what earlier attempts left of them."""
         lease = work.lease
         pictures = self.inputs.of(lease.job)
@@ -167,13 +167,13 @@ class Renderer:
         self.previews.begin(lease.job_id, work.handles)
         return earlier
 
-    def _begin(self, work: Work, earlier: Earlier) -> None:
+    def _begin(self, work: RenderWork, earlier: EarlierAttempts) -> None:
         """Put on record what this attempt goes on from, and tell of its steps from now on."""
         if work.lease.attempt > 1:
             self._note_resumption(work, earlier)
         work.begin()
 
-    def _hand_on_all(self, work: Work) -> RenderResult:
+    def _hand_on_all(self, work: RenderWork) -> RenderResult:
         """Hand each image on as it is done, until all are, one fails, or the job is released."""
         for _ in work.lease.pending:
             ending = self._next_ending(work)
@@ -189,21 +189,21 @@ class Renderer:
         self._give_back(work.lease, reason, lacks_inputs=True)
         return RenderResult(End.RENDERED)
 
-    def _next_ending(self, work: Work) -> ImageEnding | None:
+    def _next_ending(self, work: RenderWork) -> ImageEnding | None:
         """Wait for the next image that ends; None once the job is released."""
-        while not isinstance(news := work.wait(), ImageEnding):
+        while not isinstance(message := work.wait(), ImageEnding):
             if work.held.is_released:
                 return None
-            if news is not None:
-                self._warn(work.lease, news.texts)
-        return news
+            if message is not None:
+                self._warn(work.lease, message.texts)
+        return message
 
-    def _event_handler(self, work: Work, index: int) -> Callable[[Event], None]:
+    def _event_handler(self, work: RenderWork, index: int) -> Callable[[EngineEvent], None]:
         """Make the function that the engine calls with the events of the job's image `index`."""
         lease = work.lease
         every = self.fleet.tier_or_retired(lease.job.tier).checkpoint_every_steps
 
-        def on_event(event: Event) -> None:  # in the engine's thread: note it and go
+        def on_event(event: EngineEvent) -> None:  # in the engine's thread: note it and go
             if isinstance(event, Stepped):
                 self.progress.note(lease.job_id, Step(index, event.step, event.num_steps))
                 if every and event.step % every == 0 and event.step < event.num_steps:
@@ -248,12 +248,13 @@ class Renderer:
         for warning in persist(note, verdicts.DATABASE_AWAY):
             telemetry.TEXTS_UNREAD.labels(lease.job.model, warning["code"]).inc()
 
-    def _hand_on(self, work: Work, index: int, finished: FinishedImage) -> None:
+    def _hand_on(self, work: RenderWork, index: int, finished: FinishedImage) -> None:
         """Put the pixels into the hand-off, note it in Postgres, and ask for them to be stored.
 
         The GPU is at its next step already.
         """
-        job, record = work.lease.job, finished.record
+        job = work.lease.job
+        record = finished.record
         steps = record.num_steps - work.resumed[index]
         self._put_pixels(work, index, finished)
         self.progress.flush()  # or its last step is told after it was stored
@@ -279,7 +280,7 @@ class Renderer:
             fixed_s=record.encode_s + record.decode_s,
         )
 
-    def _put_pixels(self, work: Work, index: int, finished: FinishedImage) -> None:
+    def _put_pixels(self, work: RenderWork, index: int, finished: FinishedImage) -> None:
         """Put the pixels into the hand-off, patiently: to render again costs more than to wait."""
         lease = work.lease
         persist(
@@ -326,9 +327,10 @@ class Renderer:
         with suppress(LeaseLost):
             run_transaction(self.database, give_back)
 
-    def _give_up(self, work: Work) -> None:
+    def _give_up(self, work: RenderWork) -> None:
         """Hand on what is finished and return the rest with snapshots, for the worker has to go."""
-        held, lease = work.held, work.lease
+        held = work.held
+        lease = work.lease
         started = time.monotonic()
         try:
             left = self.checkpoints.withdraw(lease, work.open_handles())
@@ -350,7 +352,7 @@ class Renderer:
         after_s = round(time.monotonic() - started, 3)
         log.info("job_preempted", attempt=lease.attempt, snapshots=len(left), after_s=after_s)
 
-    def _note_resumption(self, work: Work, earlier: Earlier) -> None:
+    def _note_resumption(self, work: RenderWork, earlier: EarlierAttempts) -> None:
         """Put on record what snapshots spared this attempt, and what it does again."""
         resumed = work.resumed
         lost = sum(max(0, earlier.reached.get(index, 0) - step) for index, step in resumed.items())
@@ -363,7 +365,7 @@ class Renderer:
         if cause is not None:
             telemetry.STEPS_LOST.labels(cause).inc(lost)
 
-    def _note_waste(self, work: Work) -> None:
+    def _note_waste(self, work: RenderWork) -> None:
         """Write down device time that bought no image: on the attempt's account, or its tenant's.
 
         The latter for a job that was canceled, an image that was finished by then included.
@@ -380,9 +382,9 @@ class Renderer:
         persist(lambda: run_transaction(self.database, note), verdicts.DATABASE_AWAY)
 
 
-def _rendered(record: RenderRecord, steps: int) -> Rendered:
+def _rendered(record: RenderRecord, steps: int) -> RenderedWork:
     """Tell what rendering took. steps: those of this attempt alone."""
-    return Rendered(
+    return RenderedWork(
         num_steps=record.num_steps,
         steps=steps,
         shared_steps=min(record.shared_forwards, steps),
@@ -406,7 +408,7 @@ def _result_of(error: BaseException) -> RenderResult:
     return RenderResult(End.FAILED, error)
 
 
-def _release_of(held: Held) -> RenderResult:
+def _release_of(held: HeldLease) -> RenderResult:
     """Say why a released job is let go of: a lost lease outweighs a worker that leaves."""
     return RenderResult(End.LOST if held.is_lost else End.LEAVING)
 

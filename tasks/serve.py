@@ -1,4 +1,4 @@
-"""Start one role of the house: `python -m tasks.serve render | results | maintenance | …`.
+"""Start one role of Darkroom: `python -m tasks.serve render | results | maintenance | …`.
 
 Each role reads only its own settings; what is wrong with them is said before anything is loaded.
 Only its own module is: no role but `render` loads torch.
@@ -10,10 +10,10 @@ import sys
 from edges import telemetry
 from settings import (
     BrokerSettings,
-    CourierSettings,
     FlowerSettings,
     Settings,
     StoreSettings,
+    WebhookSettings,
     WorkerSettings,
     load,
     load_fleet_or_exit,
@@ -23,7 +23,7 @@ ROLES: dict[str, type[BrokerSettings]] = {
     "render": WorkerSettings,
     "results": StoreSettings,
     "maintenance": Settings,
-    "webhooks": CourierSettings,
+    "webhooks": WebhookSettings,
     "flower": FlowerSettings,
 }
 

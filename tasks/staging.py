@@ -18,7 +18,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from dispatch.release import Release
 from edges import telemetry
 from edges.handoff import HandoffUnavailable
-from edges.inputs import Brought, Gone, Inputs
+from edges.inputs import Inputs, PictureGone, StagedPicture
 from edges.objectstore import ObjectGone, ObjectStore, StoreUnavailable
 from edges.pictures import fitted, fitted_mask
 from models import files, inputs, jobs
@@ -62,7 +62,7 @@ class InputStager:
 
     def _stage(self, job_id: uuid.UUID) -> None:
         with transaction(self.database) as session:
-            job = jobs.without_words(session, job_id)
+            job = jobs.find_without_texts(session, job_id)
         # A running job has them, unless its worker is of an older version, which asks for them
         # while it holds the lease.
         if job is None or not (
@@ -88,7 +88,7 @@ class InputStager:
         self.inputs.bring(job.id, brought)
         telemetry.INPUTS_BROUGHT.inc(len(brought))
 
-    def _picture(self, job: Job, role: str, file_id: uuid.UUID) -> Brought:
+    def _picture(self, job: Job, role: str, file_id: uuid.UUID) -> StagedPicture:
         with transaction(self.database) as session:
             file = files.find(session, file_id, tenant_id=job.tenant_id)
         if file is None:
@@ -99,7 +99,7 @@ class InputStager:
             return self._gone(role, file_id, "is not in the object store any more")
         return _FIT[PICTURES[role].picture](content, job.width_px, job.height_px)
 
-    def _gone(self, role: str, file_id: uuid.UUID, what: str) -> Gone:
+    def _gone(self, role: str, file_id: uuid.UUID, what: str) -> PictureGone:
         telemetry.INPUTS_GONE.inc()
         log.error("input_gone", role=role, file_id=str(file_id))
-        return Gone(f"{role}: file {file_id} {what}")
+        return PictureGone(f"{role}: file {file_id} {what}")

@@ -21,7 +21,7 @@ from edges import telemetry
 from edges.encoding import encode
 from edges.handoff import Handoff, HandoffCorrupt, HandoffUnavailable, Pixels
 from edges.objectstore import ObjectStore, StoreUnavailable, content_sha256, image_key
-from edges.progress import News
+from edges.progress import JobSignals
 from models import jobs, sweeping, uploads
 from models.database import run_transaction, transaction
 from models.tables import Job
@@ -44,7 +44,7 @@ class Storekeeper:
     database: Database
     handoff: Handoff
     store: ObjectStore
-    news: News
+    signals: JobSignals
     ended: EndedJobs
     release: Release
     name: str
@@ -70,7 +70,7 @@ class Storekeeper:
 
     def _store_images(self, job_id: uuid.UUID) -> None:
         with transaction(self.database) as session:
-            job = jobs.without_words(session, job_id)
+            job = jobs.find_without_texts(session, job_id)
             is_open = job is not None and job.state not in FINAL_STATES
             waiting = jobs.handed_off(session, job_id) if is_open else {}
         if job is None or not waiting:
@@ -139,7 +139,9 @@ class Storekeeper:
 
     def _tell_stored(self, job: Job, index: int, artifact: dict[str, Any]) -> None:
         """Tell the job's followers that an image is stored; if it was the last one, of its end."""
-        self.news.tell_stored(job.id, {"index": index, "seed": job.seed + index, **_told(artifact)})
+        self.signals.publish_stored(
+            job.id, {"index": index, "seed": job.seed + index, **_told(artifact)}
+        )
         if job.state == JobState.SUCCEEDED:
             log.info("job_succeeded", tier=job.tier, device_seconds=round(job.device_seconds, 4))
             self.ended.notify_ended(job)

@@ -44,7 +44,7 @@ from models import (
 )
 from models.database import is_away, run_transaction, transaction
 from models.releasing import Announced
-from models.sweeping import Aged, Unstored
+from models.sweeping import OldJob, OverdueStore
 from models.uploads import ORPHAN_AFTER_S
 from policy import gates, queues
 from policy.fleet import Fleet
@@ -237,10 +237,11 @@ class Sweeper:
         if not self._may_judge:
             return
         with transaction(self.database) as session:
-            missed, overrun = sweeping.missed_starts(session), sweeping.overruns(session)
+            missed = sweeping.missed_starts(session)
+            overrun = sweeping.overruns(session)
         for why, end, job_ids in (
             ("start_deadline", jobs.expire, missed),
-            ("run_deadline", jobs.overrun, overrun),
+            ("run_deadline", jobs.fail_past_deadline, overrun),
         ):
             for job_id in job_ids:
                 if self.ended.run_ending(self.database, partial(end, job_id=job_id)) is not None:
@@ -253,7 +254,8 @@ class Sweeper:
         nobody takes any.
         """
         with transaction(self.database) as session:
-            overdue, storing = sweeping.overdue_stores(session), sweeping.storing_by_tier(session)
+            overdue = sweeping.overdue_stores(session)
+            storing = sweeping.storing_by_tier(session)
         missing: Counter[str] = Counter()  # messages, by queue
         for tier, count in storing.items():
             missing[queues.results_queue(self.fleet, tier)] += count
@@ -265,7 +267,7 @@ class Sweeper:
             if self._store_later(unstored, queue, may_announce=missing[queue] > 0):
                 missing[queue] -= 1
 
-    def _store_later(self, unstored: Unstored, queue: str, *, may_announce: bool) -> bool:
+    def _store_later(self, unstored: OverdueStore, queue: str, *, may_announce: bool) -> bool:
         """Have what is left of an overdue job stored; tell whether that took a message."""
         held = {
             index: self.handoff.holds(unstored.job_id, index, attempt)
@@ -286,7 +288,7 @@ class Sweeper:
         self._count("hand_off_lost" if gone else "store_overdue", unstored.job_id)
         return is_announced
 
-    def _loses(self, unstored: Unstored, gone: Sequence[int]) -> bool:
+    def _loses(self, unstored: OverdueStore, gone: Sequence[int]) -> bool:
         """Have these images rendered again; tell whether the job has ended by that."""
         job = lose_hand_off(
             self.database, self.ended, unstored.job_id, gone, attempt_of=unstored.attempt_of
@@ -474,7 +476,7 @@ class Sweeper:
             if len(some) < LOOKED_AT:
                 return True
 
-    def _erase(self, job: Aged) -> None:
+    def _erase(self, job: OldJob) -> None:
         with transaction(self.database) as session:
             erasing.erase(session, job.job_id, tenant_id=job.tenant_id, actor=jobs.SWEEPER)
         self._count("retention", job.job_id)
@@ -518,7 +520,9 @@ class SweepLoop:
     def __init__(
         self, sweep: Callable[[], None], *, every_s: float, on_turn: Callable[[], None]
     ) -> None:
-        self._sweep, self._every_s, self._on_turn = sweep, every_s, on_turn
+        self._sweep = sweep
+        self._every_s = every_s
+        self._on_turn = on_turn
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sweep", daemon=True)
 

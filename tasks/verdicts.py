@@ -36,7 +36,7 @@ from models.leases import LeaseLost
 from models.tables import Job
 from policy.failures import FailureCode
 from tasks.health import Health
-from tasks.held import Held
+from tasks.held import HeldLease
 from tasks.inputs import InputGone, InputsMissing
 
 log = structlog.get_logger(__name__)
@@ -45,8 +45,8 @@ PATIENCE_S = (0.2, 0.5, 1, 2, 4)  # waits between tries to write what was render
 # As long as a failover may take; to render again costs more than to wait.
 PIXELS_PATIENCE_S = (*PATIENCE_S, 5, 5, 5, 5)
 DATABASE_AWAY = (OperationalError, InterfaceError, PoolTimeout)
-AWAY = (HandoffUnavailable, InputsMissing, *DATABASE_AWAY)  # a part of the house, for now
-Answer = TypeVar("Answer")
+AWAY = (HandoffUnavailable, InputsMissing, *DATABASE_AWAY)  # a part of Darkroom, for now
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Verdicts:
     health: Health
     max_attempts: int
 
-    def decide(self, held: Held, error: BaseException) -> None:
+    def decide(self, held: HeldLease, error: BaseException) -> None:
         """Write down what becomes of the job; nothing if the lease was lost."""
         telemetry.RENDER_ERRORS.labels(type(error).__name__).inc()
         log.warning("render_failed", attempt=held.lease.attempt, exc_info=error)
@@ -69,7 +69,9 @@ class Verdicts:
         with suppress(LeaseLost):
             persist(lambda: self.ended.run_ending(self.database, write), DATABASE_AWAY)
 
-    def _write(self, session: Session, *, held: Held, error: BaseException, is_ours: bool) -> Job:
+    def _write(
+        self, session: Session, *, held: HeldLease, error: BaseException, is_ours: bool
+    ) -> Job:
         lease = held.lease
         code = failure_code(error, is_exclusive=held.is_exclusive)
         if code is not None:
@@ -115,12 +117,12 @@ def _never() -> bool:
 
 
 def persist(
-    act: Callable[[], Answer],
+    act: Callable[[], Result],
     passing: type[Exception] | tuple[type[Exception], ...],
     *,
     patience_s: Sequence[float] | None = None,
     is_vain: Callable[[], bool] = _never,
-) -> Answer:
+) -> Result:
     """Call `act`; when it raises `passing`, wait and call it again, unless `is_vain()`.
 
     patience_s: the waits, by default PATIENCE_S; after the last one an error is raised.

@@ -12,7 +12,7 @@ from engine.handle import Handle
 from engine.records import FinishedImage
 from engine.texts import UnreadText
 from models.leases import Lease
-from tasks.held import Held
+from tasks.held import HeldLease
 
 DROP_WITHIN_S = 20.0  # no step takes that long
 
@@ -49,18 +49,18 @@ class TextsUnread:
     texts: tuple[UnreadText, ...]
 
 
-class Work:
+class RenderWork:
     """Track the images of one job in the engine, by index.
 
-    The engine's thread adds news, the task takes it.
+    The engine's thread adds messages, the task takes them.
     """
 
-    def __init__(self, held: Held) -> None:
+    def __init__(self, held: HeldLease) -> None:
         self.held = held
         self.handles: dict[int, Handle] = {}
         self.resumed: dict[int, int] = {}  # the step at which each began: 0, or its snapshot's
         self._accounted: set[int] = set()
-        self._news: queue.SimpleQueue[ImageEnding | TextsUnread | None] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[ImageEnding | TextsUnread | None] = queue.SimpleQueue()
         self._is_begun = False
         held.attach(self)
 
@@ -78,20 +78,20 @@ class Work:
         """Tell of steps from now on: until then the rows say how far earlier attempts had come."""
         self._is_begun = True
 
-    def put(self, news: ImageEnding | TextsUnread) -> None:
+    def put(self, message: ImageEnding | TextsUnread) -> None:
         """Note what an image has to tell. Returns at once."""
-        self._news.put(news)
+        self._messages.put(message)
 
     def wait(self) -> ImageEnding | TextsUnread | None:
-        """Wait for news of an image, or of the lease: None."""
-        return self._news.get()
+        """Wait for a message about an image, or about the lease: None."""
+        return self._messages.get()
 
     def drain_finished(self) -> Iterator[tuple[int, FinishedImage]]:
         """Take what has come by now and yield the images that are finished, with their index."""
-        while not self._news.empty():
-            news = self._news.get()
-            if isinstance(news, ImageEnding) and isinstance(news.event, Finished):
-                yield news.index, news.event.image
+        while not self._messages.empty():
+            message = self._messages.get()
+            if isinstance(message, ImageEnding) and isinstance(message.event, Finished):
+                yield message.index, message.event.image
 
     def note_handed_on(self, index: int) -> None:
         """Note that the image's pixels are in the hand-off and its device time is on record."""
@@ -127,7 +127,7 @@ class Work:
         """Have the task look at its lease; a lost one stops the images whatever the task does."""
         if self.held.is_lost:
             self.cancel()
-        self._news.put(None)
+        self._messages.put(None)
 
     def steps(self) -> dict[int, int]:
         """Tell how far each image that has not ended has come; {} until `begin`."""

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from sqlalchemy.orm import Session
 
 from models import jobs, leases, tenants
-from models.leases import Lease, Left, Rendered
+from models.leases import Lease, LeftSnapshot, RenderedWork
 from models.tables import Job, Tenant
 from policy.catalog import resolve
 from policy.fleet import Fleet, parse_fleet
@@ -299,7 +299,7 @@ def preempt(
     session: Session,
     lease: Lease,
     *,
-    left: Sequence[Left] = (),
+    left: Sequence[LeftSnapshot] = (),
     reason: str = "spot",
     kept_in: str = "handoff",
 ) -> Job:
@@ -309,9 +309,9 @@ def preempt(
 
 def a_left(
     index: int = 0, *, steps_done: int = 2, size_bytes: int = 100, device_seconds: float = 0.25
-) -> Left:
+) -> LeftSnapshot:
     """What a preempted attempt leaves of an image."""
-    return Left(index, steps_done, f"handoff:snapshot#{index}", size_bytes, device_seconds)
+    return LeftSnapshot(index, steps_done, f"handoff:snapshot#{index}", size_bytes, device_seconds)
 
 
 def store(
@@ -343,7 +343,7 @@ def a_succeeded_job(session: Session, **params: Any) -> Job:
     return lease.job
 
 
-def rendered(**record: Any) -> Rendered:
+def rendered(**record: Any) -> RenderedWork:
     """What one image took: four steps, alone, half a second."""
     plain = {
         "num_steps": 4,
@@ -360,7 +360,7 @@ def rendered(**record: Any) -> Rendered:
         "fingerprint": "cpu-fp32",
         "fingerprint_facts": {"torch_threads": 1},
     }
-    return Rendered(**{**plain, **record})
+    return RenderedWork(**{**plain, **record})
 
 
 def an_artifact() -> dict[str, Any]:

@@ -264,7 +264,7 @@ def test_only_settings_read_the_environment(room):
     assert readers - writers == set()
 
 
-APPENDS = {"audit.append", "audit.append_of_attempt", "take_back"}
+APPENDS = {"audit.append", "audit.append_of_attempt", "cancel_locked"}
 
 
 def writers() -> set[str]:
@@ -347,7 +347,7 @@ def test_one_place_publishes():
     assert senders == {"edges/broker.py"}
 
 
-@pytest.mark.parametrize("tells", ["tell_ending", "tell_cancel"])
+@pytest.mark.parametrize("tells", ["publish_ending", "publish_cancel"])
 def test_whoever_ends_a_job_goes_through_one_place(tells):
     tellers = {
         str(path.relative_to(REPO))

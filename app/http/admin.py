@@ -143,7 +143,7 @@ def list_keys(tenant_id: uuid.UUID) -> ResponseReturnValue:
 
     The secret part of a key is not stored, so it cannot be shown.
     """
-    rows = tenants.keys_of(runtime(), tenant_id)
+    rows = tenants.list_keys_of(runtime(), tenant_id)
     return whole_list(schemas.KeyPage, [_key_view(row) for row in rows])
 
 

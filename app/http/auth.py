@@ -8,7 +8,7 @@ from flask import g, request
 from app.caller import Caller
 from app.http import uploads
 from app.http.context import runtime
-from app.live.keyring import NO_LIVE_KEY, Known
+from app.live.keyring import NO_LIVE_KEY, CachedKey
 from app.problems import Forbidden, RateLimited, Unauthenticated
 from edges import telemetry
 from edges.limits import WINDOW_S
@@ -38,7 +38,7 @@ def require_key() -> None:
     uploads.admit(request, runtime().uploads, g.caller.tenant_id)
 
 
-def _authenticate() -> Known:
+def _authenticate() -> CachedKey:
     """Look up the key that the request carries. Raises Unauthenticated."""
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not key.strip():
@@ -51,7 +51,7 @@ def _authenticate() -> Known:
     return known
 
 
-def _known(key: str) -> Known | None:
+def _known(key: str) -> CachedKey | None:
     kid = api_keys.kid_of(key)
     if kid is None:
         return None
@@ -60,7 +60,7 @@ def _known(key: str) -> Known | None:
     if known is None or not known.key.is_live(time.time()):
         return None
     pepper = parts.settings.api_key_pepper.get_secret_value()
-    return known if api_keys.is_it(key, known.key.digest, pepper=pepper) else None
+    return known if api_keys.verify_key(key, known.key.digest, pepper=pepper) else None
 
 
 def _count_request(asking: Caller) -> None:

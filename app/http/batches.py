@@ -14,7 +14,7 @@ from app.http.answers import answer
 from app.http.auth import require_key
 from app.http.body import job_request, parse_job, parse_shared, read_object
 from app.http.context import caller, runtime
-from app.http.idempotency import REPLAYED, read_once
+from app.http.idempotency import REPLAYED, read_idempotent
 from app.http.views import urls_view
 from app.problems import InvalidImageRequest, Problem, invalid_wish
 from app.schemas import jobs as schemas
@@ -36,8 +36,8 @@ def create_jobs() -> ResponseReturnValue:
     request.max_content_length = runtime().settings.max_batch_bytes
     body = read_object(request, problem=InvalidImageRequest, lists={"/jobs": MAX_JOBS})
     items, defaults = _read_batch(body)
-    once = read_once(request, [items, defaults])
-    done = submit_batch(runtime(), caller(), _asked(items, defaults), once=once)
+    idempotent = read_idempotent(request, [items, defaults])
+    done = submit_batch(runtime(), caller(), _asked(items, defaults), idempotent=idempotent)
     return answer(_view(done), headers={} if done.is_new else {REPLAYED: "true"})
 
 

@@ -24,7 +24,7 @@ from policy.formats import extension_of
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredContent:
     """A picture in the object store."""
 
     key: str
@@ -63,7 +63,7 @@ class Stored:
         )
 
 
-def deliver(stored: Stored) -> Response:
+def deliver(stored: StoredContent) -> Response:
     """Answer a GET or HEAD of the picture. Raises InvalidQuery, and as `content` does."""
     if _is_redirected() and request.method != "HEAD":
         response = cast("Response", redirect(stored.presigned_url(), 302, Response=Response))
@@ -79,13 +79,13 @@ def url_of(artifact: Artifact) -> str:
     """
     parts = runtime()
     if parts.settings.image_delivery == "redirect":
-        return Stored.image(artifact).presigned_url()
+        return StoredContent.image(artifact).presigned_url()
     query: dict[str, Any] = parts.links.signed(artifact.id)
     own = url_for("links.show_linked", artifact_id=artifact.id, **query)
     return urljoin(parts.settings.public_url or request.host_url, own)
 
 
-def content(stored: Stored) -> Response:
+def content(stored: StoredContent) -> Response:
     """Answer with the picture or the requested part of it; to HEAD, with the headers only.
 
     Raises ImageNotFound, PartUnavailable, RangeNotSatisfiable.
@@ -108,7 +108,7 @@ def content(stored: Stored) -> Response:
     return response
 
 
-def _pieces(stored: Stored, span: Span | None) -> Iterable[bytes]:
+def _pieces(stored: StoredContent, span: Span | None) -> Iterable[bytes]:
     try:
         pieces = runtime().store.open(stored.key, span)
     except ObjectGone:
@@ -120,7 +120,7 @@ def _pieces(stored: Stored, span: Span | None) -> Iterable[bytes]:
     return pieces
 
 
-def _span(stored: Stored) -> Span | None:
+def _span(stored: StoredContent) -> Span | None:
     """Return the requested byte range; None for the whole picture.
 
     A request for several ranges is answered with the whole picture, too.
@@ -135,7 +135,7 @@ def _span(stored: Stored) -> Span | None:
     return Span(found[0], found[1] - 1)
 
 
-def _is_same(stored: Stored) -> bool:
+def _is_same(stored: StoredContent) -> bool:
     """Check `If-Range`: does the client's part belong to this picture? True without the header."""
     told = request.headers.get("If-Range")
     return told is None or unquote_etag(told) == (stored.content_sha256, False)

@@ -14,7 +14,7 @@ from app.http.views import image_url, job_view
 from app.live.streams import Tell
 from app.problems import InvalidQuery, Unauthenticated
 from app.schemas.base import to_plain
-from edges.eventlog import STORED, Event
+from edges.eventlog import STORED, JobEvent
 from models.tables import Job
 
 bp = Blueprint("events", __name__, url_prefix="/v1/jobs")
@@ -50,18 +50,18 @@ def teller() -> Tell:
     It works after the request has ended, too.
     """
 
-    def tell(event: Event, job_id: uuid.UUID, ended: Job | None) -> Event:
+    def tell(event: JobEvent, job_id: uuid.UUID, ended: Job | None) -> JobEvent:
         if ended is not None:
-            return Event(event.id, event.kind, to_plain(job_view(ended)))
+            return JobEvent(event.id, event.kind, to_plain(job_view(ended)))
         if event.kind == STORED:
             url = image_url(job_id, event.data["index"])
-            return Event(event.id, event.kind, event.data | {"url": url})
+            return JobEvent(event.id, event.kind, event.data | {"url": url})
         return event
 
     return copy_current_request_context(tell)
 
 
-def _lines(stream: Iterator[Event | None]) -> Iterator[str]:
+def _lines(stream: Iterator[JobEvent | None]) -> Iterator[str]:
     yield f"retry: {_RETRY_MS}\n\n"
     with suppress(Unauthenticated):
         # The key was revoked: the stream ends, and the client gets a 401 when it reconnects.

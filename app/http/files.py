@@ -73,7 +73,7 @@ def show_content(file_id: uuid.UUID) -> ResponseReturnValue:
     302 to a presigned URL, or with `?redirect=false` the bytes themselves.
     """
     file = files.find(runtime(), caller(), file_id)
-    return delivery.deliver(delivery.Stored.file(file))
+    return delivery.deliver(delivery.StoredContent.file(file))
 
 
 @bp.delete("/<uuid:file_id>")

@@ -7,7 +7,7 @@ import re
 from flask import Request
 
 from app.problems import InvalidQuery
-from models.idempotency import Once
+from models.idempotency import IdempotentRequest
 
 HEADER = "Idempotency-Key"
 REPLAYED = "Idempotency-Replayed"
@@ -17,7 +17,7 @@ _QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')
 _BARE = re.compile(r"[!#-+\--:<-\[\]-~]+")
 
 
-def read_once(request: Request, asks_for: object) -> Once | None:
+def read_idempotent(request: Request, asks_for: object) -> IdempotentRequest | None:
     """Return the request's idempotency key with a digest of `asks_for`; None without a key.
 
     asks_for: plain JSON values. Raises InvalidQuery.
@@ -28,7 +28,7 @@ def read_once(request: Request, asks_for: object) -> Once | None:
     canonical = json.dumps(
         [request.method, request.path, asks_for], sort_keys=True, separators=(",", ":")
     )
-    return Once(read_key(text), hashlib.sha256(canonical.encode()).hexdigest())
+    return IdempotentRequest(read_key(text), hashlib.sha256(canonical.encode()).hexdigest())
 
 
 def read_key(text: str) -> str:

@@ -15,7 +15,7 @@ from app.http.auth import require_key
 from app.http.body import job_request, read_job, read_nothing, read_wait_s
 from app.http.connection import has_left
 from app.http.context import caller, runtime
-from app.http.idempotency import REPLAYED, read_once
+from app.http.idempotency import REPLAYED, read_idempotent
 from app.http.listing import read_query
 from app.http.views import job_view, status_view
 from app.live.forecast import QueuePlace
@@ -53,8 +53,8 @@ def replay_job(job_id: uuid.UUID) -> ResponseReturnValue:
     """
     wait_s = read_wait_s(request, runtime().settings.max_wait_s)
     read_nothing(request)
-    once = read_once(request, {})
-    return _answer(replay(runtime(), caller(), job_id, once=once), wait_s)
+    idempotent = read_idempotent(request, {})
+    return _answer(replay(runtime(), caller(), job_id, idempotent=idempotent), wait_s)
 
 
 @bp.get("/<uuid:job_id>")
@@ -93,8 +93,8 @@ def list_jobs() -> ResponseReturnValue:
     `metadata.<key>`. With several conditions a page may have fewer jobs than `limit`, or none,
     although `next_cursor` leads to more.
     """
-    sought, limit = read_query(request.args)
-    found = jobs.page(runtime(), caller(), sought, limit=limit + 1)
+    job_filter, limit = read_query(request.args)
+    found = jobs.page(runtime(), caller(), job_filter, limit=limit + 1)
     return answer_page(
         request,
         schemas.JobPage,
@@ -129,7 +129,7 @@ def show_image(job_id: uuid.UUID, index: int) -> ResponseReturnValue:
     302 to a presigned URL, or with `?redirect=false` the bytes themselves.
     """
     artifact = jobs.stored_image(runtime(), caller(), job_id, index)
-    return delivery.deliver(delivery.Stored.image(artifact))
+    return delivery.deliver(delivery.StoredContent.image(artifact))
 
 
 def _accepted() -> Accepted:
@@ -139,8 +139,8 @@ def _accepted() -> Accepted:
     """
     request.max_content_length = runtime().settings.max_job_body_bytes
     body = read_job(request)
-    once = read_once(request, body.model_dump(exclude_defaults=True))
-    return submit(runtime(), caller(), job_request(body), once=once)
+    idempotent = read_idempotent(request, body.model_dump(exclude_defaults=True))
+    return submit(runtime(), caller(), job_request(body), idempotent=idempotent)
 
 
 def _answer(accepted: Accepted, wait_s: int) -> ResponseReturnValue:
@@ -164,7 +164,7 @@ def _answer(accepted: Accepted, wait_s: int) -> ResponseReturnValue:
 
 
 def _read_status(job_id: uuid.UUID) -> bytes:
-    job = jobs.glance(runtime(), caller(), job_id)
+    job = jobs.find_with_images(runtime(), caller(), job_id)
     steps = _steps(job)
     return to_json(status_view(job, steps, _place(job, steps)))
 
@@ -180,7 +180,7 @@ def _place(job: Job | JobDocument, steps: list[Step]) -> QueuePlace | None:
 
 
 def _steps(job: Job | JobDocument) -> list[Step]:
-    return runtime().news.steps(job.id) if job.state == JobState.RUNNING else []
+    return runtime().signals.steps(job.id) if job.state == JobState.RUNNING else []
 
 
 def _wait_for_job(job_id: uuid.UUID, wait_s: int) -> tuple[Job, list[Step]]:

@@ -26,4 +26,4 @@ def show_linked(artifact_id: uuid.UUID) -> Response:
         expires=request.args.get("expires", ""),
         signature=request.args.get("signature", ""),
     )
-    return delivery.content(delivery.Stored.image(artifact))
+    return delivery.content(delivery.StoredContent.image(artifact))

@@ -11,7 +11,7 @@ from werkzeug.datastructures import MultiDict
 from app.http.pages import DEFAULT_PAGE, parse_cursor, parse_limit
 from app.problems import InvalidQuery
 from models.ids import first_id
-from models.listing import Sought
+from models.listing import JobFilter
 from policy.states import JobState
 from policy.text import is_human
 
@@ -20,7 +20,7 @@ METADATA = "metadata."
 _INSTANT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)", re.ASCII)
 
 
-def read_query(query: MultiDict[str, str]) -> tuple[Sought, int]:
+def read_query(query: MultiDict[str, str]) -> tuple[JobFilter, int]:
     """Return the filter and the page size. Raises InvalidQuery, which names the parameter."""
     said = {}
     metadata = {}
@@ -38,8 +38,8 @@ def read_query(query: MultiDict[str, str]) -> tuple[Sought, int]:
     bounds = {"before": min(before)} if before else {}
     if "created_after" in said:
         bounds["since"] = first_id(read_instant("created_after", said["created_after"]))
-    sought = Sought(**bounds, state=_state(said.get("state")), metadata=metadata)
-    return sought, parse_limit(said.get("limit", str(DEFAULT_PAGE)))
+    job_filter = JobFilter(**bounds, state=_state(said.get("state")), metadata=metadata)
+    return job_filter, parse_limit(said.get("limit", str(DEFAULT_PAGE)))
 
 
 def read_instant(parameter: str, text: str) -> datetime:

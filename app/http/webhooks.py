@@ -69,7 +69,7 @@ def create_webhook() -> ResponseReturnValue:
 @bp.get("")
 def list_webhooks() -> ResponseReturnValue:
     """List the tenant's endpoints, oldest first, on one page: their number is limited."""
-    found = webhooks.all_of(runtime(), caller())
+    found = webhooks.list_endpoints(runtime(), caller())
     return whole_list(schemas.WebhookPage, [_endpoint_view(endpoint) for endpoint in found])
 
 

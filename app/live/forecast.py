@@ -23,13 +23,13 @@ from edges.handoff import Gauge
 from models import flows, inputs, learning, releasing, workers
 from models.database import transaction
 from models.flows import FlowBacklog
-from models.inputs import Lacking
+from models.inputs import MissingInputs
 from models.tables import Job
 from policy import admission, prediction
-from policy.admission import Place, PoolSnapshot, Refusal, Running, TenantBacklog
+from policy.admission import PoolSnapshot, QueuePosition, Refusal, RunningJobs, TenantBacklog
 from policy.fleet import Fleet
 from policy.params import Resolved, pictures_of
-from policy.prediction import Cost, Eta, EtaRatios, Line, Waiting
+from policy.prediction import DeviceCost, Eta, EtaRatios, QueuedFlow, TierQueue
 from policy.release import Outstanding, ReleaseHint, ReleaseLimits, release_hint
 from policy.states import JobState
 from policy.steps import denoising_of, image_steps
@@ -55,7 +55,7 @@ class QueuePlace:
 
 
 @dataclass(frozen=True)
-class Expected:
+class JobForecast:
     """The estimate for a job at accept.
 
     predicted_s: device seconds. eta_raw_s: the first guess of its end, from now. place: the queue
@@ -69,7 +69,7 @@ class Expected:
 
 
 @dataclass(frozen=True)
-class Booked:
+class BookedJobs:
     """Jobs of the caller that will be accepted, but are not in the database yet.
 
     These are the earlier jobs of the same batch.
@@ -78,12 +78,12 @@ class Booked:
     jobs: int = 0
     cost_s: float = 0.0
 
-    def and_one(self, cost_s: float) -> "Booked":
-        return Booked(self.jobs + 1, self.cost_s + cost_s)
+    def with_job(self, cost_s: float) -> "BookedJobs":
+        return BookedJobs(self.jobs + 1, self.cost_s + cost_s)
 
 
-Bookings = Mapping[tuple[str, str], Booked]
-NOTHING: Mapping[str, Booked] = {}
+Bookings = Mapping[tuple[str, str], BookedJobs]
+NOTHING: Mapping[str, BookedJobs] = {}
 
 
 @dataclass(frozen=True)
@@ -97,16 +97,16 @@ class _PoolState:
     devices: int
     slots: int
     flows: Mapping[tuple[str, uuid.UUID], FlowBacklog]
-    lines: Mapping[str, Line]
-    running: Mapping[str, Running]
+    queues: Mapping[str, TierQueue]
+    running: Mapping[str, RunningJobs]
     clocks: Mapping[str, float]
     outstanding: Mapping[str, Outstanding]
     sharing: Mapping[str, frozenset[uuid.UUID]]
     lacking_inputs: frozenset[str]
 
 
-def _waiting(flow: FlowBacklog) -> Waiting:
-    return Waiting(flow.weight, flow.queued_jobs, flow.queued_s)
+def _queued_flow(flow: FlowBacklog) -> QueuedFlow:
+    return QueuedFlow(flow.weight, flow.queued_jobs, flow.queued_s)
 
 
 def _pool_state(
@@ -129,9 +129,9 @@ def _pool_state(
         devices=capacity.devices,
         slots=capacity.slots,
         flows={(flow.tier, flow.tenant_id): flow for flow in backlogs},
-        lines={tier: Line(map(_waiting, here)) for tier, here in by_tier.items()},
+        queues={tier: TierQueue(map(_queued_flow, here)) for tier, here in by_tier.items()},
         running={
-            tier: Running(work.running_s, work.running.total())
+            tier: RunningJobs(work.running_s, work.running.total())
             for tier, work in outstanding.items()
             if work.running
         },
@@ -143,19 +143,19 @@ def _pool_state(
 
 
 def _without(
-    backlogs: Sequence[FlowBacklog], lacking: Mapping[tuple[str, uuid.UUID], Lacking]
+    backlogs: Sequence[FlowBacklog], lacking: Mapping[tuple[str, uuid.UUID], MissingInputs]
 ) -> list[FlowBacklog]:
     """Subtract from the flows the jobs whose pictures are missing."""
     left = []
     for flow in backlogs:
-        out = lacking.get((flow.tier, flow.tenant_id), Lacking(0, 0.0))
+        out = lacking.get((flow.tier, flow.tenant_id), MissingInputs(0, 0.0))
         jobs = max(0, flow.queued_jobs - out.jobs)
         queued_s = max(0.0, flow.queued_s - out.queued_s)
         left.append(replace(flow, queued_jobs=jobs, queued_s=queued_s))
     return left
 
 
-def _lead_s(state: _PoolState, tier: str, tenant_id: uuid.UUID, booked: Booked) -> float:
+def _lead_s(state: _PoolState, tier: str, tenant_id: uuid.UUID, booked: BookedJobs) -> float:
     """Return by how many virtual seconds the tenant's next job would start after virtual time."""
     own = state.flows.get((tier, tenant_id))
     if own is None:
@@ -187,75 +187,77 @@ class QueueForecaster:
         self._limits = limits
         self._worker_silence_s = worker_silence_s
         self._pools: Cache[str, tuple[_PoolState, _PoolState]] = _cache(FRESH_FOR_S, refresher)
-        self._costs: Cache[learning.CostKey, Cost | None] = _cache(LEARNT_FOR_S, refresher)
+        self._costs: Cache[learning.CostKey, DeviceCost | None] = _cache(LEARNT_FOR_S, refresher)
         self._learnt: Cache[tuple[str, str], EtaRatios | None] = _cache(LEARNT_FOR_S, refresher)
         # By pool: the oldest job that waits for requested pictures, and since when that is so.
         self._waits_for_pictures: dict[str, tuple[uuid.UUID, float]] = {}
         self._lock = threading.Lock()
 
     def expect(
-        self, wish: Resolved, tenant_id: uuid.UUID, booked: Bookings | None = None
-    ) -> Expected:
+        self, params: Resolved, tenant_id: uuid.UUID, booked: Bookings | None = None
+    ) -> JobForecast:
         """Estimate when a job that the tenant submits now would end, and whether to refuse it.
 
         booked: what the tenant submits before this job in the same request, by pool and tier.
         """
-        state = self._pool_state(wish.pool, needs_pictures=bool(pictures_of(wish)))
+        state = self._pool_state(params.pool, needs_pictures=bool(pictures_of(params)))
         pool_bookings = {
-            tier: work for (pool, tier), work in (booked or {}).items() if pool == wish.pool
+            tier: work for (pool, tier), work in (booked or {}).items() if pool == params.pool
         }
         snapshot = self._snapshot(state, tenant_id, pool_bookings)
-        job_device_s = self._predicted_s(wish)
-        lead_s = _lead_s(state, wish.tier, tenant_id, pool_bookings.get(wish.tier, Booked()))
-        place = self._place(snapshot, wish, lead_s=lead_s)
-        raw_s = admission.first_guess_s(
-            place, snapshot, job_device_s=job_device_s, num_images=wish.num_images
+        job_device_s = self._predicted_s(params)
+        lead_s = _lead_s(
+            state, params.tier, tenant_id, pool_bookings.get(params.tier, BookedJobs())
         )
-        ratios = self._ratios(wish.pool, wish.tier)
+        place = self._place(snapshot, params, lead_s=lead_s)
+        raw_s = admission.first_guess_s(
+            place, snapshot, job_device_s=job_device_s, num_images=params.num_images
+        )
+        ratios = self._ratios(params.pool, params.tier)
         refused = admission.refusal(
             self._fleet,
             snapshot,
             place,
             ratios,
-            pool=wish.pool,
-            tier=wish.tier,
+            pool=params.pool,
+            tier=params.tier,
             job_device_s=job_device_s,
             draw=random.random(),
         )
         queue_place = QueuePlace(place.jobs_ahead, prediction.corrected(raw_s, ratios))
-        return Expected(job_device_s, raw_s, queue_place, refused)
+        return JobForecast(job_device_s, raw_s, queue_place, refused)
 
-    def _predicted_s(self, wish: Resolved) -> float:
+    def _predicted_s(self, params: Resolved) -> float:
         """Predict the device seconds of all images of the job."""
         return prediction.predicted_s(
-            self._cost((wish.pool, wish.model, wish.width_px, wish.height_px)),
-            width_px=wish.width_px,
-            height_px=wish.height_px,
-            denoising=denoising_of(self._fleet, wish),
-            num_images=wish.num_images,
+            self._cost((params.pool, params.model, params.width_px, params.height_px)),
+            width_px=params.width_px,
+            height_px=params.height_px,
+            denoising=denoising_of(self._fleet, params),
+            num_images=params.num_images,
         )
 
     def release_hint(
-        self, wish: Resolved, tenant_id: uuid.UUID
+        self, params: Resolved, tenant_id: uuid.UUID
     ) -> tuple[ReleaseHint, ReleaseLimits]:
         """Tell how to release a new job, with the limits that apply.
 
         Uses what was read at most `FRESH_FOR_S` ago.
         """
-        state = self._pool_state(wish.pool, needs_pictures=bool(pictures_of(wish)))
-        limits = self._limits(wish.pool, wish.tier, state.slots)
-        if pictures_of(wish) or wish.tier in state.lacking_inputs:
+        state = self._pool_state(params.pool, needs_pictures=bool(pictures_of(params)))
+        limits = self._limits(params.pool, params.tier, state.slots)
+        if pictures_of(params) or params.tier in state.lacking_inputs:
             # Its pictures must be requested first; or the number of jobs before it is not known.
             return ReleaseHint.TRY_RELEASE, limits
-        outstanding = state.outstanding.get(wish.tier, Outstanding())
-        queued_jobs = state.lines.get(wish.tier, Line()).jobs
+        outstanding = state.outstanding.get(params.tier, Outstanding())
+        queued_jobs = state.queues.get(params.tier, TierQueue()).jobs
         hint = release_hint(
             outstanding,
             limits,
             tenant_id=tenant_id,
-            num_images=wish.num_images,
+            num_images=params.num_images,
             waiting_jobs=queued_jobs - outstanding.announced_jobs,
-            sharing=len(state.sharing.get(wish.tier, frozenset()) | {tenant_id}),
+            sharing=len(state.sharing.get(params.tier, frozenset()) | {tenant_id}),
         )
         return hint, limits
 
@@ -286,8 +288,8 @@ class QueueForecaster:
 
     def _place(
         self, snapshot: PoolSnapshot, job: Resolved | Job | JobDocument, *, lead_s: float
-    ) -> Place:
-        return admission.place_in(
+    ) -> QueuePosition:
+        return admission.queue_position(
             self._fleet,
             snapshot,
             pool=job.pool,
@@ -297,7 +299,7 @@ class QueueForecaster:
         )
 
     def _snapshot(
-        self, state: _PoolState, tenant_id: uuid.UUID, booked: Mapping[str, Booked] = NOTHING
+        self, state: _PoolState, tenant_id: uuid.UUID, booked: Mapping[str, BookedJobs] = NOTHING
     ) -> PoolSnapshot:
         """Build the pool's snapshot for one tenant; an unknown weight counts as 1.
 
@@ -309,11 +311,13 @@ class QueueForecaster:
             more = booked.get(tier)
             if flow is None and more is None:
                 continue
-            counted = _waiting(flow) if flow is not None else Waiting(1.0, 0, 0.0)
-            added = more or Booked()
-            now = Waiting(counted.weight, counted.jobs + added.jobs, counted.cost_s + added.cost_s)
+            counted = _queued_flow(flow) if flow is not None else QueuedFlow(1.0, 0, 0.0)
+            added = more or BookedJobs()
+            now = QueuedFlow(
+                counted.weight, counted.jobs + added.jobs, counted.cost_s + added.cost_s
+            )
             own[tier] = TenantBacklog(counted, now)
-        return PoolSnapshot(state.devices, state.lines, state.running, self._gauge.fill(), own)
+        return PoolSnapshot(state.devices, state.queues, state.running, self._gauge.fill(), own)
 
     def _pool_state(self, pool: str, *, needs_pictures: bool) -> _PoolState:
         """Return the pool as this job sees it, as it was at most `FRESH_FOR_S` ago.
@@ -338,11 +342,11 @@ class QueueForecaster:
             if not self._pictures_are_late(session, pool):
                 return whole, whole
             passing = _without(backlogs, inputs.lacking_by_flow(session, pool=pool))
-        by_tier = {tier: [flow for flow in passing if flow.tier == tier] for tier in whole.lines}
+        by_tier = {tier: [flow for flow in passing if flow.tier == tier] for tier in whole.queues}
         return whole, replace(
             whole,
             flows={(flow.tier, flow.tenant_id): flow for flow in passing},
-            lines={tier: Line(map(_waiting, here)) for tier, here in by_tier.items()},
+            queues={tier: TierQueue(map(_queued_flow, here)) for tier, here in by_tier.items()},
         )
 
     def _pictures_are_late(self, session: Session, pool: str) -> bool:
@@ -363,13 +367,13 @@ class QueueForecaster:
                 return False
         return now - since >= PICTURES_LATE_S
 
-    def _cost(self, key: learning.CostKey) -> Cost | None:
+    def _cost(self, key: learning.CostKey) -> DeviceCost | None:
         return self._costs.get(key, lambda: self._read_cost(key))
 
-    def _read_cost(self, key: learning.CostKey) -> Cost | None:
+    def _read_cost(self, key: learning.CostKey) -> DeviceCost | None:
         with transaction(self._database) as session:
             row = learning.cost_of(session, key)
-            return Cost(row.row_step_s, row.fixed_s) if row is not None else None
+            return DeviceCost(row.row_step_s, row.fixed_s) if row is not None else None
 
     def _ratios(self, pool: str, tier: str) -> EtaRatios | None:
         return self._learnt.get((pool, tier), lambda: self._read_ratios(pool, tier))

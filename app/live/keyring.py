@@ -31,7 +31,7 @@ NO_LIVE_KEY = "This API key is unknown, revoked or expired."
 _IN_USE = "in use"
 
 
-class Known(NamedTuple):
+class CachedKey(NamedTuple):
     """A live key, and the limits of its tenant."""
 
     key: KnownKey
@@ -50,19 +50,19 @@ class Keyring:
         # When each key was last used. FIFO, because reading an entry here is no use of its key.
         self._used_at: FIFOCache[str, float] = FIFOCache(MOST_AT_ONCE)
         self._lock = threading.Lock()
-        self._together: Cache[str, dict[str, Known | None]] = Cache(
+        self._together: Cache[str, dict[str, CachedKey | None]] = Cache(
             "keys in use",
             1,
             keep_for_s=TRUSTED_FOR_S,
             refresh_after_s=REFRESHED_AFTER_S,
             refresher=refresher,
         )
-        self._alone: Cache[str, Known | None] = Cache(
+        self._alone: Cache[str, CachedKey | None] = Cache(
             "other keys", MOST_REMEMBERED, keep_for_s=TRUSTED_FOR_S
         )
         self._refresher = refresher
 
-    def find(self, kid: str) -> Known | None:
+    def find(self, kid: str) -> CachedKey | None:
         """Find the live key with this public id, as it was at most `TRUSTED_FOR_S` ago."""
         together = self._together.get(_IN_USE, self._read_those_in_use)
         if kid in together:
@@ -82,19 +82,19 @@ class Keyring:
             return True
         return known is not None and known.key.is_live(time.time())
 
-    def _read_those_in_use(self) -> dict[str, Known | None]:
+    def _read_those_in_use(self) -> dict[str, CachedKey | None]:
         since = time.monotonic() - IN_USE_FOR_S
         with self._lock:
             kids = {kid for kid, used_at in self._used_at.items() if used_at > since}
         return self._read(kids) if kids else {}
 
-    def _read(self, kids: Set[str]) -> dict[str, Known | None]:
+    def _read(self, kids: Set[str]) -> dict[str, CachedKey | None]:
         """Look up each of these keys; None for one that is not live."""
         with transaction(self._database) as session:
             keys = api_keys.look_up(session, list(kids))
         if used := [key.id for key in keys.values() if key.is_use_to_be_noted]:
             self._refresher.submit(self._note_use, used)  # no answer waits for a write
-        live = {kid: Known(key, limits_of(key.limits)) for kid, key in keys.items()}
+        live = {kid: CachedKey(key, limits_of(key.limits)) for kid, key in keys.items()}
         return {kid: live.get(kid) for kid in kids}
 
     def _note_use(self, key_ids: Sequence[uuid.UUID]) -> None:

@@ -23,9 +23,9 @@ from app.problems import JobNotFound, StreamsExhausted, Unauthenticated
 from app.schemas import events as schemas
 from app.schemas.base import to_plain
 from edges import telemetry
-from edges.eventlog import BEGINNING, FINAL, QUEUED, STARTED, Event
-from edges.events import LEAVE, NoSeat, Reader, Seat
-from edges.progress import News
+from edges.eventlog import BEGINNING, FINAL, QUEUED, STARTED, JobEvent
+from edges.events import SHUTDOWN, EventFanout, Subscription, TooManySubscribers
+from edges.progress import JobSignals
 from models import jobs
 from models.database import transaction
 from models.tables import Job
@@ -35,10 +35,10 @@ log = structlog.get_logger(__name__)
 
 LOOK_EVERY_S = 5.0
 CHECK_KEYS_EVERY_S = 0.5
-_REVOKED = Event(None, "revoked", {})
+_REVOKED = JobEvent(None, "revoked", {})
 
 # Shows an event to a client: takes the event, its job's id, and for `final` the ended job.
-Tell = Callable[[Event, uuid.UUID, Job | None], Event]
+Tell = Callable[[JobEvent, uuid.UUID, Job | None], JobEvent]
 
 
 class Watchers:
@@ -69,21 +69,21 @@ class JobEventStreams:
         self,
         database: Engine,
         forecaster: QueueForecaster,
-        news: News,
-        reader: Reader,
+        signals: JobSignals,
+        fanout: EventFanout,
         keyring: Keyring,
         *,
         most: int,
     ) -> None:
         self._database = database
         self._forecaster = forecaster
-        self._news = news
-        self._reader = reader
+        self._signals = signals
+        self._fanout = fanout
         self._keyring = keyring
         self._places = Capacity(most)
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._kids: dict[Seat, str] = {}  # the public id of each follower's key
+        self._kids: dict[Subscription, str] = {}  # the public id of each follower's key
         self._reconciler: threading.Thread | None = None
 
     def take_place(self, tenant_id: uuid.UUID) -> Holding:
@@ -107,7 +107,7 @@ class JobEventStreams:
         previews: bool = False,
         heartbeat_s: float = 10,
         place: Holding | None = None,
-    ) -> Iterator[Event | None]:
+    ) -> Iterator[JobEvent | None]:
         """Yield the events of the caller's job after the event `after`, until its end.
 
         Yields None when a heartbeat is due. While the job waits, `queued` comes first, and again
@@ -136,7 +136,7 @@ class JobEventStreams:
     def close(self) -> None:
         """End every stream; clients reconnect elsewhere and go on after their last event."""
         self._stop.set()
-        self._reader.close()
+        self._fanout.close()
 
     def _stream(
         self,
@@ -148,33 +148,35 @@ class JobEventStreams:
         previews: bool,
         heartbeat_s: float,
         place: Holding,
-    ) -> Iterator[Event | None]:
-        seat, earlier = self._subscribe(job_id, place, previews=previews, after=after)
+    ) -> Iterator[JobEvent | None]:
+        subscription, earlier = self._subscribe(job_id, place, previews=previews, after=after)
         with self._lock:
-            self._kids[seat] = caller.kid
+            self._kids[subscription] = caller.kid
         try:
             # Read after the subscription, so that no end is missed in between.
             job = self._find(job_id, caller.tenant_id)
             if job is None:
                 raise JobNotFound(f"There is no job {job_id}.")
             if previews and job.state not in FINAL_STATES:
-                self._news.tell_watching([job_id])
+                self._signals.publish_watched([job_id])
             self._start_threads()
             yield None
-            yield from self._until_end(job, self._events(job, seat, earlier, heartbeat_s), tell)
+            yield from self._until_end(
+                job, self._events(job, subscription, earlier, heartbeat_s), tell
+            )
         finally:
             with self._lock:
-                del self._kids[seat]
-            self._reader.leave(seat)
+                del self._kids[subscription]
+            self._fanout.unsubscribe(subscription)
             place.release()
 
     def _subscribe(
         self, job_id: uuid.UUID, place: Holding, *, previews: bool, after: str
-    ) -> tuple[Seat, Sequence[Event]]:
+    ) -> tuple[Subscription, Sequence[JobEvent]]:
         """Subscribe to the job's events; frees `place` if that fails. Raises StreamsExhausted."""
         try:
-            return self._reader.sit_down(job_id, wants_previews=previews, after=after)
-        except NoSeat:
+            return self._fanout.subscribe(job_id, wants_previews=previews, after=after)
+        except TooManySubscribers:
             place.release()
             raise StreamsExhausted(
                 "This process has as many event streams open as it may.", retry_after_s=5
@@ -184,8 +186,8 @@ class JobEventStreams:
             raise
 
     def _until_end(
-        self, job: Job, events: Iterator[Event | None], tell: Tell
-    ) -> Iterator[Event | None]:
+        self, job: Job, events: Iterator[JobEvent | None], tell: Tell
+    ) -> Iterator[JobEvent | None]:
         """Yield the events up to the job's end, and None for a heartbeat."""
         for event in events:
             if event is None:
@@ -200,21 +202,23 @@ class JobEventStreams:
                 return
 
     def _events(
-        self, job: Job, seat: Seat, earlier: Sequence[Event], heartbeat_s: float
-    ) -> Iterator[Event | None]:
+        self, job: Job, subscription: Subscription, earlier: Sequence[JobEvent], heartbeat_s: float
+    ) -> Iterator[JobEvent | None]:
         """Yield events as they arrive; ends only when this process does."""
         forecast = _Forecast(self._forecaster, job)
-        yield from forecast.news()
+        yield from forecast.due_event()
         for past in earlier:
             forecast.hear(past)
             yield past
         if job.state in FINAL_STATES:
-            yield Event(None, FINAL, {})
+            yield JobEvent(None, FINAL, {})
         beat_at = time.monotonic() + heartbeat_s
-        while (event := seat.get(min(beat_at, forecast.due_at) - time.monotonic())) is not LEAVE:
+        while (
+            event := subscription.get(min(beat_at, forecast.due_at) - time.monotonic())
+        ) is not SHUTDOWN:
             if event is _REVOKED:
                 raise Unauthenticated(NO_LIVE_KEY)
-            heard = [event] if event is not None else forecast.news()
+            heard = [event] if event is not None else forecast.due_event()
             for each in heard:
                 forecast.hear(each)
                 yield each
@@ -250,12 +254,12 @@ class JobEventStreams:
         """Look in Postgres for ends that were not announced; report which previews are watched."""
         while not self._stop.wait(LOOK_EVERY_S):
             try:
-                if followed := self._reader.followed():
+                if followed := self._fanout.followed_jobs():
                     with transaction(self._database) as session:
                         ended = jobs.ended_among(session, followed)
-                    self._reader.end(ended)
-                if watched := self._reader.watched():
-                    self._news.tell_watching(watched)
+                    self._fanout.end(ended)
+                if watched := self._fanout.watched_jobs():
+                    self._signals.publish_watched(watched)
             except SQLAlchemyError as error:
                 log.warning("endings_not_looked_for", reason=type(error).__name__)
 
@@ -265,9 +269,9 @@ class JobEventStreams:
             with self._lock:
                 followers = dict(self._kids)
             ended = {kid for kid in set(followers.values()) if not self._keyring.is_live(kid)}
-            for seat, kid in followers.items():
+            for subscription, kid in followers.items():
                 if kid in ended:
-                    seat.put(_REVOKED)
+                    subscription.put(_REVOKED)
 
 
 class _Forecast:
@@ -281,12 +285,12 @@ class _Forecast:
         self._told: QueuePlace | None = None
         self.due_at = time.monotonic() if job.state == JobState.QUEUED else float("inf")
 
-    def hear(self, event: Event) -> None:
+    def hear(self, event: JobEvent) -> None:
         """Stop forecasting when a new attempt starts; events of earlier attempts do not count."""
         if event.kind == STARTED and event.data.get("attempt", 0) > self._job.attempt:
             self.due_at = float("inf")
 
-    def news(self) -> list[Event]:
+    def due_event(self) -> list[JobEvent]:
         """Return a `queued` event if a look is due and the position has changed; else nothing."""
         now = time.monotonic()
         if now < self.due_at:
@@ -296,14 +300,14 @@ class _Forecast:
             place = self._forecaster.place_of(self._job)
         except SQLAlchemyError:
             place = None
-        if not self._is_news(place, now):
+        if not self._has_moved(place, now):
             return []
         self._has_told = True
         self._told = place
         self._told_at = now
-        return [Event(None, QUEUED, to_plain(_queued(place)))]
+        return [JobEvent(None, QUEUED, to_plain(_queued(place)))]
 
-    def _is_news(self, place: QueuePlace | None, now: float) -> bool:
+    def _has_moved(self, place: QueuePlace | None, now: float) -> bool:
         """Tell whether the position or the expected end has moved by more than a tenth.
 
         Far back in a long queue, smaller moves would be noise.

@@ -24,7 +24,7 @@ from app.http.connection import has_left
 from app.http.context import caller, runtime
 from app.http.errors import respond
 from app.http.files import is_left_out
-from app.http.idempotency import read_once
+from app.http.idempotency import read_idempotent
 from app.openai import body as openai_body
 from app.openai import stream as openai_stream
 from app.openai.answers import extras_of, may_still_answer, problem_of_end
@@ -42,7 +42,7 @@ from app.schemas import openai as schemas
 from app.services import inputs, jobs, submit, wait
 from app.services.submit import Accepted, Prepared
 from edges.objectstore import StoreUnavailable
-from models.idempotency import Once
+from models.idempotency import IdempotentRequest
 from models.tables import Artifact, File, Job
 from policy.params import Wish
 
@@ -97,7 +97,7 @@ Source = FileStorage | str  # a file of a form; the id of a file, a data URL or 
 
 
 @dataclass
-class _Sent:
+class _SentPictures:
     """The picture of a call, and its mask, as they were sent; not decoded yet."""
 
     image: Source
@@ -155,7 +155,7 @@ def _digest(source: Source) -> str:
     return digest
 
 
-def _read_edit() -> tuple[dict[str, Any], _Sent]:
+def _read_edit() -> tuple[dict[str, Any], _SentPictures]:
     """Read the fields, the one picture and the mask.
 
     Raises UnsupportedMediaType, NotOffered, InvalidImageRequest, BodyTooLarge.
@@ -173,7 +173,7 @@ def _read_edit() -> tuple[dict[str, Any], _Sent]:
     )
 
 
-def _read_form() -> tuple[dict[str, Any], _Sent]:
+def _read_form() -> tuple[dict[str, Any], _SentPictures]:
     files = {
         name: [file for file in sent if not is_left_out(file)]
         for name, sent in request.files.lists()
@@ -188,7 +188,7 @@ def _read_form() -> tuple[dict[str, Any], _Sent]:
     return fields, _only(images, masks, "one picture, as a file of the form")
 
 
-def _sent_in(fields: dict[str, Any]) -> _Sent:
+def _sent_in(fields: dict[str, Any]) -> _SentPictures:
     """Take the pictures out of the fields `image` or `images`, and `mask`.
 
     Each is text, {"image_url": …} or {"file_id": …}.
@@ -210,7 +210,7 @@ def _source(said: object, field: str) -> str:
     return said
 
 
-def _only(images: Sequence[Source], masks: Sequence[Source], wanted: str) -> _Sent:
+def _only(images: Sequence[Source], masks: Sequence[Source], wanted: str) -> _SentPictures:
     for field, what, sent in (("image", "picture", images), ("mask", "mask", masks)):
         if len(sent) > 1:
             raise NotOffered(
@@ -219,7 +219,7 @@ def _only(images: Sequence[Source], masks: Sequence[Source], wanted: str) -> _Se
             )
     if not images:
         raise InvalidImageRequest.at("image", f"is required: {wanted}")
-    return _Sent(images[0], masks[0] if masks else None)
+    return _SentPictures(images[0], masks[0] if masks else None)
 
 
 def _sized(wish: Wish, picture: File) -> Wish:
@@ -233,7 +233,9 @@ def _sized(wish: Wish, picture: File) -> Wish:
     return replace(wish, size=size)
 
 
-def _serve(asked: ImageCall, sent: _Sent | None, fields: Mapping[str, Any]) -> ResponseReturnValue:
+def _serve(
+    asked: ImageCall, sent: _SentPictures | None, fields: Mapping[str, Any]
+) -> ResponseReturnValue:
     asks_for = [fields, *(sent.digests() if sent is not None else [])]
     if asked.streams:
         # Before the job is made: without a place nobody could follow it.
@@ -261,20 +263,24 @@ def _wait_for_job(job_id: uuid.UUID) -> Job:
     return wait.wait_for_end(runtime(), caller(), job, wait_s, has_left=has_left(request))
 
 
-def _accept(asked: ImageCall, sent: _Sent | None, asks_for: list[Any]) -> Accepted:
+def _accept(asked: ImageCall, sent: _SentPictures | None, asks_for: list[Any]) -> Accepted:
     """Accept the job of this call; a client's retry may get the job of the earlier try."""
 
     def may_answer(earlier: JobDocument) -> bool:
         return own_key is not None or may_still_answer(earlier, streams=asked.streams)
 
-    own_key = read_once(request, asks_for)
-    once = own_key or _derived_key(asks_for)
+    own_key = read_idempotent(request, asks_for)
+    idempotent = own_key or _derived_key(asks_for)
     return submit.accept_once(
-        runtime(), caller(), lambda: _prepare(asked, sent), once=once, may_answer=may_answer
+        runtime(),
+        caller(),
+        lambda: _prepare(asked, sent),
+        idempotent=idempotent,
+        may_answer=may_answer,
     )
 
 
-def _prepare(asked: ImageCall, sent: _Sent | None) -> Prepared:
+def _prepare(asked: ImageCall, sent: _SentPictures | None) -> Prepared:
     """Resolve the call. Pictures are decoded last, and only if the job could be accepted."""
     metadata = dict(asked.metadata)
     wish = asked.wish
@@ -288,13 +294,13 @@ def _prepare(asked: ImageCall, sent: _Sent | None) -> Prepared:
     return Prepared(submit.resolve(runtime(), caller(), wish), metadata)
 
 
-def _derived_key(asks_for: list[Any]) -> Once:
+def _derived_key(asks_for: list[Any]) -> IdempotentRequest:
     """Make an idempotency key for a call without one, so that a retry finds its job."""
     canonical = json.dumps([request.path, *asks_for], sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(canonical.encode()).hexdigest()
     is_first = request.headers.get(RETRY_COUNT, "0") == "0"
     # No key that a client sends in a header can contain the arrow.
-    return Once(f"→openai:{caller().api_key_id}:{digest}", digest, renew=is_first)
+    return IdempotentRequest(f"→openai:{caller().api_key_id}:{digest}", digest, renew=is_first)
 
 
 def _view(asked: ImageCall, job: Job) -> schemas.Images:

@@ -34,7 +34,7 @@ from app.schemas import openai as schemas
 from app.schemas.base import to_json
 from app.services.cancel import cancel
 from edges.encoding import encode
-from edges.eventlog import FINAL, PREVIEW, Event
+from edges.eventlog import FINAL, PREVIEW, JobEvent
 from edges.objectstore import StoreUnavailable, image_key
 from policy.formats import FORMATS
 
@@ -71,7 +71,7 @@ def _lines(
     asking: Caller,
     asked: ImageCall,
     job: JobDocument,
-    events: Iterator[Event | None],
+    events: Iterator[JobEvent | None],
 ) -> Iterator[str]:
     """Yield the stream's lines; cancel the job when its last client leaves before its end."""
     told = _EventTranslator(asked, job, parts)
@@ -108,7 +108,7 @@ class _EventTranslator:
         self._size = f"{job.width_px}x{job.height_px}"
         self._partials = 0
 
-    def lines(self, event: Event) -> Iterator[str]:
+    def lines(self, event: JobEvent) -> Iterator[str]:
         if event.kind == PREVIEW and self._is_due(event.data):
             yield _data(self._partial(event.data))
         elif event.kind == FINAL:

@@ -11,7 +11,7 @@ import structlog
 from sqlalchemy.orm import Session
 
 from app.caller import Caller
-from app.live.forecast import Booked
+from app.live.forecast import BookedJobs
 from app.problems import Problem
 from app.runtime import Runtime
 from app.services import inputs, jobs, quotas, submit
@@ -22,7 +22,7 @@ from models import idempotency
 from models.accepting import NewJob, in_order
 from models.database import run_transaction
 from models.files import FileGone
-from models.idempotency import Answer, Once
+from models.idempotency import IdempotentRequest, StoredAnswer
 from models.tables import Job
 from policy.params import Resolved
 from policy.states import JobState
@@ -80,7 +80,7 @@ class _Admission:
 
     runtime: Runtime
     caller: Caller
-    booked: dict[tuple[str, str], Booked] = field(default_factory=dict)
+    booked: dict[tuple[str, str], BookedJobs] = field(default_factory=dict)
 
     def admit(self, asked: JobRequest | Problem) -> _Draft | Problem:
         """Return the item as a draft, or the problem for which it is refused."""
@@ -92,7 +92,7 @@ class _Admission:
             new, _ = submit.price_and_admit(self.runtime, self.caller, prepared, booked=self.booked)
         except Problem as problem:
             return problem
-        self.booked[new.flow] = self.booked.get(new.flow, Booked()).and_one(new.predicted_s)
+        self.booked[new.flow] = self.booked.get(new.flow, BookedJobs()).with_job(new.predicted_s)
         return _Draft(new, asked.pictures)
 
 
@@ -101,7 +101,7 @@ def submit_batch(
     caller: Caller,
     items: Iterator[JobRequest | Problem],
     *,
-    once: Once | None = None,
+    idempotent: IdempotentRequest | None = None,
 ) -> BatchAnswer:
     """Accept every job of the batch that can be accepted.
 
@@ -110,12 +110,12 @@ def submit_batch(
     together they exceed the tenant's limits. Also raises IdempotencyKeyReused and
     InvalidImageRequest.
     """
-    if (earlier := _find_earlier(runtime, caller, once)) is not None:
+    if (earlier := _find_earlier(runtime, caller, idempotent)) is not None:
         return earlier
     admission = _Admission(runtime, caller)
     try:
         outcomes = _complete(runtime, caller, [admission.admit(asked) for asked in items])
-        done = _accept(runtime, caller, outcomes, once)
+        done = _accept(runtime, caller, outcomes, idempotent)
     except idempotency.AlreadyAnswered as error:  # meanwhile, by another request
         return _earlier(runtime, caller, error.answer)
     except idempotency.KeyReused:
@@ -124,17 +124,21 @@ def submit_batch(
         raise submit.picture_gone(error) from None
     except Problem:
         # The same request may have been accepted while this one stored its pictures.
-        if (earlier := _find_earlier(runtime, caller, once)) is None:
+        if (earlier := _find_earlier(runtime, caller, idempotent)) is None:
             raise
         return earlier
-    if not done.jobs and (earlier := _find_earlier(runtime, caller, once)) is not None:
+    if not done.jobs and (earlier := _find_earlier(runtime, caller, idempotent)) is not None:
         return earlier
     return done
 
 
-def _find_earlier(runtime: Runtime, caller: Caller, once: Once | None) -> BatchAnswer | None:
+def _find_earlier(
+    runtime: Runtime, caller: Caller, idempotent: IdempotentRequest | None
+) -> BatchAnswer | None:
     """Find what the same request came to before; None without a key, or if it is new."""
-    answer = submit.find_replayed_answer(runtime, caller, once) if once is not None else None
+    answer = (
+        submit.find_replayed_answer(runtime, caller, idempotent) if idempotent is not None else None
+    )
     return _earlier(runtime, caller, answer) if answer is not None else None
 
 
@@ -156,7 +160,10 @@ def _complete(
 
 
 def _accept(
-    runtime: Runtime, caller: Caller, outcomes: Sequence[Outcome], once: Once | None
+    runtime: Runtime,
+    caller: Caller,
+    outcomes: Sequence[Outcome],
+    idempotent: IdempotentRequest | None,
 ) -> BatchAnswer:
     """Write the accepted jobs, if any, and announce as many as the limits allow."""
     new = iter(in_order([outcome for outcome in outcomes if isinstance(outcome, NewJob)]))
@@ -165,7 +172,7 @@ def _accept(
     items = list(_noted(outcomes))
     if accepted:
         # As text: JSONB cannot hold every JSON string.
-        _write(runtime, caller, accepted, once, {"items": json.dumps(items)})
+        _write(runtime, caller, accepted, idempotent, {"items": json.dumps(items)})
     for job in accepted:
         telemetry.JOBS_ACCEPTED.labels(job.params.tier, job.params.model).inc()
     log.info("batch_accepted", jobs=len(accepted), refused=len(outcomes) - len(accepted))
@@ -180,30 +187,30 @@ def _write(
     runtime: Runtime,
     caller: Caller,
     accepted: Sequence[NewJob],
-    once: Once | None,
+    idempotent: IdempotentRequest | None,
     noted: Mapping[str, str],
 ) -> None:
     tenant_id = caller.tenant_id
 
     def write(session: Session) -> None:
         quotas.lock_tenant_usage(session, caller)
-        if once is not None:
-            idempotency.claim(session, once, tenant_id=tenant_id)
+        if idempotent is not None:
+            idempotency.claim(session, idempotent, tenant_id=tenant_id)
         submit.insert_jobs(session, runtime, caller, accepted)
-        if once is not None:
-            idempotency.fulfil(session, once, tenant_id=tenant_id, answer=noted)
+        if idempotent is not None:
+            idempotency.fulfil(session, idempotent, tenant_id=tenant_id, answer=noted)
 
     whole = sum((job.megapixel_steps for job in accepted), Decimal(0))
     with quotas.budget_charge(runtime, caller, whole):
         run_transaction(runtime.database, write)
 
 
-def _earlier(runtime: Runtime, caller: Caller, answer: Answer) -> BatchAnswer:
+def _earlier(runtime: Runtime, caller: Caller, answer: StoredAnswer) -> BatchAnswer:
     """Return the stored answer of the same batch, with its jobs as they are now."""
     telemetry.REQUESTS_REPLAYED.inc()
     items = json.loads((answer.items or {}).get("items", "[]"))
     job_ids = [uuid.UUID(item["job_id"]) for item in items if "job_id" in item]
-    found = jobs.some(runtime, caller, job_ids) if job_ids else {}
+    found = jobs.find_many(runtime, caller, job_ids) if job_ids else {}
     shown = {job_id: BatchJob(job_id, job.state, job) for job_id, job in found.items()}
     return BatchAnswer(items, shown, is_new=False)
 

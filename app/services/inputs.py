@@ -27,7 +27,7 @@ from edges import telemetry
 from edges.decoders import DecoderDied, TooBusy
 from edges.objectstore import ObjectGone, StoreUnavailable, content_sha256, picture_key
 from edges.outbound import Unreachable
-from edges.pictures import NotAPicture, Picture
+from edges.pictures import NormalisedPicture, NotAPicture
 from models import files, uploads
 from models.database import run_transaction, transaction
 from models.tables import File
@@ -58,7 +58,7 @@ def keep(
     return _kept(runtime, caller, _normalised(runtime, caller, content, field), way)
 
 
-def _kept(runtime: Runtime, caller: Caller, picture: Picture, way: str) -> File:
+def _kept(runtime: Runtime, caller: Caller, picture: NormalisedPicture, way: str) -> File:
     digest = content_sha256(picture.content)
     with transaction(runtime.database) as session:
         file = files.find_content(session, digest, tenant_id=caller.tenant_id)
@@ -273,7 +273,9 @@ def _is_url(value: str) -> bool:
     return value[:8].lower().startswith(("https://", "http://"))
 
 
-def _normalised(runtime: Runtime, caller: Caller, content: bytes | BinaryIO, field: str) -> Picture:
+def _normalised(
+    runtime: Runtime, caller: Caller, content: bytes | BinaryIO, field: str
+) -> NormalisedPicture:
     try:
         with telemetry.PICTURE_SECONDS.time():
             return runtime.decoders.normalise(content, tenant=caller.tenant_id)
@@ -315,7 +317,7 @@ def _is_stored(runtime: Runtime, file: File) -> bool:
         return True
 
 
-def _store(runtime: Runtime, caller: Caller, picture: Picture, digest: str) -> File:
+def _store(runtime: Runtime, caller: Caller, picture: NormalisedPicture, digest: str) -> File:
     key = picture_key(caller.tenant_id, digest)
     run_transaction(runtime.database, lambda session: uploads.begin(session, key))
     try:

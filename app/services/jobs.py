@@ -8,7 +8,7 @@ from app.problems import Erased, ImageNotFound, ImageNotReady, JobNotFound
 from app.runtime import Runtime
 from models import jobs, listing
 from models.database import transaction
-from models.listing import Page, Sought
+from models.listing import JobFilter, Page
 from models.tables import Artifact, Job
 from policy.states import ACTIVE_STATES
 
@@ -22,10 +22,10 @@ def find(runtime: Runtime, caller: Caller, job_id: uuid.UUID) -> Job:
     return job
 
 
-def glance(runtime: Runtime, caller: Caller, job_id: uuid.UUID) -> Job:
+def find_with_images(runtime: Runtime, caller: Caller, job_id: uuid.UUID) -> Job:
     """Return the changing members of the caller's job. Raises JobNotFound."""
     with transaction(runtime.database) as session:
-        job = jobs.glance(session, job_id, tenant_id=caller.tenant_id)
+        job = jobs.find_with_images(session, job_id, tenant_id=caller.tenant_id)
     if job is None:
         raise not_found(job_id)
     return job
@@ -37,16 +37,18 @@ def state_of(runtime: Runtime, job_id: uuid.UUID) -> str | None:
         return jobs.state_of(session, job_id)
 
 
-def page(runtime: Runtime, caller: Caller, sought: Sought, *, limit: int) -> Page:
+def page(runtime: Runtime, caller: Caller, job_filter: JobFilter, *, limit: int) -> Page:
     """List up to `limit` of the caller's jobs that pass the filter, newest first."""
     with transaction(runtime.database) as session:
-        return listing.page(session, sought, tenant_id=caller.tenant_id, limit=limit)
+        return listing.page(session, job_filter, tenant_id=caller.tenant_id, limit=limit)
 
 
-def some(runtime: Runtime, caller: Caller, job_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, Job]:
+def find_many(
+    runtime: Runtime, caller: Caller, job_ids: Sequence[uuid.UUID]
+) -> dict[uuid.UUID, Job]:
     """Return those of the caller's jobs that exist, by id."""
     with transaction(runtime.database) as session:
-        return listing.some(session, job_ids, tenant_id=caller.tenant_id)
+        return listing.find_many(session, job_ids, tenant_id=caller.tenant_id)
 
 
 def stored_image(runtime: Runtime, caller: Caller, job_id: uuid.UUID, index: int) -> Artifact:

@@ -19,7 +19,7 @@ from app.problems import (
 )
 from app.runtime import Runtime
 from edges import telemetry
-from edges.limits import Taken
+from edges.limits import BudgetResult
 from models import files, usage
 from models.database import transaction
 from policy.catalog import InvalidWish
@@ -154,7 +154,7 @@ def _check_burst(amount: Decimal, burst: float) -> None:
         raise invalid_wish(InvalidWish("steps", detail, {"max_megapixel_steps": burst}))
 
 
-def _budget_spent(amount: Decimal, held: Taken, per_minute: float) -> BudgetSpent:
+def _budget_spent(amount: Decimal, held: BudgetResult, per_minute: float) -> BudgetSpent:
     telemetry.SHED.labels("budget_spent").inc()
     detail = (
         f"{amount} megapixel-steps are asked for and {held.left:.2f} are left;"

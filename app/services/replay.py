@@ -9,20 +9,26 @@ from app.services import jobs
 from app.services.submit import Accepted, Prepared, accept_once
 from models import files
 from models.database import transaction
-from models.idempotency import Once
+from models.idempotency import IdempotentRequest
 from models.tables import Job
 from policy.fleet import Fleet
 from policy.params import params_of, pictures_of
 
 
 def replay(
-    runtime: Runtime, caller: Caller, job_id: uuid.UUID, *, once: Once | None = None
+    runtime: Runtime,
+    caller: Caller,
+    job_id: uuid.UUID,
+    *,
+    idempotent: IdempotentRequest | None = None,
 ) -> Accepted:
     """Accept a job with every parameter of the caller's job, including its model version.
 
     Raises JobNotFound, ReplayImpossible and what `accept_once` raises.
     """
-    return accept_once(runtime, caller, lambda: _prepared(runtime, caller, job_id), once=once)
+    return accept_once(
+        runtime, caller, lambda: _prepared(runtime, caller, job_id), idempotent=idempotent
+    )
 
 
 def _prepared(runtime: Runtime, caller: Caller, job_id: uuid.UUID) -> Prepared:

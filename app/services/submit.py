@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from app.caller import Caller
 from app.documents import JobDocument, of_accepted, of_row
-from app.live.forecast import Bookings, Expected, QueuePlace
+from app.live.forecast import Bookings, JobForecast, QueuePlace
 from app.problems import (
     FleetSaturated,
     IdempotencyKeyReused,
@@ -35,7 +35,7 @@ from models import accepting, idempotency, jobs, releasing
 from models.accepting import AcceptedRow, NewJob
 from models.database import run_transaction, transaction
 from models.files import FileGone
-from models.idempotency import Answer, Once
+from models.idempotency import IdempotentRequest, StoredAnswer
 from policy import warnings
 from policy.admission import Refusal
 from policy.catalog import InvalidWish
@@ -95,10 +95,16 @@ class Accepted:
 
 
 def submit(
-    runtime: Runtime, caller: Caller, asked: JobRequest, *, once: Once | None = None
+    runtime: Runtime,
+    caller: Caller,
+    asked: JobRequest,
+    *,
+    idempotent: IdempotentRequest | None = None,
 ) -> Accepted:
     """Accept the requested job, once. Raises as `prepare` and `accept_once` do."""
-    return accept_once(runtime, caller, lambda: prepare(runtime, caller, asked), once=once)
+    return accept_once(
+        runtime, caller, lambda: prepare(runtime, caller, asked), idempotent=idempotent
+    )
 
 
 def accept_once(
@@ -106,30 +112,34 @@ def accept_once(
     caller: Caller,
     prepare: Callable[[], Prepared],
     *,
-    once: Once | None = None,
+    idempotent: IdempotentRequest | None = None,
     may_answer: Callable[[JobDocument], bool] = lambda earlier: True,
 ) -> Accepted:
     """Accept a job, or return the one that an earlier request with the same key made.
 
-    prepare: called only if there is no earlier job. once: the request's idempotency key. An earlier
-    job is returned as it is now, even if no such job could be accepted any more. may_answer: tells
-    whether the earlier job still counts; if not, a new one replaces it under the key.
+    prepare: called only if there is no earlier job. idempotent: the request's idempotency key.
+    An earlier job is returned as it is now, even if no such job could be accepted any more.
+    may_answer: tells whether the earlier job still counts; if not, a new one replaces it under the
+    key.
 
     Raises the Problem of a job that cannot be served now, and what `prepare` raises.
     """
-    if once is not None and (earlier := _find_earlier(runtime, caller, once)) is not None:
+    if (
+        idempotent is not None
+        and (earlier := _find_earlier(runtime, caller, idempotent)) is not None
+    ):
         if may_answer(earlier):
             return _came_before(earlier)
-        once = replace(once, renew=True)
+        idempotent = replace(idempotent, renew=True)
     try:
-        return _accept(runtime, caller, prepare(), once)
+        return _accept(runtime, caller, prepare(), idempotent)
     except idempotency.AlreadyAnswered as error:  # meanwhile, by another request
         return _came_before(_job_of(runtime, caller, error.answer))
     except idempotency.KeyReused:
         raise reused() from None
     except Problem:
         # The same request may have been accepted while this one stored its pictures.
-        if once is None or (earlier := _find_earlier(runtime, caller, once)) is None:
+        if idempotent is None or (earlier := _find_earlier(runtime, caller, idempotent)) is None:
             raise
         return _came_before(earlier)
 
@@ -189,7 +199,7 @@ def price_and_admit(
     prepared: Prepared,
     *,
     booked: Bookings | None = None,
-) -> tuple[NewJob, Expected]:
+) -> tuple[NewJob, JobForecast]:
     """Price and admit a job; return the row to write, and the forecast for it.
 
     booked: what the caller will write before it. Raises the Problem of a job that is refused.
@@ -218,19 +228,21 @@ def price_and_admit(
     return new, expected
 
 
-def _accept(runtime: Runtime, caller: Caller, prepared: Prepared, once: Once | None) -> Accepted:
+def _accept(
+    runtime: Runtime, caller: Caller, prepared: Prepared, idempotent: IdempotentRequest | None
+) -> Accepted:
     """Write the job with its images, and announce it if the limits allow."""
     drafted, expected = price_and_admit(runtime, caller, prepared)
     hint, limits = runtime.forecaster.release_hint(prepared.params, caller.tenant_id)
     at_once = limits if hint is ReleaseHint.IMMEDIATE else None
 
     def write_job(session: Session) -> tuple[NewJob, AcceptedRow]:
-        return _write_job(session, runtime, caller, drafted, once, at_once)
+        return _write_job(session, runtime, caller, drafted, idempotent, at_once)
 
     try:
         with quotas.budget_charge(runtime, caller, drafted.megapixel_steps):
             new, row = run_transaction(runtime.database, write_job)
-    except jobs.NothingLeft:
+    except jobs.JobErased:
         raise ReplayImpossible("The job was erased: its parameters are gone.") from None
     except FileGone as error:  # it was erased after its look-up a moment ago
         if prepared.replay_of is not None:
@@ -246,7 +258,7 @@ def _write_job(
     runtime: Runtime,
     caller: Caller,
     new: NewJob,
-    once: Once | None,
+    idempotent: IdempotentRequest | None,
     at_once: ReleaseLimits | None,
 ) -> tuple[NewJob, AcceptedRow]:
     """Write the job; return it with what is known of it now, and its row.
@@ -254,10 +266,10 @@ def _write_job(
     at_once: write it as announced if these limits allow; None: it is announced after the commit.
     """
     quotas.lock_tenant_usage(session, caller)
-    if once is not None:
-        idempotency.claim(session, once, tenant_id=caller.tenant_id)
+    if idempotent is not None:
+        idempotency.claim(session, idempotent, tenant_id=caller.tenant_id)
     if new.replay_of is not None:
-        jobs.hold(session, new.replay_of)
+        jobs.lock_against_erasure(session, new.replay_of)
     if at_once is not None:
         may_pass = releasing.may_pass_at_once(
             session,
@@ -269,8 +281,8 @@ def _write_job(
         )
         new = replace(new, announced=may_pass)
     (row,) = insert_jobs(session, runtime, caller, [new])
-    if once is not None:
-        idempotency.fulfil(session, once, tenant_id=caller.tenant_id, job_id=row.id)
+    if idempotent is not None:
+        idempotency.fulfil(session, idempotent, tenant_id=caller.tenant_id, job_id=row.id)
     return new, row
 
 
@@ -318,16 +330,18 @@ def release_waiting_jobs(runtime: Runtime, caller: Caller, pool: str, tier: str)
         log.warning("release_postponed", pool=pool, tier=tier, reason=type(error).__name__)
 
 
-def find_replayed_answer(runtime: Runtime, caller: Caller, once: Once) -> Answer | None:
+def find_replayed_answer(
+    runtime: Runtime, caller: Caller, idempotent: IdempotentRequest
+) -> StoredAnswer | None:
     """Return the stored answer of the same request; None if it is new or to be renewed.
 
     Raises IdempotencyKeyReused.
     """
-    if once.renew:
+    if idempotent.renew:
         return None
     try:
         with transaction(runtime.database) as session:
-            answer = idempotency.look_up(session, once, tenant_id=caller.tenant_id)
+            answer = idempotency.look_up(session, idempotent, tenant_id=caller.tenant_id)
     except idempotency.KeyReused:
         raise reused() from None
     return answer
@@ -338,12 +352,14 @@ def _came_before(job: JobDocument) -> Accepted:
     return Accepted(job, is_new=False)
 
 
-def _find_earlier(runtime: Runtime, caller: Caller, once: Once) -> JobDocument | None:
-    answer = find_replayed_answer(runtime, caller, once)
+def _find_earlier(
+    runtime: Runtime, caller: Caller, idempotent: IdempotentRequest
+) -> JobDocument | None:
+    answer = find_replayed_answer(runtime, caller, idempotent)
     return _job_of(runtime, caller, answer) if answer is not None else None
 
 
-def _job_of(runtime: Runtime, caller: Caller, answer: Answer) -> JobDocument:
+def _job_of(runtime: Runtime, caller: Caller, answer: StoredAnswer) -> JobDocument:
     with transaction(runtime.database) as session:
         job_id = answer.job_id
         job = jobs.find(session, job_id, tenant_id=caller.tenant_id) if job_id else None

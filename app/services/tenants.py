@@ -69,7 +69,7 @@ def change(
     def apply(session: Session) -> Tenant:
         tenant = find_in(session, tenant_id)
         if weight is not None:
-            tenants.weigh(session, tenant, weight=weight, actor=caller.actor)
+            tenants.set_weight(session, tenant, weight=weight, actor=caller.actor)
         if limits:
             tenants.limit(session, tenant, changes=limits, actor=caller.actor)
         return tenant
@@ -80,7 +80,7 @@ def change(
         raise InvalidRequest.at(error.field, error.detail) from None
 
 
-def keys_of(runtime: Runtime, tenant_id: UUID) -> Sequence[ApiKey]:
+def list_keys_of(runtime: Runtime, tenant_id: UUID) -> Sequence[ApiKey]:
     """List the tenant's keys, oldest first, revoked ones included. Raises TenantNotFound."""
     with transaction(runtime.database) as session:
         find_in(session, tenant_id)

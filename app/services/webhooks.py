@@ -57,7 +57,7 @@ def create(
     return run_transaction(runtime.database, add), secret
 
 
-def all_of(runtime: Runtime, caller: Caller) -> Sequence[WebhookEndpoint]:
+def list_endpoints(runtime: Runtime, caller: Caller) -> Sequence[WebhookEndpoint]:
     """List the caller's endpoints, oldest first; there are at most MAX_ENDPOINTS."""
     with transaction(runtime.database) as session:
         return webhooks.of_tenant(session, tenant_id=caller.tenant_id)

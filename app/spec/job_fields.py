@@ -55,18 +55,18 @@ def job_fields(fleet: Fleet) -> dict[str, dict[str, Any]]:
             "maximum": max(tier.start_within_s for tier in tiers),
         },
     }
-    as_asked = {
+    pass_through = {
         param.member: {"description": param.says} | _bounds(param)
         for param in PARAMS
         if param.member in ASKED
     }
     said = {name: {"description": about} | bounds.get(name, {}) for name, about in ABOUT.items()}
-    return as_asked | said
+    return pass_through | said
 
 
 def _bounds(param: Param) -> dict[str, Any]:
     """Return range and choices of a parameter whose bounds do not depend on the model."""
-    rule = param.as_asked
+    rule = param.pass_through
     if rule is None:
         return {}
     choices = None if rule.choices is None else list(rule.choices)

@@ -53,8 +53,8 @@ class ProxiedStack(Stack):
         for proxy in self.proxies.values():
             proxy.close()
 
-    def _house_env(self, addresses: Addresses) -> dict[str, str]:
-        env = super()._house_env(addresses)
+    def _process_env(self, addresses: Addresses) -> dict[str, str]:
+        env = super()._process_env(addresses)
         for part, variable in PROXIED.items():
             if part not in self.proxies:
                 (port,) = free_ports(1)

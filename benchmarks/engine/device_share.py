@@ -9,7 +9,7 @@ from benchmarks.engine.part import PATIENCE_S, Part, first_model
 from benchmarks.engine.traffic import arrivals
 from benchmarks.lib.tables import make_table
 from engine.config import CheckpointSpec, EngineConfig
-from engine.events import Event, Failed, Finished
+from engine.events import EngineEvent, Failed, Finished
 from engine.request import ImageRequest
 
 LONG_STEP_S = 0.02  # `device_share` is promised for models whose step takes this long
@@ -75,7 +75,9 @@ def _saturate(
     finished = itertools.count(1)
     with Engine(config, [spec]) as engine:
 
-        def on_event(event: Event) -> None:  # on the device thread: between two pieces of its work
+        def on_event(
+            event: EngineEvent,
+        ) -> None:  # on the device thread: between two pieces of its work
             if isinstance(event, Failed):
                 failures.append(event.error)
             elif isinstance(event, Finished):

@@ -29,7 +29,7 @@ from benchmarks.engine.traffic import by_kind
 from benchmarks.lib.pipeline import PlainPipeline
 from benchmarks.lib.progress import log_progress
 from engine.engine import Engine
-from engine.events import Event, Failed, Finished
+from engine.events import EngineEvent, Failed, Finished
 from engine.request import ImageRequest
 from settings import REPO
 
@@ -58,7 +58,7 @@ class Ours:
     def submit(self, request: ImageRequest, tell: Tell) -> None:
         """See `System`."""
 
-        def on_event(event: Event) -> None:
+        def on_event(event: EngineEvent) -> None:
             if isinstance(event, Finished):
                 tell(event.image.pixels)
             elif isinstance(event, Failed):

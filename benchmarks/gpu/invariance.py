@@ -20,7 +20,7 @@ from benchmarks.gpu.random_networks import forget
 from benchmarks.gpu.stepper import Stepper
 from engine.config import CheckpointSpec, EngineConfig
 from engine.engine import Engine
-from engine.events import Event, Stepped
+from engine.events import EngineEvent, Stepped
 from engine.inflight import InFlight
 from engine.request import Determinism, ImageRequest
 from engine.snapshots import from_bytes
@@ -187,14 +187,14 @@ def apart_after_resume(spec: CheckpointSpec, device: str, kernel: str) -> float:
 
 def _snapshots_of(
     engine: Engine, request: ImageRequest
-) -> tuple[dict[int, Future[bytes]], Callable[[Event], None]]:
+) -> tuple[dict[int, Future[bytes]], Callable[[EngineEvent], None]]:
     """Return snapshots by step, and the listener that asks for them.
 
     They are there once the image has ended.
     """
     blobs: dict[int, Future[bytes]] = {}
 
-    def on_event(event: Event) -> None:
+    def on_event(event: EngineEvent) -> None:
         if isinstance(event, Stepped) and event.step in (SAVED_AFTER, LOOKED_AT_AFTER):
             blobs[event.step] = engine.snapshot(request.id)
 

@@ -7,7 +7,7 @@ import torch
 from engine.conditioning import ConditioningCache
 from engine.config import CheckpointSpec
 from engine.device import Device
-from engine.inflight import BatchKey, ImageState, InFlight
+from engine.inflight import BatchKey, InFlight, RenderState
 from engine.loading import load_checkpoint
 from engine.request import ImageRequest
 from engine.runner import Runner
@@ -40,7 +40,7 @@ class Stepper:
             request=request,
             batch_key=self.key(request),
             rows=family.rows(request),
-            state=ImageState.RUNNING,
+            state=RenderState.RUNNING,
         )
         self.runner.start(image)
         return image

@@ -11,7 +11,7 @@ from benchmarks.lib.stack import environment, running_stack, temporary_folder
 from benchmarks.lib.tenant_client import TenantClient
 from benchmarks.lib.worker_metrics import WorkerMetrics
 from fleet.addresses import free_ports
-from fleet.house import METRICS_STRIDE
+from fleet.processes import METRICS_STRIDE
 from fleet.stack import Stack
 from models import api_keys, tenants
 from models.database import make_engine, transaction

@@ -29,12 +29,12 @@ PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 MAX_COMPARED_BYTES = 16 * 1024 * 1024
 
 
-class Unlike(Exception):
+class CallsDiffer(Exception):
     """These calls cannot be made as one, or not by this form."""
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
+class NetworkCall:
     """One call of a network, as its pipeline made it."""
 
     network: str  # the pipeline's name for it: unet, transformer, controlnet…
@@ -54,8 +54,8 @@ class Form(ABC):
         """Describe in plain JSON what values must agree on to be stacked; add this value's rows to
         `rows`.
 
-        exactly: must a row's bits not depend on the others? Raises `Unlike` for a value of another
-        form.
+        exactly: must a row's bits not depend on the others? Raises `CallsDiffer` for a value of
+        another form.
         """
 
     @abstractmethod
@@ -88,7 +88,7 @@ class Rowed(Form):
     def describe(self, value: Any, rows: set[int], *, exactly: bool) -> Any:
         """Describe all but the number of rows."""
         if not isinstance(value, Tensor) or value.ndim != self.ndim:
-            raise Unlike
+            raise CallsDiffer
         rows.add(value.shape[self.axis])
         return [str(value.dtype), *value.shape[: self.axis], "rows", *value.shape[self.axis + 1 :]]
 
@@ -123,7 +123,7 @@ class Listed(Form):
         if type(value) is not self.kind or not all(
             isinstance(row, Tensor) and row.ndim == self.ndim for row in value
         ):
-            raise Unlike
+            raise CallsDiffer
         rows.add(len(value))
         dtypes = sorted({str(row.dtype) for row in value})
         return [dtypes, sorted({tuple(row.shape) for row in value})] if exactly else [dtypes]
@@ -148,7 +148,7 @@ class Spread(Form):
     def describe(self, value: Any, rows: set[int], *, exactly: bool) -> Any:
         """Describe its dtype."""
         if not isinstance(value, Tensor) or value.numel() != 1 or value.ndim != self.ndim:
-            raise Unlike
+            raise CallsDiffer
         return [str(value.dtype)]
 
     def stack(self, values: Sequence[Any], counts: Sequence[int], padding: int) -> Any:
@@ -158,7 +158,7 @@ class Spread(Form):
 
     def split(self, value: Any, counts: Sequence[int]) -> list[Any]:
         """Refuse: networks take such numbers but do not return them."""
-        raise Unlike
+        raise CallsDiffer
 
 
 @dataclass(frozen=True)
@@ -176,11 +176,11 @@ class Shared(Form):
                 or value.ndim != self.ndim
                 or value.nbytes > MAX_COMPARED_BYTES
             ):
-                raise Unlike
+                raise CallsDiffer
             content = value.cpu().reshape(-1).view(torch.uint8).numpy()
             return [str(value.dtype), *value.shape, hashlib.sha256(content.data).hexdigest()]
         if type(value) is not self.kind:
-            raise Unlike
+            raise CallsDiffer
         return repr(value)
 
     def stack(self, values: Sequence[Any], counts: Sequence[int], padding: int) -> Any:
@@ -206,7 +206,7 @@ class Nested(Form):
     def describe(self, value: Any, rows: set[int], *, exactly: bool) -> Any:
         """Describe what its places say."""
         if type(value) is not self.kind or [place for place, _ in self.places] != _places(value):
-            raise Unlike
+            raise CallsDiffer
         return [
             [str(place), form.describe(value[place], rows, exactly=exactly)]
             for place, form in self.places
@@ -239,22 +239,22 @@ class Nested(Form):
 def probe(one: Any, two: Any) -> Form:
     """Give the form of a value, from that of one image and that of two of them.
 
-    Raises `Unlike` when it cannot be told.
+    Raises `CallsDiffer` when it cannot be told.
     """
     if type(one) is not type(two):
-        raise Unlike
+        raise CallsDiffer
     if isinstance(one, Tensor):
         return _probe_tensor(one, two)
     if _are_lists_of_rows(one, two):
         return Listed(type(one), one[0].ndim)
     if _is_container(one):
         if _places(one) != _places(two):
-            raise Unlike
+            raise CallsDiffer
         return Nested(
             type(one), tuple((place, probe(one[place], two[place])) for place in _places(one))
         )
     if not isinstance(one, PLAIN) or one != two:
-        raise Unlike
+        raise CallsDiffer
     return Shared(type(one))
 
 
@@ -269,14 +269,14 @@ def _are_lists_of_rows(one: Any, two: Any) -> bool:
 
 def _probe_tensor(one: Tensor, two: Tensor) -> Form:
     if one.ndim != two.ndim or one.dtype != two.dtype:
-        raise Unlike
+        raise CallsDiffer
     grown = [axis for axis in range(one.ndim) if one.shape[axis] != two.shape[axis]]
     if not grown:
         if not torch.equal(one, two):
-            raise Unlike  # it depends on the number of images, and hides how
+            raise CallsDiffer  # it depends on the number of images, and hides how
         return Shared(Tensor, one.ndim)
     if len(grown) > 1 or two.shape[grown[0]] != 2 * one.shape[grown[0]]:
-        raise Unlike
+        raise CallsDiffer
     return Rowed(grown[0], one.ndim)
 
 
@@ -307,23 +307,25 @@ class CallForm:
     given: Form  # of (args, kwargs)
     returned: Form
 
-    def describe(self, call: Call, *, exactly: bool) -> tuple[int, str]:
+    def describe(self, call: NetworkCall, *, exactly: bool) -> tuple[int, str]:
         """Return the call's number of rows, and briefly all that calls must agree on to be made as
         one.
 
         exactly: a row's bits then depend on itself and the number of rows alone, whoever shares the
-        forward. Raises `Unlike`.
+        forward. Raises `CallsDiffer`.
         """
         if call.network != self.network:
-            raise Unlike
+            raise CallsDiffer
         rows: set[int] = set()
         about = self.given.describe((call.args, call.kwargs), rows, exactly=exactly)
         if len(rows) != 1:
-            raise Unlike
+            raise CallsDiffer
         text = json.dumps([call.context, about])
         return rows.pop(), f"{self.network} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
-    def stack(self, calls: Sequence[Call], counts: Sequence[int], bucket_rows: int) -> Call:
+    def stack(
+        self, calls: Sequence[NetworkCall], counts: Sequence[int], bucket_rows: int
+    ) -> NetworkCall:
         """Make one call of several that agree.
 
         It has `bucket_rows` rows, or as many as they have if that is more.
@@ -332,18 +334,18 @@ class CallForm:
         args, kwargs = self.given.stack(
             [(call.args, call.kwargs) for call in calls], counts, padding
         )
-        return Call(self.network, calls[0].context, args, kwargs)
+        return NetworkCall(self.network, calls[0].context, args, kwargs)
 
     def split(self, result: Any, counts: Sequence[int]) -> list[Any]:
         """Give each call what belongs to it of the one call's result."""
         return self.returned.split(result, counts)
 
 
-Network = Callable[[Call], Any]
+Network = Callable[[NetworkCall], Any]
 """What makes a call."""
 
 
-Run = Sequence[tuple[Call, Any]]
+Run = Sequence[tuple[NetworkCall, Any]]
 """Every call of a pipeline's run, with what it gave."""
 
 
@@ -353,7 +355,7 @@ def learn(runs: Sequence[tuple[Run, Run]], network: Network) -> list[CallForm]:
     Each run is of one image and again of two. A call has no form when its rows cannot be told
     apart, or when the network was not seen to keep them apart.
     """
-    seen: dict[CallForm, list[Call]] = {}
+    seen: dict[CallForm, list[NetworkCall]] = {}
     for of_one, of_two in runs:
         for (one, returned_one), (two, returned_two) in zip(of_one, of_two, strict=False):
             if one.network != two.network:
@@ -364,14 +366,14 @@ def learn(runs: Sequence[tuple[Run, Run]], network: Network) -> list[CallForm]:
                     probe((one.args, one.kwargs), (two.args, two.kwargs)),
                     probe(returned_one, returned_two),
                 )
-            except Unlike:
+            except CallsDiffer:
                 continue
             seen.setdefault(form, []).append(one)
     proved = [_proved(form, calls, network) for form, calls in seen.items()]
     return [form for form in proved if form is not None]
 
 
-def _proved(form: CallForm, calls: Sequence[Call], network: Network) -> CallForm | None:
+def _proved(form: CallForm, calls: Sequence[NetworkCall], network: Network) -> CallForm | None:
     """Return the form if the network gives a row the same bits beside itself and beside another.
 
     The form's single numbers are spread over rows. Compared at one number of rows, for another may
@@ -399,16 +401,18 @@ def _proved(form: CallForm, calls: Sequence[Call], network: Network) -> CallForm
     return proved.pop() if len(proved) == 1 else None
 
 
-def _ends_of_alike(calls: Sequence[Call]) -> list[tuple[Call, Call]]:
+def _ends_of_alike(calls: Sequence[NetworkCall]) -> list[tuple[NetworkCall, NetworkCall]]:
     """Give the first and the last of the calls that have one context and the same shapes."""
-    alike: dict[Any, list[Call]] = {}
+    alike: dict[Any, list[NetworkCall]] = {}
     for call in calls:
         shapes = tuple(tensor.shape for tensor in tensors_of((call.args, call.kwargs)))
         alike.setdefault((call.context, shapes), []).append(call)
     return [(some[0], some[-1]) for some in alike.values()]
 
 
-def _side_by_side(form: CallForm, one: Call, other: Call, rows: int, network: Network) -> list[Any]:
+def _side_by_side(
+    form: CallForm, one: NetworkCall, other: NetworkCall, rows: int, network: Network
+) -> list[Any]:
     """Make one call of two calls with `rows` rows each; return the result of each."""
     return form.split(network(form.stack([one, other], [rows, rows], 0)), [rows, rows])
 
@@ -447,7 +451,7 @@ def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 def written(value: Any, tensors: list[Tensor]) -> Any:
     """Give the value in plain JSON, but for its tensors, which are added to `tensors`.
 
-    Of one on the meta device only the shape is kept. Raises `Unlike` for what is no value.
+    Of one on the meta device only the shape is kept. Raises `CallsDiffer` for what is no value.
     """
     if isinstance(value, Tensor):
         if value.is_meta:
@@ -461,14 +465,14 @@ def written(value: Any, tensors: list[Tensor]) -> Any:
             "items": [[place, written(value[place], tensors)] for place in _places(value)],
         }
     if not isinstance(value, type(None) | bool | int | float | str):
-        raise Unlike
+        raise CallsDiffer
     return {"plain": value}
 
 
 def read(facts: Any, tensors: Sequence[Tensor]) -> Any:
     """Give the inverse of `written`.
 
-    Raises `Unlike` for a kind that is neither plain nor an output of diffusers.
+    Raises `CallsDiffer` for a kind that is neither plain nor an output of diffusers.
     """
     if "tensor" in facts:
         return tensors[facts["tensor"]]
@@ -482,5 +486,5 @@ def read(facts: Any, tensors: Sequence[Tensor]) -> Any:
         kind = getattr(import_module(module), name)
     is_output = isinstance(kind, type) and issubclass(kind, BaseOutput)
     if kind not in (tuple, list, dict) and not is_output:
-        raise Unlike
+        raise CallsDiffer
     return _container(kind, {place: read(item, tensors) for place, item in facts["items"]})

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from engine.families.calls import Call
+from engine.families.calls import NetworkCall
 
 
 class StandIn:
@@ -31,14 +31,14 @@ class StandIn:
 class Denoiser(StandIn):
     """Asks for what the network would give: `ask(call)`."""
 
-    def __init__(self, network: Any, name: str, ask: Callable[[Call], Any]) -> None:
+    def __init__(self, network: Any, name: str, ask: Callable[[NetworkCall], Any]) -> None:
         super().__init__(network)
         self._name = name
         self._ask = ask
         self._context = ""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._ask(Call(self._name, self._context, args, kwargs))
+        return self._ask(NetworkCall(self._name, self._context, args, kwargs))
 
     forward = __call__
 

@@ -28,4 +28,4 @@ def downgrade() -> None:
     tables = ", ".join(table.name for table in Base.metadata.sorted_tables)
     op.execute(f"DROP TABLE IF EXISTS {tables} CASCADE")
     living.drop_all(op.get_bind())
-    roles.take_back(op.get_bind())
+    roles.revoke_all(op.get_bind())

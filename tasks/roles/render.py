@@ -123,7 +123,7 @@ def build(
         ended,
         keeper=keeper,
         health=health,
-        checkpoints=Checkpoints(engine, ended.snapshots, ended.news, fill=gauge.fill),
+        checkpoints=Checkpoints(engine, ended.snapshots, ended.signals, fill=gauge.fill),
         progress=ProgressWriter(settings.handoff_url, fill=gauge.fill),
     )
     return WorkerParts(
@@ -169,7 +169,7 @@ def _renderer(
         handoff=ended.handoff,
         progress=progress,
         previews=Previews(progress),
-        news=ended.news,
+        signals=ended.signals,
     )
 
 
@@ -241,7 +241,9 @@ def serve(settings: WorkerSettings, fleet: Fleet) -> NoReturn:
 
 def _take_jobs(parts: WorkerParts, sources: Sequence[NoticeSource]) -> int:
     """Render what comes until the worker has to go, and put everything away; the exit status."""
-    settings, fleet, pool = parts.settings, parts.fleet, parts.settings.worker_pool
+    settings = parts.settings
+    fleet = parts.fleet
+    pool = parts.settings.worker_pool
     names = queues.render_queues(fleet, pool)
     celery = make_celery(settings, fleet)
     register(celery, queues.RENDER_JOB, parts.renderer.render_job)

@@ -52,7 +52,7 @@ def build(settings: StoreSettings, fleet: Fleet, *, name: str) -> ResultsParts:
         database=database,
         handoff=ended.handoff,
         store=store,
-        news=ended.news,
+        signals=ended.signals,
         ended=ended,
         release=release,
         name=name,

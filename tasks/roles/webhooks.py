@@ -9,8 +9,8 @@ from edges.progress import ENDINGS, Listener
 from models.database import make_engine
 from policy import connections, queues
 from policy.fleet import Fleet
-from settings import CourierSettings
-from tasks.deliver import Courier
+from settings import WebhookSettings
+from tasks.deliver import WebhookSender
 from tasks.roles.consuming import consume, process_name, register
 
 log = structlog.get_logger(__name__)
@@ -18,9 +18,9 @@ log = structlog.get_logger(__name__)
 THREADS = 16  # most wait for a receiver, with no connection to the database
 
 
-def build(settings: CourierSettings, fleet: Fleet, *, name: str) -> Courier:
-    """Make the courier. name: whose deliveries they are, in the audit log."""
-    return Courier(
+def build(settings: WebhookSettings, fleet: Fleet, *, name: str) -> WebhookSender:
+    """Make the sender. name: whose deliveries they are, in the audit log."""
+    return WebhookSender(
         database=make_engine(settings.database_url, pool_size=connections.WEBHOOKS),
         broker=Broker(settings, fleet),
         outbound=Outbound(settings.outbound_allowed_networks),
@@ -29,13 +29,13 @@ def build(settings: CourierSettings, fleet: Fleet, *, name: str) -> Courier:
     )
 
 
-def serve(settings: CourierSettings, fleet: Fleet) -> int:
+def serve(settings: WebhookSettings, fleet: Fleet) -> int:
     """Deliver webhooks until told to end."""
     name = process_name("webhooks")
-    courier = build(settings, fleet, name=name)
+    sender = build(settings, fleet, name=name)
     celery = make_celery(settings, fleet)
-    register(celery, queues.DELIVER_WEBHOOK, courier.deliver_webhook)
-    listener = Listener(settings.handoff_url, ENDINGS, courier.hear)
+    register(celery, queues.DELIVER_WEBHOOK, sender.deliver_webhook)
+    listener = Listener(settings.handoff_url, ENDINGS, sender.hear)
     telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
     log.info("database_connections", at_most=connections.at_most("webhooks"))
     try:

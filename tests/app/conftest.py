@@ -24,7 +24,7 @@ from app import create_app
 from app.caller import Caller
 from app.live.forecast import FRESH_FOR_S
 from app.runtime import Runtime, open_runtime
-from edges.progress import News
+from edges.progress import JobSignals
 from models import api_keys, jobs, tenants, workers
 from models.database import make_engine, transaction
 from models.tables import Job, Worker
@@ -43,7 +43,9 @@ from tests.builders import (
     until,
 )
 
-OPEN: list[tuple[Engine, News]] = []  # the stack's database and news, once a test asked for them
+OPEN: list[
+    tuple[Engine, JobSignals]
+] = []  # the stack's database and signals, once a test asked for them
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -60,7 +62,7 @@ def plain_logs():
 def stack_database(stack) -> Iterator[Engine]:
     """The stack's Postgres, as the gateway sees it."""
     engine = make_engine(stack.env["DATABASE_URL"], pool_size=1)
-    OPEN.append((engine, News(stack.env["HANDOFF_URL"])))
+    OPEN.append((engine, JobSignals(stack.env["HANDOFF_URL"])))
     yield engine
     OPEN.clear()
     engine.dispose()
@@ -72,7 +74,7 @@ def nothing_left_to_do():
     renders it while others wait.
     """
     yield
-    for engine, news in OPEN:
+    for engine, signals in OPEN:
         with transaction(engine) as session:
             query = """SELECT j.id, j.tenant_id FROM jobs j JOIN tenants t ON t.id = j.tenant_id
                        WHERE t.name LIKE 'app-%' AND j.state IN ('queued', 'running', 'storing')"""
@@ -80,7 +82,7 @@ def nothing_left_to_do():
         for job_id, tenant_id in left:
             with contextlib.suppress(jobs.JobAlreadyFinished), transaction(engine) as session:
                 jobs.cancel(session, job_id, tenant_id=tenant_id, actor="tests")
-            news.tell_cancel(job_id)
+            signals.publish_cancel(job_id)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from sqlalchemy import text
 
 from edges.handoff import Handoff
 from edges.inputs import Inputs
-from edges.progress import News, ProgressWriter, Step
+from edges.progress import JobSignals, ProgressWriter, Step
 from edges.snapshots import Snapshots
 from models import erasing, jobs, leases, uploads
 from models.database import make_engine, transaction
@@ -239,7 +239,7 @@ def _leave_traces(url, database, job_id) -> None:
     Inputs(url, ttl_s=60).bring(job_id, {"init": some_pixels()})
     writer = ProgressWriter(url)
     writer.note(job_id, Step(1, 3, 20))
-    until(lambda: News(url).steps(job_id), what="the progress")
+    until(lambda: JobSignals(url).steps(job_id), what="the progress")
     writer.close()
 
 

@@ -23,8 +23,8 @@ from app import create_app
 from app.live.forecast import QueuePlace
 from app.live.streams import LOOK_EVERY_S, JobEventStreams, _Forecast
 from app.problems import StreamsExhausted
-from edges.eventlog import STARTED, Event
-from edges.events import NoSeat
+from edges.eventlog import STARTED, JobEvent
+from edges.events import TooManySubscribers
 from policy.fleet import parse_fleet
 from policy.prediction import Eta
 from policy.states import FINAL_STATES
@@ -299,9 +299,9 @@ def test_a_follower_that_left_is_forgotten(served, held_worker, api):
 
     with following(client, job) as stream:
         next(stream)
-        assert [str(job_id) for job_id in parts.events._reader.followed()] == [job["id"]]
+        assert [str(job_id) for job_id in parts.events._fanout.followed_jobs()] == [job["id"]]
 
-    until(lambda: not parts.events._reader.followed(), within_s=5, what="forgetting it")
+    until(lambda: not parts.events._fanout.followed_jobs(), within_s=5, what="forgetting it")
     with following(client, job) as stream:
         assert next(stream)[1] == "queued"
 
@@ -400,17 +400,17 @@ def _answers(api):
         return False
 
 
-@pytest.mark.parametrize("error", [NoSeat, ConnectionError])
+@pytest.mark.parametrize("error", [TooManySubscribers, ConnectionError])
 def test_a_stream_that_cannot_begin_gives_its_place_back(error):
-    def sit_down(job_id, **options):
+    def subscribe(job_id, **options):
         raise error
 
-    reader = SimpleNamespace(sit_down=sit_down)
-    streams = JobEventStreams(None, None, None, reader, None, most=1)
+    fanout = SimpleNamespace(subscribe=subscribe)
+    streams = JobEventStreams(None, None, None, fanout, None, most=1)
     caller = SimpleNamespace(tenant_id=uuid.uuid4(), kid="kid")
 
     for _ in range(2):
-        with pytest.raises(StreamsExhausted if error is NoSeat else error):
+        with pytest.raises(StreamsExhausted if error is TooManySubscribers else error):
             streams.follow(caller, uuid.uuid4(), tell=None)
 
     streams.take_place(caller.tenant_id).release()
@@ -431,7 +431,7 @@ class Places:
         """Whether the follower hears of this place; end_s: from now; None: there is no forecast."""
         self._now += after_s
         self.at = None if jobs_ahead is None else QueuePlace(jobs_ahead, Eta(end_s, 2 * end_s))
-        return bool(forecast.news())
+        return bool(forecast.due_event())
 
 
 @pytest.fixture
@@ -473,6 +473,6 @@ def test_only_the_start_of_a_later_attempt_ends_the_forecast_of_a_job_that_waits
     """Who comes late is told first of the attempt that was lost."""
     forecast = _Forecast(places, a_queued(attempt=1))
 
-    forecast.hear(Event("1-0", STARTED, {"attempt": started}))
+    forecast.hear(JobEvent("1-0", STARTED, {"attempt": started}))
 
     assert places.told(forecast, 3, 10.0) is goes_on

@@ -4,7 +4,7 @@ import uuid
 
 import pytest
 
-from app.live.forecast import Booked
+from app.live.forecast import BookedJobs
 from models import leases, tenants
 from models.database import transaction
 from models.tables import Job, Tenant
@@ -118,7 +118,7 @@ def test_a_job_behind_some_that_lack_their_pictures_is_looked_at(house):
 
 def test_jobs_of_a_batch_for_another_pool_are_before_none_of_the_rest(house):
     """Of a better tier in its own pool it is: not before it in its line, but it takes its time."""
-    tenant, booked = house.waits(count=1, predicted_s=1), Booked(jobs=5, cost_s=100.0)
+    tenant, booked = house.waits(count=1, predicted_s=1), BookedJobs(jobs=5, cost_s=100.0)
     flows = [(house.pool, "batch"), (house.pool, "fast"), ("another", "batch")]
     alone = house.place(tenant, {})
 
@@ -134,9 +134,9 @@ def test_jobs_of_a_batch_for_another_pool_are_before_none_of_the_rest(house):
 def test_behind_what_it_books_a_tenant_of_more_weight_has_fewer_jobs_of_others_before_it(house):
     light, heavy = (house.waits(count=1, predicted_s=1) for _ in range(2))
     with transaction(house.database) as session:
-        tenants.weigh(session, session.get_one(Tenant, heavy.id), weight=4.0, actor="tests")
+        tenants.set_weight(session, session.get_one(Tenant, heavy.id), weight=4.0, actor="tests")
     house.waits(count=20, predicted_s=1)
-    booked = {(house.pool, "batch"): Booked(jobs=1, cost_s=10.0)}
+    booked = {(house.pool, "batch"): BookedJobs(jobs=1, cost_s=10.0)}
 
     light_ahead, heavy_ahead = (house.place(tenant, booked).jobs_ahead for tenant in (light, heavy))
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import select, text
 
-from app.http.idempotency import MAX_KEY_CHARS, REPLAYED, read_key, read_once
+from app.http.idempotency import MAX_KEY_CHARS, REPLAYED, read_idempotent, read_key
 from app.problems import InvalidQuery
 from models import idempotency
 from models.database import transaction
@@ -221,7 +221,7 @@ def test_the_same_body_asks_for_something_else_elsewhere():
     def digest(method, path, asks_for=None):
         key = {"Idempotency-Key": "k"}
         with Flask("here").test_request_context(path, method=method, headers=key):
-            return read_once(request, asks_for or {}).request_sha256
+            return read_idempotent(request, asks_for or {}).request_sha256
 
     one = digest("POST", "/v1/jobs")
 

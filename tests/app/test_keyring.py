@@ -16,7 +16,7 @@ from models.database import make_engine, transaction
 PEPPER = "a pepper of sixteen letters"
 
 
-class Counted(Keyring):
+class RateResult(Keyring):
     """A keyring, and how many keys each of its look-ups was for."""
 
     def __init__(self, *parts) -> None:
@@ -38,7 +38,7 @@ def engine(stack):
 @pytest.fixture
 def ring(engine):
     with ThreadPoolExecutor(1) as refresher:
-        yield Counted(engine, refresher)
+        yield RateResult(engine, refresher)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from app.caller import Caller, LimitsUse
 from app.http.ratelimit import add_ratelimit_headers
 from app.problems import QuotaExceeded
 from app.services.quotas import _check_totals
-from edges.limits import Taken
+from edges.limits import BudgetResult
 from models import api_keys, tenants, usage
 from models.database import transaction
 from policy.limits import Limits, UsageTotals
@@ -123,7 +123,7 @@ def test_a_tenant_without_limits_is_told_of_none(api):
 )
 def test_the_headers_promise_no_more_of_a_budget_than_there_is(left, wait_s, told):
     limits = Limits(megapixel_steps_per_minute=600.0, burst_megapixel_steps=60.0)
-    used = LimitsUse(budget=Taken(passes=not wait_s, left=left, wait_s=wait_s))
+    used = LimitsUse(budget=BudgetResult(passes=not wait_s, left=left, wait_s=wait_s))
     answer = Response()
 
     with Flask("here").test_request_context():

@@ -25,7 +25,7 @@ from sqlalchemy import Engine, event, text
 from app import create_app
 from models import api_keys, jobs, leases, tenants, webhooks, workers
 from models.database import CONFLICTS, TRIES, run_transaction, transaction
-from models.webhooks import Tried
+from models.webhooks import AttemptResult
 from policy.fleet import parse_fleet
 from settings import REPO, GatewaySettings
 from tests.app.conftest import bearer
@@ -217,7 +217,7 @@ def is_told_to_be_gone(tenant: Tenant) -> Act:
             run_transaction(
                 database,
                 lambda session: webhooks.record(
-                    session, claim, Tried(410, None, 0.1, None), actor="courier"
+                    session, claim, AttemptResult(410, None, 0.1, None), actor="courier"
                 ),
             )
         return 200, {}

@@ -23,7 +23,7 @@ from app.spec.job_fields import _bounds
 from app.spec.operations import OPERATIONS
 from models import api_keys, tenants
 from models.database import transaction
-from policy.params import AsAsked, Param
+from policy.params import Param, PassThrough
 from policy.webhooks import EVENTS, TEST_EVENT
 from settings import REPO
 from tests.app.conftest import bearer
@@ -342,15 +342,18 @@ def test_a_job_may_have_every_value_that_the_document_lists(spec, api):
 @pytest.mark.parametrize(
     ("rule", "keywords"),
     [
-        (AsAsked(), {}),
-        (AsAsked(low=0), {"minimum": 0}),
-        (AsAsked(high=9), {"maximum": 9}),
-        (AsAsked(choices=("png", "webp")), {"enum": ["png", "webp"]}),
-        (AsAsked(choices=("png",), low=0, high=9), {"enum": ["png"], "minimum": 0, "maximum": 9}),
+        (PassThrough(), {}),
+        (PassThrough(low=0), {"minimum": 0}),
+        (PassThrough(high=9), {"maximum": 9}),
+        (PassThrough(choices=("png", "webp")), {"enum": ["png", "webp"]}),
+        (
+            PassThrough(choices=("png",), low=0, high=9),
+            {"enum": ["png"], "minimum": 0, "maximum": 9},
+        ),
     ],
 )
 def test_a_document_says_every_part_of_a_parameter_s_rule(rule, keywords):
-    assert _bounds(Param("vigour", "How lively it is.", as_asked=rule)) == keywords
+    assert _bounds(Param("vigour", "How lively it is.", pass_through=rule)) == keywords
 
 
 def test_a_prompt_may_be_empty_where_a_picture_says_it_all(spec, api):

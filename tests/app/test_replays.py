@@ -172,7 +172,7 @@ def test_an_erasure_that_comes_between_is_seen_by_the_transaction(
     api.delete(canceled_job["urls"]["self"])
 
     replay_of_it = jobs.NewJob(params=params, start_within_s=60, replay_of=job.id)
-    with pytest.raises(jobs.NothingLeft), transaction(stack_database) as session:
+    with pytest.raises(jobs.JobErased), transaction(stack_database) as session:
         jobs.accept(
             session,
             replay_of_it,

@@ -35,7 +35,7 @@ from app.services.submit import (
 from edges.broker import BrokerUnavailable
 from models import releasing
 from models.database import transaction
-from models.idempotency import Once
+from models.idempotency import IdempotentRequest
 from models.tables import Tenant
 from policy.params import Wish
 from policy.release import ReleaseHint
@@ -50,8 +50,8 @@ ASKED = JobRequest(
 )
 
 
-def a_key() -> Once:
-    return Once(uuid.uuid4().hex, "0" * 64)
+def a_key() -> IdempotentRequest:
+    return IdempotentRequest(uuid.uuid4().hex, "0" * 64)
 
 
 def never() -> Prepared:
@@ -85,13 +85,13 @@ def test_a_job_of_another_tenant_is_not_found_by_any_use_case(runtime, caller):
     stranger = replace(caller, tenant_id=uuid.uuid4())
     job = submit(runtime, caller, ASKED).job
 
-    for use_case in (jobs.find, jobs.glance, cancel, erase, replay):
+    for use_case in (jobs.find, jobs.find_with_images, cancel, erase, replay):
         with pytest.raises(JobNotFound):
             use_case(runtime, stranger, job.id)
 
 
 def test_a_key_is_looked_up_once_for_a_new_request(runtime, caller, statements):
-    submit(runtime, caller, ASKED, once=a_key())
+    submit(runtime, caller, ASKED, idempotent=a_key())
 
     assert (
         sum(
@@ -103,60 +103,64 @@ def test_a_key_is_looked_up_once_for_a_new_request(runtime, caller, statements):
 
 
 def test_nothing_is_prepared_for_a_request_that_came_before(runtime, caller):
-    once = a_key()
-    first = submit(runtime, caller, ASKED, once=once)
+    idempotent = a_key()
+    first = submit(runtime, caller, ASKED, idempotent=idempotent)
 
-    again = accept_once(runtime, caller, never, once=once)
+    again = accept_once(runtime, caller, never, idempotent=idempotent)
 
     assert (again.job.id, again.is_new) == (first.job.id, False)
 
 
 def test_a_job_that_may_not_answer_any_more_makes_room_for_another_under_its_key(runtime, caller):
-    once = a_key()
-    first = submit(runtime, caller, ASKED, once=once)
+    idempotent = a_key()
+    first = submit(runtime, caller, ASKED, idempotent=idempotent)
 
     second = accept_once(
         runtime,
         caller,
         lambda: prepare(runtime, caller, ASKED),
-        once=once,
+        idempotent=idempotent,
         may_answer=lambda earlier: False,
     )
 
     assert second.is_new
-    assert accept_once(runtime, caller, never, once=once).job.id == second.job.id != first.job.id
+    assert (
+        accept_once(runtime, caller, never, idempotent=idempotent).job.id
+        == second.job.id
+        != first.job.id
+    )
 
 
 def test_a_request_that_is_refused_comes_to_the_job_that_its_double_made_meanwhile(runtime, caller):
-    once, made = a_key(), []
+    idempotent, made = a_key(), []
 
     def prepare_too_late() -> Prepared:
-        made.append(submit(runtime, caller, ASKED, once=once))
+        made.append(submit(runtime, caller, ASKED, idempotent=idempotent))
         raise FleetSaturated("The fleet is full.", retry_after_s=1)
 
-    again = accept_once(runtime, caller, prepare_too_late, once=once)
+    again = accept_once(runtime, caller, prepare_too_late, idempotent=idempotent)
 
     assert (again.job.id, again.is_new) == (made[0].job.id, False)
 
 
 def test_a_batch_that_came_before_is_not_read_again(runtime, caller):
-    once = a_key()
-    first = submit_batch(runtime, caller, iter([ASKED, ASKED]), once=once)
+    idempotent = a_key()
+    first = submit_batch(runtime, caller, iter([ASKED, ASKED]), idempotent=idempotent)
 
-    again = submit_batch(runtime, caller, (never() for _ in range(2)), once=once)
+    again = submit_batch(runtime, caller, (never() for _ in range(2)), idempotent=idempotent)
 
     assert len(first.jobs) == 2
     assert (again.jobs.keys(), again.is_new) == (first.jobs.keys(), False)
 
 
 def test_a_batch_whose_items_are_refused_comes_to_what_its_double_made_meanwhile(runtime, caller):
-    once, made = a_key(), []
+    idempotent, made = a_key(), []
 
     def too_late():
-        made.append(submit_batch(runtime, caller, iter([ASKED]), once=once))
+        made.append(submit_batch(runtime, caller, iter([ASKED]), idempotent=idempotent))
         yield FleetSaturated("The fleet is full.", retry_after_s=1)
 
-    again = submit_batch(runtime, caller, too_late(), once=once)
+    again = submit_batch(runtime, caller, too_late(), idempotent=idempotent)
 
     assert (again.jobs.keys(), again.is_new) == (made[0].jobs.keys(), False)
 

@@ -484,7 +484,7 @@ def test_a_calibration_is_a_table_and_a_file_that_the_worker_of_that_stack_loads
         "8",
         "16",
     ]
-    assert Stack(tmp_path)._house_env(Addresses.fresh())["CURVES_FOLDER"] == str(file.parent)
+    assert Stack(tmp_path)._process_env(Addresses.fresh())["CURVES_FOLDER"] == str(file.parent)
 
 
 def test_a_model_that_is_not_there_cannot_be_calibrated(tmp_path):

@@ -10,10 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 from cli import demo
-from cli.demo import Checked
+from cli.demo import CheckedImage
 from cli.installation import Installation
 from cli.main import darkroom
-from cli.sql import Answer
+from cli.sql import QueryResult
 from darkroom_client import Job
 from fleet.addresses import Addresses, write_env
 from fleet.stack import Stack
@@ -30,14 +30,16 @@ PIXELS = np.zeros((8, 8, 3), dtype=np.uint8)
 def test_demo_is_good_when_every_job_succeeded_and_nine_images_in_ten_are_right(
     tmp_path, monkeypatch, capsys, failed, wrong, is_good
 ):
-    monkeypatch.setattr(demo, "ask", lambda *_: Answer(["event"], [], ""))
+    monkeypatch.setattr(demo, "ask", lambda *_: QueryResult(["event"], [], ""))
     (tmp_path / "demo").mkdir()
     jobs = [
         Job.from_json(a_job(id=f"j{number}", state="failed" if number < failed else "succeeded"))
         for number in range(12)
     ]
     images = [
-        Checked(job, Path(f"{job.id}.png"), PIXELS, is_right=number >= wrong, summary="no circle")
+        CheckedImage(
+            job, Path(f"{job.id}.png"), PIXELS, is_right=number >= wrong, summary="no circle"
+        )
         for number, job in enumerate(jobs)
     ]
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from cli.generate import _fingerprint
-from cli.many import Many
+from cli.many import PromptRunner
 from cli.prompts import decoded, read
 from cli.runs import AnotherRun, Run
 from cli.sql import ask
@@ -320,7 +320,9 @@ def test_a_run_waits_for_what_time_cures_and_says_why(tmp_path, monkeypatch, err
         pauses.append(seconds)
 
     monkeypatch.setattr("cli.many.asyncio.sleep", sleep)
-    many = Many(None, None, [], {}, tmp_path, SimpleNamespace(wait=told.append), retry_failed=False)
+    many = PromptRunner(
+        None, None, [], {}, tmp_path, SimpleNamespace(wait=told.append), retry_failed=False
+    )
 
     if pause_s is None:
         with pytest.raises(ProblemError):
@@ -342,7 +344,7 @@ def test_a_run_ends_when_its_gateway_is_away_for_too_long(tmp_path, monkeypatch)
 
     monkeypatch.setattr("cli.many.asyncio.sleep", sleep)
     monkeypatch.setattr("cli.many.time", SimpleNamespace(monotonic=lambda: now))
-    many = Many(
+    many = PromptRunner(
         None, None, [], {}, tmp_path, SimpleNamespace(wait=lambda why: None), retry_failed=False
     )
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cli.watching import Sight
+from cli.watching import WatchedJob
 from darkroom_client import Event
 
 
@@ -18,34 +18,34 @@ def progress(step):
 
 
 def test_a_job_s_bar_is_as_long_as_the_steps_that_its_images_make():
-    sight = Sight.of(a_job(progress=progress(4)))
+    watched_job = WatchedJob.of(a_job(progress=progress(4)))
 
-    assert (sight.done, sight.steps_to_do, sight.words.partition(" \u00b7")[0]) == (
-        4,
-        10,
-        "step 4/10",
-    )
+    assert (
+        watched_job.done,
+        watched_job.steps_to_do,
+        watched_job.words.partition(" \u00b7")[0],
+    ) == (4, 10, "step 4/10")
 
 
 def test_a_job_s_bar_learns_its_length_from_the_first_step_that_is_heard():
-    sight = Sight.of(a_job(state="queued"))
+    watched_job = WatchedJob.of(a_job(state="queued"))
 
-    sight.hear(Event(None, "step", {"index": 1, "step": 2, "num_steps": 5}))
+    watched_job.hear(Event(None, "step", {"index": 1, "step": 2, "num_steps": 5}))
 
-    assert (sight.done, sight.steps_to_do) == (2, 10)
-    sight.hear(Event(None, "stored", {"index": 1}))
-    assert sight.done == 5
+    assert (watched_job.done, watched_job.steps_to_do) == (2, 10)
+    watched_job.hear(Event(None, "stored", {"index": 1}))
+    assert watched_job.done == 5
 
 
 def test_a_job_s_bar_stays_as_long_as_it_was_for_a_gateway_that_tells_no_number():
-    sight = Sight.of(a_job(progress=progress(4)))
+    watched_job = WatchedJob.of(a_job(progress=progress(4)))
 
-    sight.hear(Event(None, "step", {"index": 0, "step": 5}))
+    watched_job.hear(Event(None, "step", {"index": 0, "step": 5}))
 
-    assert sight.steps_to_do == 10
+    assert watched_job.steps_to_do == 10
 
 
 def test_a_job_that_succeeded_has_a_full_bar():
-    sight = Sight.of(a_job(progress=progress(10), state="succeeded"))
+    watched_job = WatchedJob.of(a_job(progress=progress(10), state="succeeded"))
 
-    assert sight.done == sight.steps_to_do == pytest.approx(10)
+    assert watched_job.done == watched_job.steps_to_do == pytest.approx(10)

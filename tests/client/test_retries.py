@@ -403,7 +403,7 @@ def test_events_begin_after_the_one_that_the_caller_names(either, server):
 
 
 def test_events_are_the_same_however_the_bytes_are_cut(monkeypatch):
-    from darkroom_client.events import Following
+    from darkroom_client.events import EventStream
 
     text = (
         ': hi\r\n\r\nid: 1\r\nevent: step\r\ndata: {"text": "\u2028 é"}\r\n\r\n\n'
@@ -413,7 +413,7 @@ def test_events_are_the_same_however_the_bytes_are_cut(monkeypatch):
     dice = random.Random(7)
 
     for _ in range(200):
-        following = Following("j1", previews=False, after=None, retries=HASTY)
+        following = EventStream("j1", previews=False, after=None, retries=HASTY)
         cuts = sorted(dice.sample(range(len(whole)), 5))
         pieces = [
             whole[start:end] for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True)

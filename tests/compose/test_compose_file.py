@@ -12,7 +12,6 @@ from deploy.make_env import made
 from fleet import redis_users
 from fleet.services import SAVED_AT_STOP
 from settings import (
-    CourierSettings,
     DeploymentSettings,
     FleetSettings,
     FlowerSettings,
@@ -22,6 +21,7 @@ from settings import (
     Settings,
     SettingsInvalid,
     StoreSettings,
+    WebhookSettings,
     WorkerSettings,
     load,
     read,
@@ -36,7 +36,7 @@ SETTINGS_OF = {
     "worker": (WorkerSettings,),
     "results": (StoreSettings,),
     "sweeper": (Settings,),
-    "webhooks": (CourierSettings,),
+    "webhooks": (WebhookSettings,),
     "flower": (FlowerSettings,),
 }
 ONE_SHOTS = {"check", "migrate", "cli"}

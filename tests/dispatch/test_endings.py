@@ -11,7 +11,7 @@ from dispatch.release import Release
 from edges.broker import Broker, job_of_message
 from edges.handoff import Handoff
 from edges.inputs import Inputs
-from edges.progress import CANCELS, ENDINGS, News, ProgressWriter, Step
+from edges.progress import CANCELS, ENDINGS, JobSignals, ProgressWriter, Step
 from edges.snapshots import Snapshots
 from models import erasing, jobs, leases, workers
 from models.database import transaction
@@ -32,7 +32,7 @@ from tests.builders import (
 
 def ended_jobs_at(handoff_url) -> EndedJobs:
     return EndedJobs(
-        news=News(handoff_url),
+        signals=JobSignals(handoff_url),
         handoff=Handoff(handoff_url, ttl_s=60),
         snapshots=Snapshots(handoff_url, ttl_s=60),
         inputs=Inputs(handoff_url, ttl_s=60),
@@ -141,7 +141,7 @@ def test_job_that_was_erased_leaves_nothing_in_the_hand_off(
     ended.handoff.put(lease.job_id, 1, lease.attempt, some_pixels())
     writer = ProgressWriter(settings.handoff_url)
     writer.note(lease.job_id, Step(1, 3, 20))
-    until(lambda: ended.news.steps(lease.job_id), what="the progress")
+    until(lambda: ended.signals.steps(lease.job_id), what="the progress")
     writer.close()
     with transaction(database.app) as session:
         job = erasing.erase(session, lease.job_id, tenant_id=lease.job.tenant_id, actor="tests")

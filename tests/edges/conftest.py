@@ -13,14 +13,14 @@ from settings import StoreSettings
 from tests.builders import a_closed_port, a_redis, settings_for
 from tests.models.conftest import database  # noqa: F401
 
-CORNER = 9  # of Redis's sixteen numbered databases
+TEST_REDIS_DB = 9  # of Redis's sixteen numbered databases
 
 
 @pytest.fixture(scope="session")
 def settings(stack) -> StoreSettings:
     """What a results worker is handed, but for the corner."""
     urls = {
-        name: urlsplit(stack.env[name.upper()])._replace(path=f"/{CORNER}").geturl()
+        name: urlsplit(stack.env[name.upper()])._replace(path=f"/{TEST_REDIS_DB}").geturl()
         for name in ("broker_url", "handoff_url")
     }
     return settings_for(StoreSettings, stack.env, **urls)
@@ -46,7 +46,7 @@ def handoff_redis(settings) -> Iterator[redis.Redis]:
 
 def subscribers(redis: redis.Redis) -> list[dict[str, str]]:
     """The connections that listen in our corner; those of the house's processes are elsewhere."""
-    here = [client for client in redis.client_list() if client["db"] == str(CORNER)]
+    here = [client for client in redis.client_list() if client["db"] == str(TEST_REDIS_DB)]
     return [client for client in here if client["sub"] != "0"]
 
 

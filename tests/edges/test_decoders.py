@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from edges import decoders, pictures
-from edges.decoders import Decoders, TooBusy, Turns
+from edges.decoders import Decoders, FairSemaphore, TooBusy
 from edges.pictures import NotAPicture
 from tests.builders import until
 from tests.pictures import KINDS, a_picture, encoded, png
@@ -132,7 +132,7 @@ def test_decoders_end_with_their_gateway():
 
 
 def test_more_than_a_few_at_once_wait_and_then_are_told_to_come_later():
-    turns = Turns(2, wait_s=0.05, max_waiting=16)
+    turns = FairSemaphore(2, wait_s=0.05, max_waiting=16)
 
     with turns.one("a"), turns.one("b"), pytest.raises(TooBusy), turns.one("c"):
         pass
@@ -157,7 +157,7 @@ def test_a_tenant_with_many_pictures_holds_up_only_itself():
     """Ten of one tenant wait for two turns when a second and a third tenant come with one each:
     those are next.
     """
-    turns, order, release = Turns(2, wait_s=60, max_waiting=16), [], threading.Semaphore(0)
+    turns, order, release = FairSemaphore(2, wait_s=60, max_waiting=16), [], threading.Semaphore(0)
 
     def decode(tenant):
         with turns.one(tenant):
@@ -183,7 +183,7 @@ def test_a_tenant_with_many_pictures_holds_up_only_itself():
 
 
 def test_a_tenant_may_have_only_so_many_waiting():
-    turns = Turns(1, wait_s=60, max_waiting=1)
+    turns = FairSemaphore(1, wait_s=60, max_waiting=1)
     waiting = threading.Thread(target=lambda: turns.one("a").__enter__())
 
     with turns.one("a"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edges.handoff import HandoffUnavailable
-from edges.inputs import Gone, Inputs
+from edges.inputs import Inputs, PictureGone
 from tests.builders import a_closed_port, some_pixels
 
 
@@ -26,7 +26,7 @@ def test_pictures_come_back_by_their_role(inputs):
         {
             "init_image": some_pixels(seed=1),
             "mask": mask,
-            "control_image": Gone("control_image: file x was erased"),
+            "control_image": PictureGone("control_image: file x was erased"),
         },
     )
 
@@ -34,7 +34,7 @@ def test_pictures_come_back_by_their_role(inputs):
     assert inputs.are_there(job_id)
     assert np.array_equal(brought["init_image"], some_pixels(seed=1))
     assert np.array_equal(brought["mask"], mask)
-    assert brought["control_image"] == Gone("control_image: file x was erased")
+    assert brought["control_image"] == PictureGone("control_image: file x was erased")
     assert inputs.jobs() == [job_id]
 
 

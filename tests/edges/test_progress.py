@@ -1,4 +1,4 @@
-"""News of running jobs: best effort, never in anybody's way, and back after every cut."""
+"""Signals about running jobs: best effort, never in anybody's way, and back after every cut."""
 
 import queue
 import threading
@@ -7,14 +7,23 @@ import uuid
 
 import pytest
 
-from edges.progress import CANCELS, ENDINGS, Endings, Listener, News, Preview, ProgressWriter, Step
+from edges.progress import (
+    CANCELS,
+    ENDINGS,
+    Endings,
+    JobSignals,
+    Listener,
+    Preview,
+    ProgressWriter,
+    Step,
+)
 from tests.builders import a_closed_port, until
 from tests.edges.conftest import subscribers
 
 
 @pytest.fixture
-def news(settings, handoff_redis) -> News:
-    return News(settings.handoff_url)
+def signals(settings, handoff_redis) -> JobSignals:
+    return JobSignals(settings.handoff_url)
 
 
 @pytest.fixture
@@ -42,62 +51,62 @@ def endings(settings, handoff_redis):
     endings.close()
 
 
-def test_the_newest_step_of_every_image_can_be_read(writer, news):
+def test_the_newest_step_of_every_image_can_be_read(writer, signals):
     job_id = uuid.uuid4()
 
     for step in (1, 2, 3):
         writer.note(job_id, Step(0, step, 20))
     writer.note(job_id, Step(1, 7, 20))
 
-    until(lambda: news.steps(job_id) == [Step(0, 3, 20), Step(1, 7, 20)], within_s=5)
+    until(lambda: signals.steps(job_id) == [Step(0, 3, 20), Step(1, 7, 20)], within_s=5)
 
 
-def test_of_an_unknown_job_no_step_is_known(news):
-    assert news.steps(uuid.uuid4()) == []
+def test_of_an_unknown_job_no_step_is_known(signals):
+    assert signals.steps(uuid.uuid4()) == []
 
 
-def test_progress_is_forgotten_after_a_while(writer, news, handoff_redis):
+def test_progress_is_forgotten_after_a_while(writer, signals, handoff_redis):
     job_id = uuid.uuid4()
     writer.note(job_id, Step(0, 1, 20))
-    until(lambda: news.steps(job_id), within_s=5)
+    until(lambda: signals.steps(job_id), within_s=5)
 
     keys = handoff_redis.keys()
     assert len(keys) == 2  # the newest steps, and the record of events
     assert all(0 < handoff_redis.ttl(key) <= 600 for key in keys)
 
 
-def test_a_cancel_is_heard(news, heard):
+def test_a_cancel_is_heard(signals, heard):
     job_id = uuid.uuid4()
 
-    news.tell_cancel(job_id)
+    signals.publish_cancel(job_id)
 
     assert heard.get(timeout=5) == job_id
 
 
-def test_messages_that_are_not_understood_are_passed_over(news, heard, handoff_redis):
+def test_messages_that_are_not_understood_are_passed_over(signals, heard, handoff_redis):
     for nonsense in (b"", b"\xff", b"[]", b'{"job_id": 7}', b'{"job": "x"}', b'"x"', b"null"):
         handoff_redis.publish(CANCELS, nonsense)
     job_id = uuid.uuid4()
 
-    news.tell_cancel(job_id)
+    signals.publish_cancel(job_id)
 
     assert heard.get(timeout=5) == job_id
 
 
-def test_a_listener_whose_connection_was_killed_hears_again(news, heard, handoff_redis):
+def test_a_listener_whose_connection_was_killed_hears_again(signals, heard, handoff_redis):
     [connection] = subscribers(handoff_redis)
 
     handoff_redis.client_kill_filter(_id=connection["id"])
 
     def told_and_heard():
         # what is told before the listener is back is lost, and may be
-        news.tell_cancel(uuid.uuid4())
+        signals.publish_cancel(uuid.uuid4())
         return not heard.empty()
 
     until(told_and_heard, within_s=5, what="hearing again")
 
 
-def test_a_waiter_is_woken_at_once(endings, news):
+def test_a_waiter_is_woken_at_once(endings, signals):
     job_id, over = uuid.uuid4(), threading.Event()
     woken_at = queue.SimpleQueue()
     waiter = threading.Thread(
@@ -108,13 +117,13 @@ def test_a_waiter_is_woken_at_once(endings, news):
 
     over.set()
     told_at = time.monotonic()
-    news.tell_ending(job_id)
+    signals.publish_ending(job_id)
 
     assert woken_at.get(timeout=5) - told_at < 1  # without the news it would look again after 2 s
     waiter.join()
 
 
-def test_everybody_who_waits_for_a_job_is_woken(endings, news):
+def test_everybody_who_waits_for_a_job_is_woken(endings, signals):
     job_id, over = uuid.uuid4(), threading.Event()
     waiters = [
         threading.Thread(target=endings.wait, args=(job_id, 30, over.is_set)) for _ in range(5)
@@ -123,7 +132,7 @@ def test_everybody_who_waits_for_a_job_is_woken(endings, news):
         waiter.start()
 
     over.set()
-    news.tell_ending(job_id)
+    signals.publish_ending(job_id)
 
     for waiter in waiters:
         waiter.join(timeout=5)
@@ -155,7 +164,7 @@ def test_an_ending_whose_news_was_lost_is_seen_all_the_same(endings):
     assert time.monotonic() - over_at < 3
 
 
-def test_another_job_s_ending_wakes_nobody(endings, news):
+def test_another_job_s_ending_wakes_nobody(endings, signals):
     asked = []
     waiter = threading.Thread(
         target=endings.wait, args=(uuid.uuid4(), 0.8, lambda: asked.append(1))
@@ -163,7 +172,7 @@ def test_another_job_s_ending_wakes_nobody(endings, news):
     waiter.start()
 
     for _ in range(5):
-        news.tell_ending(uuid.uuid4())
+        signals.publish_ending(uuid.uuid4())
 
     waiter.join()
     assert len(asked) <= 2
@@ -171,20 +180,20 @@ def test_another_job_s_ending_wakes_nobody(endings, news):
 
 def test_without_redis_nobody_is_kept_from_working():
     url = f"redis://127.0.0.1:{a_closed_port()}/0"
-    news, writer = News(url), ProgressWriter(url)
+    signals, writer = JobSignals(url), ProgressWriter(url)
 
     writer.note(uuid.uuid4(), Step(0, 1, 20))
-    news.tell_cancel(uuid.uuid4())
-    news.tell_ending(uuid.uuid4())
+    signals.publish_cancel(uuid.uuid4())
+    signals.publish_ending(uuid.uuid4())
 
-    assert news.steps(uuid.uuid4()) == []
+    assert signals.steps(uuid.uuid4()) == []
     writer.close()
 
 
-def test_endings_and_cancels_are_told_apart(news, heard):
-    news.tell_ending(uuid.uuid4())
+def test_endings_and_cancels_are_told_apart(signals, heard):
+    signals.publish_ending(uuid.uuid4())
     job_id = uuid.uuid4()
-    news.tell_cancel(job_id)
+    signals.publish_cancel(job_id)
 
     assert heard.get(timeout=5) == job_id
     assert ENDINGS != CANCELS
@@ -215,7 +224,7 @@ def test_previews_are_dropped_while_the_hand_off_is_half_full_and_their_making_e
         writer.close()
 
 
-def test_a_listener_whose_hearer_fails_hears_the_next(settings, handoff_redis, news):
+def test_a_listener_whose_hearer_fails_hears_the_next(settings, handoff_redis, signals):
     heard = queue.SimpleQueue()
 
     def hear(job_id):
@@ -226,14 +235,14 @@ def test_a_listener_whose_hearer_fails_hears_the_next(settings, handoff_redis, n
     until(lambda: subscribers(handoff_redis), what="the subscription")
     first, second = uuid.uuid4(), uuid.uuid4()
 
-    news.tell_ending(first)
-    news.tell_ending(second)
+    signals.publish_ending(first)
+    signals.publish_ending(second)
 
     assert [heard.get(timeout=5), heard.get(timeout=5)] == [first, second]
     listener.close()
 
 
-def test_a_waiter_that_gives_up_leaves_the_others_to_be_woken(endings, news):
+def test_a_waiter_that_gives_up_leaves_the_others_to_be_woken(endings, signals):
     job_id, over = uuid.uuid4(), threading.Event()
     woken_at = queue.SimpleQueue()
 
@@ -247,7 +256,7 @@ def test_a_waiter_that_gives_up_leaves_the_others_to_be_woken(endings, news):
 
     over.set()
     told_at = time.monotonic()
-    news.tell_ending(job_id)
+    signals.publish_ending(job_id)
 
     assert woken_at.get(timeout=5) - told_at < 1  # without the news it would look again after 2 s
     waiter.join()

@@ -8,7 +8,7 @@ import uuid
 
 import pytest
 
-from edges.snapshots import STORE, Kept, Snapshots, SnapshotsUnavailable, place
+from edges.snapshots import STORE, Snapshots, SnapshotsUnavailable, StoredSnapshot, place
 from tests.builders import a_closed_port, until
 
 
@@ -26,7 +26,10 @@ def test_snapshots_come_back_by_image_with_the_attempt_that_made_them(snapshots,
     assert snapshots.put(job_id, 0, 1, 10, b"of image 0")
     assert snapshots.put(job_id, 11, 12, 10, b"of image 11")
 
-    assert snapshots.of(job_id) == {0: Kept(1, 10, b"of image 0"), 11: Kept(12, 10, b"of image 11")}
+    assert snapshots.of(job_id) == {
+        0: StoredSnapshot(1, 10, b"of image 0"),
+        11: StoredSnapshot(12, 10, b"of image 11"),
+    }
 
 
 @pytest.mark.parametrize(
@@ -37,7 +40,7 @@ def test_snapshots_come_back_by_image_with_the_attempt_that_made_them(snapshots,
 def test_a_snapshot_is_any_bytes(snapshots, job_id, blob):
     snapshots.put(job_id, 0, 1, 10, blob)
 
-    assert snapshots.of(job_id) == {0: Kept(1, 10, blob)}
+    assert snapshots.of(job_id) == {0: StoredSnapshot(1, 10, blob)}
 
 
 def test_of_one_attempt_the_one_of_the_latest_step_is_kept_whatever_comes_last(snapshots, job_id):
@@ -45,7 +48,7 @@ def test_of_one_attempt_the_one_of_the_latest_step_is_kept_whatever_comes_last(s
         assert snapshots.put(job_id, 0, 1, step, blob)
     assert not snapshots.put(job_id, 0, 1, 10, b"step 10, which waited for its turn")
 
-    assert snapshots.of(job_id) == {0: Kept(1, 20, b"step 20")}
+    assert snapshots.of(job_id) == {0: StoredSnapshot(1, 20, b"step 20")}
 
 
 def test_a_later_attempt_s_replaces_an_earlier_one_s_of_whatever_step(snapshots, job_id):
@@ -53,7 +56,7 @@ def test_a_later_attempt_s_replaces_an_earlier_one_s_of_whatever_step(snapshots,
     for attempt, step in ((1, 30), (9, 20), (10, 4)):
         assert snapshots.put(job_id, 0, attempt, step, b"of %d" % attempt)
 
-    assert snapshots.of(job_id) == {0: Kept(10, 4, b"of 10")}
+    assert snapshots.of(job_id) == {0: StoredSnapshot(10, 4, b"of 10")}
 
 
 def test_a_snapshot_of_a_later_attempt_is_not_overwritten_by_an_earlier_one(snapshots, job_id):
@@ -63,8 +66,8 @@ def test_a_snapshot_of_a_later_attempt_is_not_overwritten_by_an_earlier_one(snap
     assert snapshots.put(job_id, 1, 9, 10, b"of another image")
 
     assert snapshots.of(job_id) == {
-        0: Kept(10, 10, b"of the later"),
-        1: Kept(9, 10, b"of another image"),
+        0: StoredSnapshot(10, 10, b"of the later"),
+        1: StoredSnapshot(9, 10, b"of another image"),
     }
 
 

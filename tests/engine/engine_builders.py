@@ -9,7 +9,7 @@ import torch
 from engine.config import CheckpointSpec
 from engine.costs import CostModel
 from engine.families import FAMILIES
-from engine.inflight import BatchKey, ImageState, InFlight
+from engine.inflight import BatchKey, InFlight, RenderState
 from engine.request import Determinism, ImageRequest
 from policy.fleet import OPEN_FAMILIES
 
@@ -163,7 +163,7 @@ def an_image(id: str, *, size: int = SIZE, encoded: bool = True, **changes) -> I
         request=request,
         batch_key=BatchKey(request.checkpoint, size, size, 16),
         rows=2 if request.is_guided else 1,
-        state=ImageState.RUNNING if encoded else ImageState.QUEUED,
+        state=RenderState.RUNNING if encoded else RenderState.QUEUED,
     )
 
 

@@ -8,8 +8,8 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from engine.families.calls import (
-    Call,
-    Unlike,
+    CallsDiffer,
+    NetworkCall,
     learn,
     probe,
     read,
@@ -19,10 +19,10 @@ from engine.families.calls import (
 )
 
 
-def a_call(images: int, step: int, seed: int = 0, **more) -> Call:
+def a_call(images: int, step: int, seed: int = 0, **more) -> NetworkCall:
     """Latents per image, one timestep and one mask for all: what a UNet might be given."""
     latents = torch.randn((images, 3, 4), generator=torch.Generator().manual_seed(seed + step))
-    return Call(
+    return NetworkCall(
         "unet",
         "",
         (latents, torch.tensor(float(step))),
@@ -38,22 +38,22 @@ def learned(network, call=a_call):
     return learn([(runs[0], runs[1])], network)
 
 
-def honest(call: Call):
+def honest(call: NetworkCall):
     latents, timestep = call.args
     return (latents * call.kwargs["mask"] + timestep.reshape(-1, 1, 1),)
 
 
-def mixes_rows(call: Call):
+def mixes_rows(call: NetworkCall):
     latents, timestep = call.args
     return (latents - latents.mean() + timestep.reshape(-1, 1, 1),)
 
 
-def wants_one_timestep(call: Call):
+def wants_one_timestep(call: NetworkCall):
     latents, timestep = call.args
     return (latents + timestep.reshape(-1)[0],)
 
 
-def cannot_take_two_timesteps(call: Call):
+def cannot_take_two_timesteps(call: NetworkCall):
     latents, timestep = call.args
     return (latents + timestep.item(),)
 
@@ -96,7 +96,7 @@ def test_arguments_shared_by_all_rows_must_be_equal():
 def test_calls_in_different_cache_contexts_are_not_made_as_one():
     (form,) = learned(honest)
     call = a_call(1, 1)
-    other = Call(call.network, "uncond", call.args, call.kwargs)
+    other = NetworkCall(call.network, "uncond", call.args, call.kwargs)
 
     assert form.describe(call, exactly=False)[1] != form.describe(other, exactly=False)[1]
 
@@ -115,7 +115,7 @@ def test_calls_in_different_cache_contexts_are_not_made_as_one():
 def test_a_call_of_a_kind_not_seen_has_no_form(changes):
     (form,) = learned(honest)
 
-    with pytest.raises(Unlike):
+    with pytest.raises(CallsDiffer):
         form.describe(a_call(1, 1, **changes), exactly=False)
 
 
@@ -143,8 +143,8 @@ def test_a_size_that_equals_the_number_of_rows_by_chance_is_not_taken_for_it():
 
 
 def test_prompts_of_different_length_meet_only_where_the_bits_do_not_count():
-    def call(images: int, step: int, length: int = 5) -> Call:
-        return Call(
+    def call(images: int, step: int, length: int = 5) -> NetworkCall:
+        return NetworkCall(
             "transformer",
             "",
             (
@@ -154,7 +154,7 @@ def test_prompts_of_different_length_meet_only_where_the_bits_do_not_count():
             {},
         )
 
-    def network(call: Call):
+    def network(call: NetworkCall):
         return ([row * time for row, time in zip(*call.args, strict=True)],)
 
     (form,) = learned(network, call)
@@ -167,7 +167,7 @@ def test_prompts_of_different_length_meet_only_where_the_bits_do_not_count():
 
 
 def test_outputs_of_diffusers_are_taken_apart_and_put_together():
-    def network(call: Call):
+    def network(call: NetworkCall):
         return Transformer2DModelOutput(sample=honest(call)[0])
 
     (form,) = learned(network)
@@ -213,7 +213,7 @@ def test_of_a_tensor_without_data_the_shape_is_written_down():
 
 
 def test_an_object_cannot_be_written_down():
-    with pytest.raises(Unlike):
+    with pytest.raises(CallsDiffer):
         written([object()], [])
 
 
@@ -221,5 +221,5 @@ def test_an_object_cannot_be_written_down():
     "kind", [["builtins", "eval"], ["subprocess", "Popen"], ["diffusers.utils", "deprecate"]]
 )
 def test_nothing_but_values_is_made_from_what_is_written(kind):
-    with pytest.raises(Unlike):
+    with pytest.raises(CallsDiffer):
         read({"kind": kind, "items": []}, [])

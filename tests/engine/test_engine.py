@@ -25,7 +25,7 @@ from engine.errors import (
     UnsupportedRequest,
 )
 from engine.events import Failed, Finished, Queued, Started, Stepped
-from engine.inflight import ImageState
+from engine.inflight import RenderState
 from engine.scheduler import Decode
 
 
@@ -86,10 +86,10 @@ def test_progress_can_be_read_at_any_time(engine):
     go.set()
     handle.result(60)
 
-    assert (halfway.state, halfway.step, halfway.num_steps) == (ImageState.RUNNING, 2, 4)
+    assert (halfway.state, halfway.step, halfway.num_steps) == (RenderState.RUNNING, 2, 4)
     assert halfway.device_seconds > 0
     assert handle.done()
-    assert (handle.progress().state, handle.progress().step) == (ImageState.FINISHED, 4)
+    assert (handle.progress().state, handle.progress().step) == (RenderState.FINISHED, 4)
 
 
 def test_waiting_too_briefly_does_not_harm_the_image(engine):
@@ -231,13 +231,13 @@ def test_an_image_not_finished_in_its_time_fails_at_the_next_step_boundary(engin
     with pytest.raises(DeadlinePassed, match="step 2 of 50"):
         handle.result(60)
     assert isinstance(events[-1].error, DeadlinePassed)
-    assert handle.progress().state is ImageState.FAILED
+    assert handle.progress().state is RenderState.FAILED
 
 
-@pytest.mark.parametrize("state", [ImageState.QUEUED, ImageState.PARKED])
+@pytest.mark.parametrize("state", [RenderState.QUEUED, RenderState.PARKED])
 def test_it_fails_as_well_while_it_waits(checkpoint, state):
     with Engine(EngineConfig(max_inflight=1), [a_spec(checkpoint)]) as engine:
-        if state is ImageState.PARKED:
+        if state is RenderState.PARKED:
             on_event, reached, go = held_at(1)
             waiting = engine.submit(
                 a_request("waiting", rank=1, num_steps=50), on_event, within_s=0.5
@@ -252,8 +252,8 @@ def test_it_fails_as_well_while_it_waits(checkpoint, state):
         with pytest.raises(DeadlinePassed):
             waiting.result(60)
 
-        assert waiting.progress().step == (state is ImageState.PARKED)
-        assert engine.stats()["parks"] == (state is ImageState.PARKED)
+        assert waiting.progress().step == (state is RenderState.PARKED)
+        assert engine.stats()["parks"] == (state is RenderState.PARKED)
         assert not busy.done()
 
 
@@ -412,7 +412,7 @@ def test_a_cancel_takes_effect_at_the_next_step_boundary(engine):
 
     with pytest.raises(ImageCanceled):
         handle.result(60)
-    assert handle.progress().state is ImageState.CANCELED
+    assert handle.progress().state is RenderState.CANCELED
     assert handle.progress().step == 2
     assert isinstance(events[-1], Failed)
 

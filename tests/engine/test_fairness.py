@@ -17,7 +17,7 @@ import pytest
 from engine_builders import a_key, an_image, saturated
 
 from engine.costs import CostModel
-from engine.inflight import BatchKey, ImageState, InFlight
+from engine.inflight import BatchKey, InFlight, RenderState
 from engine.scheduler import Batch, Decode, Encode, Scheduler, Work
 
 Seconds = Callable[[int], float]  # of a forward by its rows
@@ -168,7 +168,7 @@ def simulate(
         seconds = device.takes(work)
         now_s += seconds
         if isinstance(work, Encode):
-            work.image.state = ImageState.RUNNING
+            work.image.state = RenderState.RUNNING
         elif isinstance(work, Batch):
             for image in work:
                 image.count_step()

@@ -26,7 +26,7 @@ from engine.errors import (
     UnsupportedRequest,
 )
 from engine.events import Failed, Finished, Parked, Previewed, Resumed, Started, Stepped
-from engine.inflight import ImageState
+from engine.inflight import RenderState
 from engine.request import Fork, Picture
 from engine.snapshots import peek
 
@@ -590,7 +590,7 @@ def test_previews_change_no_bit(engine):
     )
 
     assert np.array_equal(handle.result(60).pixels, unseen.pixels)
-    assert handle.progress().state is ImageState.FINISHED
+    assert handle.progress().state is RenderState.FINISHED
 
 
 def test_previews_are_rate_limited(checkpoint):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.costs import CostModel
-from engine.inflight import ImageState
+from engine.inflight import RenderState
 from engine.owners import CREDIT_S, MAX_GONE, Owners
 from engine.request import AdapterUse
 from engine.scheduler import Batch, Decode, Encode, Scheduler, _Kind
@@ -31,7 +31,7 @@ def a_scheduler(curve=flat, costs=None, **changes) -> Scheduler:
 def do(scheduler, work):
     """What the engine does with a piece of work, tensors aside."""
     if isinstance(work, Encode):
-        work.image.state = ImageState.RUNNING
+        work.image.state = RenderState.RUNNING
     elif isinstance(work, Batch):
         for image in work:
             image.count_step()
@@ -446,7 +446,7 @@ def test_the_images_of_who_is_ahead_take_seats_after_those_of_the_others():
         scheduler.add(an_image(id, owner="light", num_steps=30), now_s=0)
     scheduler.next_work(0)
 
-    assert [image.id for image in scheduler.in_order() if image.state is ImageState.RUNNING] == [
+    assert [image.id for image in scheduler.in_order() if image.state is RenderState.RUNNING] == [
         "a",
         "b",
     ]
@@ -551,10 +551,10 @@ def test_a_better_rank_parks_a_seated_image_which_comes_back_with_its_steps():
     scheduler.add(an_image("interactive", rank=0, num_steps=1), now_s=0)
 
     assert step(scheduler) == ["interactive"]
-    assert (bulk.step, bulk.state) == (1, ImageState.PARKED)
+    assert (bulk.step, bulk.state) == (1, RenderState.PARKED)
     assert (ids(scheduler.take_parked()), ids(scheduler.take_resumed())) == (["bulk"], [])
     assert step(scheduler) == ["bulk"]
-    assert (bulk.step, bulk.state) == (2, ImageState.RUNNING)
+    assert (bulk.step, bulk.state) == (2, RenderState.RUNNING)
     assert (ids(scheduler.take_parked()), ids(scheduler.take_resumed())) == ([], ["bulk"])
     assert (scheduler.take_parked(), scheduler.take_resumed()) == ([], [])
 
@@ -582,7 +582,7 @@ def test_an_image_not_encoded_gives_its_seat_to_a_shorter_one_without_being_park
 
     assert turn(scheduler) == "encode shorter"
     assert scheduler.take_parked() == []
-    assert scheduler.get("long").state is ImageState.QUEUED
+    assert scheduler.get("long").state is RenderState.QUEUED
 
 
 def test_a_removed_image_is_not_told_of_as_parked():
@@ -616,7 +616,7 @@ def test_an_image_waiting_for_decode_holds_no_seat():
     step(scheduler)
 
     assert scheduler.next_work(0) == Decode(scheduler.get("done"))
-    assert scheduler.get("next").state is ImageState.RUNNING
+    assert scheduler.get("next").state is RenderState.RUNNING
 
 
 def test_a_lane_of_long_work_has_a_seat_though_shorter_images_of_another_would_fill_them_all():
@@ -649,7 +649,7 @@ def test_an_image_parked_twice_keeps_the_seat_it_regains_beside_the_others():
         turns(scheduler, 2)
         parks += len(scheduler.take_parked())
     step(scheduler)
-    assert (parks, bulk.state) == (2, ImageState.RUNNING)
+    assert (parks, bulk.state) == (2, RenderState.RUNNING)
 
     scheduler.add(an_image("urgent", rank=0, num_steps=1), now_s=0)
 
@@ -669,7 +669,7 @@ def test_seats_are_kept_for_every_rank_with_a_share_and_for_the_best_image(
     scheduler.next_work(0)
 
     seats = Counter(
-        image.rank for image in scheduler.in_order() if image.state is ImageState.RUNNING
+        image.rank for image in scheduler.in_order() if image.state is RenderState.RUNNING
     )
 
     assert (
@@ -1281,11 +1281,11 @@ def test_whatever_comes_goes_or_is_moved_limits_hold_and_everybody_is_served(
         here = scheduler.in_order()
         parks.update(ids(scheduler.take_parked()))
         assert max(parks.values(), default=0) <= 2
-        running = [image for image in here if image.state is ImageState.RUNNING]
+        running = [image for image in here if image.state is RenderState.RUNNING]
         assert sum(parks[image.id] < 2 for image in running) <= max(max_inflight, len(shares) + 1)
         group = {image.id: scheduler._tickets[image.id].group for image in here}
         seated_or_done = [
-            image for image in here if image.state in (ImageState.RUNNING, ImageState.DENOISED)
+            image for image in here if image.state in (RenderState.RUNNING, RenderState.DENOISED)
         ]
         best_ready = min((image.rank for image in seated_or_done), default=3)
         lead = next(iter(work))
@@ -1293,7 +1293,7 @@ def test_whatever_comes_goes_or_is_moved_limits_hold_and_everybody_is_served(
         if isinstance(work, Batch):
             encodes = 0
             assert all(
-                image.state is ImageState.RUNNING and image.batch_key == work.key for image in work
+                image.state is RenderState.RUNNING and image.batch_key == work.key for image in work
             )
             assert lead.rank != best_ready or group[lead.id] == min(
                 group[image.id] for image in work

@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.conditioning import ConditioningCache
 from engine.device import Device
 from engine.families.contract import Family, Recall
-from engine.inflight import BatchKey, ImageState, InFlight
+from engine.inflight import BatchKey, InFlight, RenderState
 from engine.loading import load_checkpoint
 from engine.request import ImageRequest, Picture
 
@@ -146,7 +146,7 @@ def started(family: Family, request: ImageRequest) -> InFlight:
     image = in_flight(family, request)
     with torch.inference_mode():
         family.start(image, a_recall())
-    image.state = ImageState.RUNNING
+    image.state = RenderState.RUNNING
     return image
 
 

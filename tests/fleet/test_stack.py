@@ -21,7 +21,7 @@ import pytest
 import redis
 
 from cli.sql import ask
-from fleet import house
+from fleet import processes
 from fleet.addresses import (
     LISTENERS,
     Addresses,
@@ -129,7 +129,7 @@ def test_each_process_is_handed_only_what_its_settings_name(tmp_path):
     env = Addresses.fresh().env() | {"DARKROOM_API_KEY": "dr_key"}
     programs = {
         program.name: program.environment
-        for program in house.programs(env, Stack(tmp_path)._fleet(), num_workers=2)
+        for program in processes.programs(env, Stack(tmp_path)._fleet(), num_workers=2)
     }
 
     assert (
@@ -197,7 +197,7 @@ def test_stack_s_own_variables_win_over_the_caller_s_whose_tuning_is_taken_over(
 
     programs = {
         program.name: program.environment
-        for program in house.programs(env, Stack(tmp_path)._fleet(), num_workers=1)
+        for program in processes.programs(env, Stack(tmp_path)._fleet(), num_workers=1)
     }
 
     assert {
@@ -215,7 +215,7 @@ def test_processes_have_ports_for_metrics_of_their_own_with_room_for_the_gpus_of
 ):
     monkeypatch.setenv("METRICS_PORT", "9400")
 
-    programs = house.programs(Addresses.fresh().env(), Stack(tmp_path)._fleet(), num_workers=2)
+    programs = processes.programs(Addresses.fresh().env(), Stack(tmp_path)._fleet(), num_workers=2)
 
     ports = [
         int(program.environment["METRICS_PORT"])
@@ -224,7 +224,7 @@ def test_processes_have_ports_for_metrics_of_their_own_with_room_for_the_gpus_of
     ]
     assert ports[0] == 9400
     assert all(
-        later - earlier >= house.METRICS_STRIDE for earlier, later in itertools.pairwise(ports)
+        later - earlier >= processes.METRICS_STRIDE for earlier, later in itertools.pairwise(ports)
     )
 
 
@@ -247,7 +247,7 @@ class StoppedInWaves:
 def test_a_stack_goes_down_from_those_who_take_in_work_to_the_services_that_all_need(tmp_path):
     stack = Stack(tmp_path / "data")
     env = Addresses.fresh().env()
-    programs = house.programs(env, stack._fleet(), num_workers=2)
+    programs = processes.programs(env, stack._fleet(), num_workers=2)
     (tmp_path / "data").mkdir()
     stack._supervisor = StoppedInWaves([*SERVICES, *(program.name for program in programs)])
 
@@ -332,7 +332,7 @@ def test_a_process_that_keeps_dying_is_told_with_its_log_before_the_time_is_over
 
 def test_a_worker_gets_the_time_that_it_was_promised(tmp_path, monkeypatch):
     monkeypatch.setenv("SHUTDOWN_NOTICE_S", "100")
-    programs = house.programs(Addresses.fresh().env(), Stack(tmp_path)._fleet(), num_workers=1)
+    programs = processes.programs(Addresses.fresh().env(), Stack(tmp_path)._fleet(), num_workers=1)
 
     assert {program.name: program.stop_wait_s for program in programs}["worker-1"] == 125
 

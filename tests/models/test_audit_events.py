@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from models import api_keys, erasing, files, jobs, leases, pruning, tenants, webhooks
 from models.ids import first_id
 from models.tables import Tenant, UsageDay, WebhookEndpoint
-from models.webhooks import Tried
+from models.webhooks import AttemptResult
 from policy.failures import FailureCode
 from settings import REPO
 from tests.builders import (
@@ -123,7 +123,7 @@ def test_audit_events_of_the_code_are_those_that_are_tested_here():
 
 @appends("tenant:weight:changed")
 def weighing(session, tenant):
-    return partial(tenants.weigh, session, tenant, weight=2.0, actor=ACTOR)
+    return partial(tenants.set_weight, session, tenant, weight=2.0, actor=ACTOR)
 
 
 @appends("tenant:limits:changed")
@@ -240,14 +240,14 @@ def redelivering(session, tenant):
 @appends("webhook:endpoint:disabled", actor="courier")
 def hearing_that_a_receiver_is_gone(session, tenant):
     claim = webhooks.claim(session, a_delivery(session, tenant))
-    gone = Tried(status=410, error=None, took_s=0.1, try_again_s=5.0)
+    gone = AttemptResult(status=410, error=None, took_s=0.1, try_again_s=5.0)
     return partial(webhooks.record, session, claim, gone, actor="courier")
 
 
 @appends()
 def failing_to_deliver(session, tenant):
     claim = webhooks.claim(session, a_delivery(session, tenant))
-    away = Tried(status=None, error="timeout", took_s=0.1, try_again_s=5.0)
+    away = AttemptResult(status=None, error="timeout", took_s=0.1, try_again_s=5.0)
     return partial(webhooks.record, session, claim, away, actor="courier")
 
 
@@ -430,7 +430,7 @@ def expiring(session, tenant):
 def overrunning(session, tenant):
     job = a_job(session, tenant=tenant, run_within_s=0)
     leases.give_back(session, a_lease(session, job), reason="drain")
-    return partial(jobs.overrun, session, job.id)
+    return partial(jobs.fail_past_deadline, session, job.id)
 
 
 # What the owner prunes
@@ -527,7 +527,7 @@ def test_audit_events_of_attempts_name_the_attempt(session):
 def test_audit_events_of_the_command_line_say_so(session):
     """Its commands name nobody: they are run by whoever has the database's password."""
     tenant = tenants.create(session, name=f"t-{uuid.uuid4().hex[:12]}")
-    tenants.weigh(session, tenant, weight=2.0)
+    tenants.set_weight(session, tenant, weight=2.0)
     tenants.limit(session, tenant, changes={"url_inputs": True})
     row, _ = api_keys.issue(session, tenant_id=tenant.id, name="x", pepper="x" * 16)
     api_keys.rotate(session, row.id, pepper="x" * 16, grace_s=60)

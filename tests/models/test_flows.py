@@ -444,7 +444,7 @@ class Happenings:
 
     def overrun(self, n):
         if job := self._one(n, JobState.QUEUED):
-            jobs.overrun(self.session, job.id)
+            jobs.fail_past_deadline(self.session, job.id)
 
     def requeue(self, n):
         if job := self._one(n, JobState.FAILED):

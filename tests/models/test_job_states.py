@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from models import jobs, leases, listing, sweeping
 from models.database import transaction
 from models.jobs import JobAlreadyFinished
-from models.listing import Sought
+from models.listing import JobFilter
 from policy.failures import FailureCode
 from policy.params import NAMES
 from tests.builders import a_job, a_lease, a_succeeded_job, a_tenant, hand_off, preempt, store
@@ -241,7 +241,7 @@ def test_another_tenant_s_job_does_not_exist(session):
 
     assert jobs.find(session, job.id, tenant_id=stranger.id) is None
     assert jobs.cancel(session, job.id, tenant_id=stranger.id, actor="tests") is None
-    assert listing.page(session, Sought(), tenant_id=stranger.id, limit=10).jobs == []
+    assert listing.page(session, JobFilter(), tenant_id=stranger.id, limit=10).jobs == []
     assert job.state == "queued"
 
 
@@ -254,11 +254,13 @@ def test_a_page_is_newest_first_and_goes_on_where_the_last_one_ended(session):
     tenant = a_tenant(session)
     accepted = sorted((a_job(session, tenant=tenant).id for _ in range(5)), reverse=True)
 
-    first = [job.id for job in listing.page(session, Sought(), tenant_id=tenant.id, limit=2).jobs]
+    first = [
+        job.id for job in listing.page(session, JobFilter(), tenant_id=tenant.id, limit=2).jobs
+    ]
     rest = [
         job.id
         for job in listing.page(
-            session, Sought(before=first[-1]), tenant_id=tenant.id, limit=10
+            session, JobFilter(before=first[-1]), tenant_id=tenant.id, limit=10
         ).jobs
     ]
 
@@ -270,9 +272,9 @@ def test_a_page_can_be_of_one_state(session):
     a_job(session, tenant=tenant)
     canceled = cancel(session, a_job(session, tenant=tenant))
 
-    assert listing.page(session, Sought(state="canceled"), tenant_id=tenant.id, limit=10).jobs == [
-        canceled
-    ]
+    assert listing.page(
+        session, JobFilter(state="canceled"), tenant_id=tenant.id, limit=10
+    ).jobs == [canceled]
 
 
 def test_a_job_that_nothing_started_in_time_expires(session):
@@ -342,13 +344,13 @@ def test_the_day_s_images_add_up_to_the_job_s_cost(session):
 def test_a_job_that_waits_again_past_its_run_deadline_fails(session):
     job = a_job(session, run_within_s=0.5)
     preempt(session, a_lease(session, job))
-    assert jobs.overrun(session, job.id) is None
+    assert jobs.fail_past_deadline(session, job.id) is None
     session.execute(
         text("UPDATE jobs SET run_by = clock_timestamp() - interval '1 second' WHERE id = :id"),
         {"id": job.id},
     )
 
-    assert jobs.overrun(session, job.id) is job
+    assert jobs.fail_past_deadline(session, job.id) is job
 
     assert (job.state, job.failure_code, job.failure_detail) == (
         "failed",
@@ -356,7 +358,7 @@ def test_a_job_that_waits_again_past_its_run_deadline_fails(session):
         "not rendered within 0.5 s of its start",
     )
     assert events_of(session, job.id)[-1] == "job:state:failed"
-    assert jobs.overrun(session, job.id) is None
+    assert jobs.fail_past_deadline(session, job.id) is None
 
 
 def test_a_job_that_began_does_not_expire_when_it_waits_again_past_its_start_deadline(session):
@@ -375,8 +377,8 @@ def test_a_job_that_began_does_not_expire_when_it_waits_again_past_its_start_dea
 def test_neither_a_running_job_nor_one_that_never_ran_is_past_its_run_deadline(session):
     running, waiting = a_lease(session, run_within_s=0).job, a_job(session, run_within_s=0)
 
-    assert jobs.overrun(session, running.id) is None
-    assert jobs.overrun(session, waiting.id) is None
+    assert jobs.fail_past_deadline(session, running.id) is None
+    assert jobs.fail_past_deadline(session, waiting.id) is None
     assert (running.state, waiting.state) == ("running", "queued")
 
 

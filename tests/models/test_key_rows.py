@@ -26,7 +26,11 @@ def authenticate(session, key, pepper=PEPPER):
     """The key as a gateway finds it; None if it is refused."""
     kid = api_keys.kid_of(key)
     known = api_keys.look_up(session, [kid]).get(kid) if kid is not None else None
-    return known if known is not None and api_keys.is_it(key, known.digest, pepper=pepper) else None
+    return (
+        known
+        if known is not None and api_keys.verify_key(key, known.digest, pepper=pepper)
+        else None
+    )
 
 
 def test_an_issued_key_opens_its_tenant_s_door(session):

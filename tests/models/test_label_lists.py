@@ -10,7 +10,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from models import erasing, jobs, listing
-from models.listing import Sought
+from models.listing import JobFilter
 from tests.builders import a_job, a_tenant
 
 
@@ -19,13 +19,13 @@ def some_jobs(session, tenant, *labels):
     return [a_job(session, tenant=tenant, tenant_metadata=own) for own in labels]
 
 
-def a_walk(session, tenant, sought, *, limit=2):
+def a_walk(session, tenant, job_filter, *, limit=2):
     """Ids of all pages, and how many pages there were."""
-    ids, pages, before = [], 0, sought.before
+    ids, pages, before = [], 0, job_filter.before
     while True:
         page = listing.page(
             session,
-            Sought(sought.since, before, sought.state, sought.metadata),
+            JobFilter(job_filter.since, before, job_filter.state, job_filter.metadata),
             tenant_id=tenant.id,
             limit=limit,
         )
@@ -48,13 +48,13 @@ def test_a_list_by_metadata_is_complete_however_short_each_page_s_work_is(
     newest_first = [job.id for job in reversed(made)]
     has_both = [made[8].id, made[4].id, made[0].id]
 
-    assert a_walk(session, tenant, Sought(metadata=both))[0] == has_both
+    assert a_walk(session, tenant, JobFilter(metadata=both))[0] == has_both
     with_x = {job.id for job in made if job.tenant_metadata and job.tenant_metadata["set"] == "x"}
-    assert a_walk(session, tenant, Sought(metadata=one))[0] == [
+    assert a_walk(session, tenant, JobFilter(metadata=one))[0] == [
         job_id for job_id in newest_first if job_id in with_x
     ]
-    assert a_walk(session, tenant, Sought(metadata={"set": "z"}))[0] == []
-    assert a_walk(session, tenant, Sought(metadata=both, before=made[8].id, since=made[4].id))[
+    assert a_walk(session, tenant, JobFilter(metadata={"set": "z"}))[0] == []
+    assert a_walk(session, tenant, JobFilter(metadata=both, before=made[8].id, since=made[4].id))[
         0
     ] == [made[4].id]
 
@@ -64,10 +64,10 @@ def test_a_list_by_metadata_can_be_of_one_state(session):
     made = some_jobs(session, tenant, *[{"set": "x"}] * 4)
     jobs.cancel(session, made[1].id, tenant_id=tenant.id, actor="tests")
 
-    assert a_walk(session, tenant, Sought(state="canceled", metadata={"set": "x"}))[0] == [
+    assert a_walk(session, tenant, JobFilter(state="canceled", metadata={"set": "x"}))[0] == [
         made[1].id
     ]
-    assert a_walk(session, tenant, Sought(state="failed", metadata={"set": "x"}))[0] == []
+    assert a_walk(session, tenant, JobFilter(state="failed", metadata={"set": "x"}))[0] == []
 
 
 def test_a_page_s_work_is_bounded_where_two_frequent_labels_have_nothing_in_common(
@@ -78,9 +78,9 @@ def test_a_page_s_work_is_bounded_where_two_frequent_labels_have_nothing_in_comm
     some_jobs(session, tenant, *[{"a": "1"}, {"b": "1"}] * 20)
 
     page = listing.page(
-        session, Sought(metadata={"a": "1", "b": "1"}), tenant_id=tenant.id, limit=5
+        session, JobFilter(metadata={"a": "1", "b": "1"}), tenant_id=tenant.id, limit=5
     )
-    found, pages = a_walk(session, tenant, Sought(metadata={"a": "1", "b": "1"}), limit=5)
+    found, pages = a_walk(session, tenant, JobFilter(metadata={"a": "1", "b": "1"}), limit=5)
 
     assert (page.jobs, page.more_before is not None) == ([], True)
     assert (found, pages > 2) == ([], True)
@@ -93,7 +93,7 @@ def test_a_job_whose_metadata_were_erased_is_in_no_list_by_them(session):
     erasing.erase(session, job.id, tenant_id=tenant.id, actor="tests")
 
     assert (
-        listing.page(session, Sought(metadata={"set": "x"}), tenant_id=tenant.id, limit=5).jobs
+        listing.page(session, JobFilter(metadata={"set": "x"}), tenant_id=tenant.id, limit=5).jobs
         == []
     )
     assert (
@@ -119,7 +119,7 @@ def test_a_page_by_metadata_has_no_more_jobs_than_were_asked_for(session):
     tenant = a_tenant(session)
     made = some_jobs(session, tenant, *[{"set": "x"}] * 5)
 
-    page = listing.page(session, Sought(metadata={"set": "x"}), tenant_id=tenant.id, limit=2)
+    page = listing.page(session, JobFilter(metadata={"set": "x"}), tenant_id=tenant.id, limit=2)
 
     assert [job.id for job in page.jobs] == [made[4].id, made[3].id]
 
@@ -134,7 +134,7 @@ def test_a_job_that_is_listed_under_a_label_it_has_not_is_not_found_by_it(databa
         made = some_jobs(session, tenant, {"set": "x"}, {"set": "y"})
         session.execute(add, {"id": made[0].id, "other": made[1].id})
 
-        page = listing.page(session, Sought(metadata={"set": "x"}), tenant_id=tenant.id, limit=5)
+        page = listing.page(session, JobFilter(metadata={"set": "x"}), tenant_id=tenant.id, limit=5)
 
         assert [job.id for job in page.jobs] == [made[0].id]
         session.rollback()
@@ -150,6 +150,6 @@ def test_a_label_tells_where_its_key_ends(database):
 def test_of_jobs_that_are_named_a_tenant_is_given_its_own(session):
     own, stranger = a_job(session), a_job(session)
 
-    found = listing.some(session, [own.id, stranger.id, uuid.uuid4()], tenant_id=own.tenant_id)
+    found = listing.find_many(session, [own.id, stranger.id, uuid.uuid4()], tenant_id=own.tenant_id)
 
     assert found == {own.id: own}

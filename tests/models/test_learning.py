@@ -7,7 +7,7 @@ from sqlalchemy import text
 
 from models import learning
 from models.database import transaction
-from models.learning import Observed
+from models.learning import ImageTimings
 from tests.builders import a_lease, a_succeeded_job
 from tests.models.facts import at_once
 
@@ -22,10 +22,10 @@ def key_of(pool, model="pocket", width_px=128, height_px=128):
     return (pool, model, width_px, height_px)
 
 
-def seen(images, row_step_s, fixed_s=0.1, row_steps_each=8) -> Observed:
+def seen(images, row_step_s, fixed_s=0.1, row_steps_each=8) -> ImageTimings:
     """So many images, each of whose rows took so long a step."""
     row_steps = images * row_steps_each
-    return Observed(
+    return ImageTimings(
         images=images,
         row_steps=row_steps,
         denoise_s=row_steps * row_step_s,
@@ -107,9 +107,9 @@ def test_sizes_models_and_pools_are_learnt_apart(session, pool):
 @pytest.mark.parametrize(
     "nothing",
     [
-        Observed(),
-        Observed(images=3, row_steps=0.0),
-        Observed(images=0, row_steps=8.0, denoise_s=1.0),
+        ImageTimings(),
+        ImageTimings(images=3, row_steps=0.0),
+        ImageTimings(images=0, row_steps=8.0, denoise_s=1.0),
     ],
 )
 def test_nothing_is_learnt_from_nothing(session, pool, nothing):

@@ -403,7 +403,7 @@ def test_the_time_that_rendered_pixels_waited_for_the_store_does_not_use_up_the_
 
     session.flush()
     assert sweeping.overruns(session) == []
-    assert jobs.overrun(session, job.id) is None
+    assert jobs.fail_past_deadline(session, job.id) is None
     assert 55 < a_lease(session, job).run_within_s <= 60
 
 

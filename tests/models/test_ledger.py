@@ -140,7 +140,7 @@ def test_a_failed_job_s_stored_images_are_paid_and_counted_and_nothing_else(sess
             text("UPDATE jobs SET run_by = clock_timestamp() - interval '1 s' WHERE id = :id"),
             {"id": job.id},
         )
-        jobs.overrun(session, job.id)
+        jobs.fail_past_deadline(session, job.id)
 
     session.refresh(job)
     assert (job.state, job.cost > 0) == ("failed", True)

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 import migrations
 from migrations.errors import RevisionTooOld
 from models import files, jobs, leases, usage
-from models.listing import Sought, page
+from models.listing import JobFilter, page
 from tests.builders import WORKER, a_job, hand_off, store
 from tests.models.conftest import a_database
 from tests.models.facts import HEAD, definitions, living_definitions, rights
@@ -77,7 +77,10 @@ def test_old_rows_are_still_there_and_counted(old_session):
 
 def test_old_jobs_are_found_by_their_labels(old_session):
     found = page(
-        old_session, Sought(metadata={"order": "7"}), tenant_id=tenant_id_of(old_session), limit=5
+        old_session,
+        JobFilter(metadata={"order": "7"}),
+        tenant_id=tenant_id_of(old_session),
+        limit=5,
     )
 
     assert [job.tenant_metadata for job in found.jobs] == [{"order": "7"}]

@@ -403,12 +403,12 @@ def test_a_job_that_is_just_being_replayed_waits_for_the_next_pruning(owner):
         )
 
     with transaction(owner) as replay:
-        jobs.hold(replay, old)
+        jobs.lock_against_erasure(replay, old)
         assert prune_all(owner) == 0
     assert prune_all(owner) == 1
 
-    with pytest.raises(jobs.NothingLeft), transaction(owner) as session:
-        jobs.hold(session, old)
+    with pytest.raises(jobs.JobErased), transaction(owner) as session:
+        jobs.lock_against_erasure(session, old)
 
 
 @pytest.mark.parametrize("column", [param.name for param in PICTURES.values()])

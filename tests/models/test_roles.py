@@ -19,7 +19,7 @@ from models import (
     workers,
 )
 from models.tables import Base
-from models.webhooks import Tried
+from models.webhooks import AttemptResult
 from policy.release import ReleaseLimits
 from tests.builders import a_job, a_lease, a_succeeded_job, hand_off, store
 
@@ -205,7 +205,7 @@ def test_a_results_worker_stores_what_it_cannot_read_the_wish_of(as_process, dat
         hand_off(session, lease)
 
     with Session(as_process["results"], expire_on_commit=False) as session, session.begin():
-        job = store(session, jobs.without_words(session, lease.job_id))
+        job = store(session, jobs.find_without_texts(session, lease.job_id))
         assert job.state == "succeeded"
 
 
@@ -262,7 +262,7 @@ def test_the_sweeper_can_look_at_everything_that_it_sweeps(as_process, database)
         assert leases.lose(session, silent.job_id, max_attempts=5).state == "queued"
         sweeping.postpone_store(session, unstored.job_id, store_within_s=10)
         assert leases.lose_hand_off(session, lost.job_id, [0], attempt_of={0: 1}) is not None
-        assert jobs.overrun(session, late.id) is None
+        assert jobs.fail_past_deadline(session, late.id) is None
         ids = [silent.job_id, unstored.job_id]
         assert sweeping.awaited_pixels(session, ids)
         sweeping.finished_of(session, ids)
@@ -316,6 +316,6 @@ def test_a_courier_claims_records_and_disables(as_process, database):
         [delivery_id] = webhooks.due_of_job(session, job.id)
         claim = webhooks.claim(session, delivery_id)
         assert claim.secrets == ("whsec_x",)
-        tried = Tried(status=410, error=None, took_s=0.1, try_again_s=None)
+        tried = AttemptResult(status=410, error=None, took_s=0.1, try_again_s=None)
         assert webhooks.record(session, claim, tried, actor="tests") == "gone"
         assert webhooks.next_of_endpoint(session, endpoint.id) is None

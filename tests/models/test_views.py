@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from models import audit, files, inputs, jobs, leases, tenants, webhooks, workers
 from models.tables import File, Tenant
-from models.webhooks import Tried
+from models.webhooks import AttemptResult
 from policy.failures import FailureCode
 from tests.builders import (
     a_job,
@@ -261,7 +261,7 @@ def images_by_tenant_day(session, tenant) -> Rows:
 
 def flows_now(session, tenant) -> Rows:
     """Of two tenants in a pool of their own; one has weight 2."""
-    tenants.weigh(session, tenant, weight=2.0, actor="tests")
+    tenants.set_weight(session, tenant, weight=2.0, actor="tests")
     other = a_tenant(session)
     for owner, count in ((tenant, 3), (other, 1)):
         for _ in range(count):
@@ -357,7 +357,7 @@ def webhooks_now(session, tenant) -> Rows:
     for delivery_id, status in ((newest, 503), (oldest, 204), (newest, 500)):
         change(session, "webhook_deliveries", f"id = '{delivery_id}'", due_at=ago(session, 1))
         claim = webhooks.claim(session, delivery_id)
-        outcome = Tried(status=status, error=None, took_s=status / 1000, try_again_s=60.0)
+        outcome = AttemptResult(status=status, error=None, took_s=status / 1000, try_again_s=60.0)
         webhooks.record(session, claim, outcome, actor="courier")
     change(session, "webhook_deliveries", f"id = '{newest}'", created_at=ago(session, 90))
     change(session, "webhook_deliveries", f"id = '{since}'", created_at=ago(session, 300))

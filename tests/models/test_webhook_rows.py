@@ -19,8 +19,8 @@ from models.webhooks import (
     CLAIM_S,
     KEPT_FOR_S,
     SLOW_AT_ONCE,
+    AttemptResult,
     TooManyUnderWay,
-    Tried,
 )
 from policy.failures import FailureCode
 from policy.states import FINAL_STATES, DeliveryState, JobState
@@ -28,7 +28,7 @@ from policy.webhooks import ENDED_EVENTS, EVENTS, GIVE_UP_AFTER_S, TEST_EVENT
 from tests.builders import a_job, a_lease, hand_off, store
 from tests.models.facts import at_once
 
-HEARD = Tried(status=204, error=None, took_s=0.1, try_again_s=5.0)
+HEARD = AttemptResult(status=204, error=None, took_s=0.1, try_again_s=5.0)
 
 
 @pytest.fixture(autouse=True)
@@ -310,7 +310,9 @@ def test_deliveries_that_ended_a_month_ago_are_deleted_with_their_attempts(sessi
 def test_a_retry_is_due_when_it_was_said_and_a_last_attempt_ends_the_delivery(session):
     endpoint = an_endpoint(session, deliveries=2)
     claims, _ = claim_all(session, of(session, endpoint))
-    later, last = (Tried(500, None, took_s=0.1, try_again_s=wait_s) for wait_s in (60.0, None))
+    later, last = (
+        AttemptResult(500, None, took_s=0.1, try_again_s=wait_s) for wait_s in (60.0, None)
+    )
 
     states = [
         webhooks.record(session, claims[0], later, actor="tests"),
@@ -357,7 +359,7 @@ def test_a_delivery_that_is_asked_for_again_waits_as_one_that_never_ended(sessio
     """However old it is: what waits is never deleted."""
     endpoint = an_endpoint(session)
     [claim], _ = claim_all(session, of(session, endpoint))
-    outcome = Tried(status=status, error=None, took_s=0.1, try_again_s=None)
+    outcome = AttemptResult(status=status, error=None, took_s=0.1, try_again_s=None)
     webhooks.record(session, claim, outcome, actor="tests")
     delivery = session.get(WebhookDelivery, claim.id)
     delivery.created_at -= timedelta(seconds=KEPT_FOR_S + 60)

@@ -13,18 +13,18 @@ from policy.admission import (
     JITTER,
     LONGEST_RETRY_S,
     SHORTEST_RETRY_S,
-    Place,
     PoolSnapshot,
-    Running,
+    QueuePosition,
+    RunningJobs,
     TenantBacklog,
     first_guess_s,
-    place_in,
+    queue_position,
     refusal,
 )
-from policy.prediction import EtaRatios, Line, Waiting
+from policy.prediction import EtaRatios, QueuedFlow, TierQueue
 from tests.builders import a_fleet
 
-NOTHING_AHEAD = Place(ahead_s=0.0, jobs_ahead=0, concurrent_images=1.0)
+NOTHING_AHEAD = QueuePosition(ahead_s=0.0, jobs_ahead=0, concurrent_images=1.0)
 DRAWS = st.floats(0, 1, exclude_max=True)
 
 
@@ -33,27 +33,27 @@ class Flow:
     """What a tenant has waiting, and where; is_own: it is the one who asks."""
 
     tier: str
-    waiting: Waiting
+    waiting: QueuedFlow
     is_own: bool
 
 
 def waiting(cost_s, *, jobs=10, tier="fast", weight=1.0, is_own=False) -> Flow:
-    return Flow(tier, Waiting(weight, jobs, cost_s), is_own)
+    return Flow(tier, QueuedFlow(weight, jobs, cost_s), is_own)
 
 
 def a_snapshot(flows, *, devices=1, running=None, handoff_fill=0.0) -> PoolSnapshot:
-    lines = {
-        tier: Line(flow.waiting for flow in flows if flow.tier == tier)
+    queues = {
+        tier: TierQueue(flow.waiting for flow in flows if flow.tier == tier)
         for tier in {flow.tier for flow in flows}
     }
     own = {flow.tier: TenantBacklog(flow.waiting, flow.waiting) for flow in flows if flow.is_own}
-    return PoolSnapshot(devices, lines, running or {}, handoff_fill, own)
+    return PoolSnapshot(devices, queues, running or {}, handoff_fill, own)
 
 
 def place(*flows, tier="fast", lead_s=0.0, num_images=1, devices=1, running=None):
     """Where a job of the pool of 16 slots stands."""
     snapshot = a_snapshot(flows, devices=devices, running=running)
-    return place_in(
+    return queue_position(
         a_fleet(), snapshot, pool="local", tier=tier, num_images=num_images, lead_s=lead_s
     )
 
@@ -89,8 +89,8 @@ def refused(
     )
 
 
-def ahead(seconds) -> Place:
-    return Place(ahead_s=seconds, jobs_ahead=1, concurrent_images=1.0)
+def ahead(seconds) -> QueuePosition:
+    return QueuePosition(ahead_s=seconds, jobs_ahead=1, concurrent_images=1.0)
 
 
 def within_jitter(retry_after_s, seconds) -> bool:
@@ -99,17 +99,17 @@ def within_jitter(retry_after_s, seconds) -> bool:
 
 
 def test_items_of_a_batch_go_before_its_next_one_and_count_against_the_tenant():
-    own = {"fast": TenantBacklog(Waiting(1.0, 2, 20.0), Waiting(1.0, 5, 50.0))}
+    own = {"fast": TenantBacklog(QueuedFlow(1.0, 2, 20.0), QueuedFlow(1.0, 5, 50.0))}
     snapshot = PoolSnapshot(
-        1, {"fast": Line([Waiting(1.0, 2, 20.0), Waiting(1.0, 4, 40.0)])}, own=own
+        1, {"fast": TierQueue([QueuedFlow(1.0, 2, 20.0), QueuedFlow(1.0, 4, 40.0)])}, own=own
     )
     fleet = a_fleet({"tiers.fast.max_queued_s_per_tenant": 50.5})
 
-    there = place_in(fleet, snapshot, pool="local", tier="fast", num_images=1, lead_s=50)
+    there = queue_position(fleet, snapshot, pool="local", tier="fast", num_images=1, lead_s=50)
 
     assert (there.ahead_s, there.jobs_ahead) == (50 + 40, 5 + 4)
     assert (
-        place_in(fleet, snapshot, pool="local", tier="batch", num_images=1, lead_s=0).ahead_s
+        queue_position(fleet, snapshot, pool="local", tier="batch", num_images=1, lead_s=0).ahead_s
         == 50 + 40
     )
     assert (
@@ -157,7 +157,7 @@ def test_a_tenant_with_nothing_waiting_has_nothing_of_a_dump_ahead():
 
 def test_all_that_better_tiers_have_goes_before_and_nothing_of_lower_ones():
     flows = (waiting(10, tier="fast"), waiting(20, tier="quality"), waiting(40, tier="batch"))
-    in_hand = {"fast": Running(1, 2), "quality": Running(3, 4), "batch": Running(5, 6)}
+    in_hand = {"fast": RunningJobs(1, 2), "quality": RunningJobs(3, 4), "batch": RunningJobs(5, 6)}
 
     assert [
         place(*flows, tier=tier, running=in_hand).ahead_s for tier in ("fast", "quality", "batch")
@@ -175,7 +175,7 @@ def test_more_devices_shorten_the_wait():
 def test_company_on_the_device_is_what_is_in_hand_up_to_its_slots():
     def company(images, devices=1, num_images=1):
         return place(
-            running={"batch": Running(0.0, images)}, devices=devices, num_images=num_images
+            running={"batch": RunningJobs(0.0, images)}, devices=devices, num_images=num_images
         ).concurrent_images
 
     assert (company(0), company(5), company(100)) == (1, 6, 16)

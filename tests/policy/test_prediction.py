@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policy.prediction import (
-    Cost,
+    DeviceCost,
     EtaRatios,
-    Line,
-    Waiting,
+    QueuedFlow,
+    TierQueue,
     corrected,
     learn_ratios,
     predicted_s,
@@ -25,7 +25,7 @@ from policy.steps import Denoising
 SECONDS = st.floats(0, 1e6)
 FLOWS = st.lists(
     st.builds(
-        Waiting, weight=st.floats(0.1, 10), jobs=st.integers(1, 100), cost_s=st.floats(0.1, 1e5)
+        QueuedFlow, weight=st.floats(0.1, 10), jobs=st.integers(1, 100), cost_s=st.floats(0.1, 1e5)
     )
 )
 
@@ -45,7 +45,7 @@ def share_below(ratios: list[float], quantile: float) -> float:
 
 
 def test_a_job_takes_its_rows_times_its_steps_and_what_is_fixed_of_each_image():
-    cost = Cost(row_step_s=0.01, fixed_s=0.3)
+    cost = DeviceCost(row_step_s=0.01, fixed_s=0.3)
 
     assert cost_of(cost) == pytest.approx(20 * 0.01 + 0.3)
     assert cost_of(cost, denoising=Denoising(20, rows=2)) == pytest.approx(20 * 2 * 0.01 + 0.3)
@@ -61,22 +61,22 @@ def test_a_cost_that_was_never_seen_is_guessed_by_its_pixels_and_never_free():
 
 
 def test_in_fair_order_a_flow_is_given_its_weight_s_part_of_the_lead_or_all_it_has():
-    flows = [Waiting(1, 10, 100.0), Waiting(2, 10, 100.0), Waiting(1, 2, 4.0)]
+    flows = [QueuedFlow(1, 10, 100.0), QueuedFlow(2, 10, 100.0), QueuedFlow(1, 2, 4.0)]
 
-    seconds, jobs = Line(flows).before(20)
+    seconds, jobs = TierQueue(flows).before(20)
 
     assert (seconds, jobs) == pytest.approx((20 + 40 + 4, 2 + 4 + 2))
 
 
 def test_nothing_is_ahead_of_who_starts_level():
-    assert Line([Waiting(1, 10, 100.0)]).before(0) == (0, 0)
-    assert Line([Waiting(1, 10, 100.0)]).before(-5) == (0, 0)
+    assert TierQueue([QueuedFlow(1, 10, 100.0)]).before(0) == (0, 0)
+    assert TierQueue([QueuedFlow(1, 10, 100.0)]).before(-5) == (0, 0)
 
 
 @given(flows=FLOWS, lead_s=SECONDS, more_s=SECONDS)
 def test_the_further_behind_the_more_is_ahead_and_never_more_than_there_is(flows, lead_s, more_s):
-    near_s, near = Line(flows).before(lead_s)
-    far_s, far = Line(flows).before(lead_s + more_s)
+    near_s, near = TierQueue(flows).before(lead_s)
+    far_s, far = TierQueue(flows).before(lead_s + more_s)
 
     assert near_s - 1e-6 <= far_s <= sum(flow.cost_s for flow in flows) + 1e-6
     assert near - 1e-6 <= far <= sum(flow.jobs for flow in flows) + 1e-6
@@ -88,11 +88,11 @@ def test_a_line_gives_what_its_flows_give_each_for_itself(flows, lead_s):
         zip(*(flow.before(lead_s) for flow in flows), strict=True) if flows else ((), ())
     )
 
-    assert Line(flows).before(lead_s) == pytest.approx((sum(given_s), sum(jobs)), abs=1e-6)
+    assert TierQueue(flows).before(lead_s) == pytest.approx((sum(given_s), sum(jobs)), abs=1e-6)
 
 
 def test_a_flow_whose_cost_is_not_known_goes_before_whoever_comes_with_all_it_has():
-    assert Line([Waiting(1, 3, 0.0), Waiting(1, 10, 100.0)]).before(0) == (0, 3)
+    assert TierQueue([QueuedFlow(1, 3, 0.0), QueuedFlow(1, 10, 100.0)]).before(0) == (0, 3)
 
 
 def test_all_that_is_ahead_is_spread_over_the_devices_and_the_job_shares_its_own():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from policy import catalog
 from policy.catalog import MAX_SEED, RANDOM_SEED, InvalidWish, pick_version, resolve
 from policy.fleet import parse_size
-from policy.params import AsAsked, pictures_of
+from policy.params import PassThrough, pictures_of
 from tests.builders import a_fleet, a_wish, resolved
 
 
@@ -237,12 +237,12 @@ def test_a_parameter_that_is_as_asked_is_kept_in_its_range(family):
 @pytest.mark.parametrize(
     ("rule", "taken", "refused", "accepted"),
     [
-        (AsAsked(low=2), (2, 99), (1, -5), {"min": 2}),
-        (AsAsked(high=2), (2, -99), (3, 99), {"max": 2}),
-        (AsAsked(low=0.5, high=2.0), (0.5, 2.0), (0.4, 2.1), {"min": 0.5, "max": 2.0}),
-        (AsAsked(low=0.5), (0.5,), (float("nan"),), {"min": 0.5}),
-        (AsAsked(high=0.5), (0.5,), (float("nan"),), {"max": 0.5}),
-        (AsAsked(low=0, high=0), (0,), (-1, 1), {"min": 0, "max": 0}),
+        (PassThrough(low=2), (2, 99), (1, -5), {"min": 2}),
+        (PassThrough(high=2), (2, -99), (3, 99), {"max": 2}),
+        (PassThrough(low=0.5, high=2.0), (0.5, 2.0), (0.4, 2.1), {"min": 0.5, "max": 2.0}),
+        (PassThrough(low=0.5), (0.5,), (float("nan"),), {"min": 0.5}),
+        (PassThrough(high=0.5), (0.5,), (float("nan"),), {"max": 0.5}),
+        (PassThrough(low=0, high=0), (0,), (-1, 1), {"min": 0, "max": 0}),
     ],
 )
 def test_a_rule_holds_each_end_of_its_range_by_itself(rule, taken, refused, accepted):

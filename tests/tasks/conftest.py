@@ -31,7 +31,7 @@ from tasks.sweep import Sweeper
 from tests.builders import a_fleet, a_job, settings_for
 from tests.models.conftest import a_database
 
-CORNER = 8  # of Redis's sixteen numbered databases: nobody else looks there
+TEST_REDIS_DB = 8  # of Redis's sixteen numbered databases: nobody else looks there
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def urls_here(stack, database_here) -> dict[str, str]:
     """Where the processes of a house in this process alone would find their services."""
     urls = {"database_url": database_here.url.render_as_string(hide_password=False)}
     for name in ("broker_url", "handoff_url"):
-        urls[name] = urlsplit(stack.env[name.upper()])._replace(path=f"/{CORNER}").geturl()
+        urls[name] = urlsplit(stack.env[name.upper()])._replace(path=f"/{TEST_REDIS_DB}").geturl()
     return urls
 
 

@@ -14,8 +14,8 @@ from models.database import transaction
 from models.tables import WebhookDelivery, WebhookEndpoint, WebhookSecret
 from policy.instants import rfc3339
 from policy.webhooks import GIVE_UP_AFTER_S, TEST_EVENT
-from settings import CourierSettings
-from tasks.deliver import Courier, message
+from settings import WebhookSettings
+from tasks.deliver import WebhookSender, message
 from tasks.roles.webhooks import build
 from tests.builders import a_job, a_tenant, settings_for
 from tests.receivers import Receiver, a_receiver
@@ -25,13 +25,13 @@ from tests.receivers import Receiver, a_receiver
 class Delivering:
     """Whoever delivers, one endpoint, and who answers there."""
 
-    courier: Courier
+    sender: WebhookSender
     receiver: Receiver
     endpoint_id: uuid.UUID
 
     def write(self, *, age_s: float = 0.0) -> uuid.UUID:
         """A delivery that was written that long ago and is due."""
-        with transaction(self.courier.database) as session:
+        with transaction(self.sender.database) as session:
             endpoint = session.get(WebhookEndpoint, self.endpoint_id)
             delivery = WebhookDelivery(
                 endpoint_id=endpoint.id,
@@ -50,21 +50,21 @@ class Delivering:
             return delivery.id
 
     def row(self, delivery_id: uuid.UUID) -> WebhookDelivery:
-        with transaction(self.courier.database) as session:
+        with transaction(self.sender.database) as session:
             found = session.get(WebhookDelivery, delivery_id)
             session.expunge(found)
             return found
 
     def tried(self, delivery_id: uuid.UUID) -> WebhookDelivery:
-        self.courier.deliver_webhook(delivery_id=str(delivery_id))
+        self.sender.deliver_webhook(delivery_id=str(delivery_id))
         return self.row(delivery_id)
 
 
 @pytest.fixture
 def delivering(stack, urls_here, fleet_here, database_here):
     allowed = {"outbound_allowed_networks": "127.0.0.1/32"}
-    settings = settings_for(CourierSettings, stack.env, **allowed, **urls_here)
-    courier = build(settings, fleet_here, name="webhooks@here")
+    settings = settings_for(WebhookSettings, stack.env, **allowed, **urls_here)
+    sender = build(settings, fleet_here, name="webhooks@here")
     with a_receiver() as receiver:
         with transaction(database_here) as session:
             endpoint = WebhookEndpoint(tenant_id=a_tenant(session).id, url=receiver.url, events=[])
@@ -77,11 +77,11 @@ def delivering(stack, urls_here, fleet_here, database_here):
                 ),
             )
             endpoint_id = endpoint.id
-        yield Delivering(courier, receiver, endpoint_id)
+        yield Delivering(sender, receiver, endpoint_id)
 
 
 def attempts_of(delivering, delivery_id) -> list:
-    with transaction(delivering.courier.database) as session:
+    with transaction(delivering.sender.database) as session:
         query = text(
             "SELECT status, error FROM webhook_attempts WHERE delivery_id = :id ORDER BY attempt",
         )
@@ -144,7 +144,7 @@ def test_delivery_ends_by_what_its_receiver_answers(delivering, status, state, e
 def test_delivery_that_was_heard_is_followed_by_what_else_is_due_there(delivering):
     first, second, third = (delivering.write() for _ in range(3))
 
-    delivering.courier.deliver_webhook(delivery_id=str(second))
+    delivering.sender.deliver_webhook(delivery_id=str(second))
 
     assert [delivering.row(one).state for one in (first, second, third)] == ["delivered"] * 3
 
@@ -153,14 +153,14 @@ def test_delivery_that_failed_is_followed_by_no_other(delivering):
     delivering.receiver.status = 500
     first, second = delivering.write(), delivering.write()
 
-    delivering.courier.deliver_webhook(delivery_id=str(first))
+    delivering.sender.deliver_webhook(delivery_id=str(first))
 
     assert (attempts_of(delivering, first), attempts_of(delivering, second)) == ([(500, None)], [])
 
 
 def test_endpoint_is_a_slow_one_until_it_answers_quickly_again(delivering, monkeypatch):
     def is_slow() -> bool:
-        with transaction(delivering.courier.database) as session:
+        with transaction(delivering.sender.database) as session:
             return session.get(WebhookEndpoint, delivering.endpoint_id).is_slow
 
     assert not is_slow()

@@ -82,7 +82,7 @@ def outcomes(here, job):
 def steps_of(here, job):
     held = next((held for held in here.keeper.all_held() if held.lease.job_id == job.id), None)
     expected = held.expected_s() if held else None
-    return here.renderer.news.steps(job.id) if expected is not None else []
+    return here.renderer.signals.steps(job.id) if expected is not None else []
 
 
 def test_an_image_that_does_not_fit_is_tried_again_then_alone_and_fails_without_others(
@@ -336,7 +336,7 @@ def test_a_cancel_stops_the_image_at_its_next_step_and_touches_no_other_job(here
     nothing_written = ("running", ["running"])
     assert (here.row(job).state, outcomes(here, job)) == nothing_written
     assert metric("darkroom_render_errors_total", kind="ImageCanceled") == errors_before
-    at_step = {step.step for step in here.renderer.news.steps(job.id)}
+    at_step = {step.step for step in here.renderer.signals.steps(job.id)}
     threads[1].join(timeout=60)
 
     assert max(at_step) < 60

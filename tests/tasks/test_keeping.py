@@ -124,7 +124,7 @@ def test_keeper_writes_at_the_next_heartbeat_what_a_failed_one_was_to_write(here
 
 @pytest.mark.parametrize(("fill", "is_kept"), [(0.6, True), (0.7, False)])
 def test_snapshots_on_the_way_are_kept_only_where_the_hand_off_has_room(here, fill, is_kept):
-    checkpoints = Checkpoints(here.engine, here.snapshots, here.renderer.news, fill=lambda: fill)
+    checkpoints = Checkpoints(here.engine, here.snapshots, here.renderer.signals, fill=lambda: fill)
     renderer = replace(here.renderer, checkpoints=checkpoints)
     worker = replace(here, parts=replace(here.parts, renderer=renderer))
     job = here.accept(tier="quality", num_steps=12)

@@ -42,7 +42,7 @@ from tests.builders import (
 from tests.models.conftest import Database, a_database
 from tests.tasks.conftest import metric
 
-CORNER = 7  # of Redis's sixteen numbered databases: nobody else looks there
+TEST_REDIS_DB = 7  # of Redis's sixteen numbered databases: nobody else looks there
 
 
 @dataclass
@@ -97,7 +97,7 @@ def sweeping(stack, own_database) -> Iterator[Sweeping]:
     urls, ways, clients = {}, {}, {}
     for name in ("broker", "handoff"):
         parts, port = (
-            urlsplit(stack.env[f"{name.upper()}_URL"])._replace(path=f"/{CORNER}"),
+            urlsplit(stack.env[f"{name.upper()}_URL"])._replace(path=f"/{TEST_REDIS_DB}"),
             a_closed_port(),
         )
         ways[name] = RefusingProxy(port, parts.port)

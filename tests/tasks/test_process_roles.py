@@ -14,15 +14,15 @@ import tasks.roles.maintenance
 import tasks.roles.webhooks
 import tasks.serve
 from edges.notices import FakeNotices, NoticeSourceUnavailable
-from edges.progress import News
+from edges.progress import JobSignals
 from fleet.consumer import TakenTask
 from models import jobs, webhooks
 from models.database import transaction
 from models.tables import IdempotencyKey, Job, Worker
 from policy import gates, queues
 from policy.webhooks import EVENTS
-from settings import REPO, CourierSettings, Settings
-from tasks.deliver import Courier
+from settings import REPO, Settings, WebhookSettings
+from tasks.deliver import WebhookSender
 from tasks.engines import engine_config
 from tasks.preemption import wait_while_a_notice_stands
 from tasks.roles import render
@@ -271,8 +271,8 @@ def test_courier_hands_out_what_is_to_be_told_as_soon_as_it_hears_that_a_job_end
     monkeypatch,
 ):
     handed_out = []
-    monkeypatch.setattr(Courier, "hand_out", lambda courier, found: handed_out.extend(found))
-    settings = settings_for(CourierSettings, stack.env, **urls_here)
+    monkeypatch.setattr(WebhookSender, "hand_out", lambda sender, found: handed_out.extend(found))
+    settings = settings_for(WebhookSettings, stack.env, **urls_here)
     with transaction(database_here) as session:
         tenant = a_tenant(session)
         shape = {"url": "https://example.com/", "description": "", "secret": "whsec_AA"}
@@ -283,8 +283,10 @@ def test_courier_hands_out_what_is_to_be_told_as_soon_as_it_hears_that_a_job_end
         [delivery_id] = session.scalars(query, {"id": job.id})
 
     def consume(*arguments, **options) -> int:
-        news = News(settings.handoff_url)
-        until(lambda: news.tell_ending(job.id) or handed_out, what="the courier's hearing of it")
+        signals = JobSignals(settings.handoff_url)
+        until(
+            lambda: signals.publish_ending(job.id) or handed_out, what="the sender's hearing of it"
+        )
         return 0
 
     monkeypatch.setattr(tasks.roles.webhooks, "consume", consume)

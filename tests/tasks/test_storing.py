@@ -242,7 +242,9 @@ def test_followers_are_told_of_each_stored_image_with_its_own_seed(
     monkeypatch,
 ):
     job, told = rendered_job(num_images=2, seed=5), []
-    monkeypatch.setattr(storekeeper.news, "tell_stored", lambda job_id, image: told.append(image))
+    monkeypatch.setattr(
+        storekeeper.signals, "publish_stored", lambda job_id, image: told.append(image)
+    )
 
     storekeeper.store_images(job_id=str(job.id))
 

@@ -10,8 +10,8 @@ from engine.errors import ImageCanceled
 from engine.events import Failed, Finished
 from models.database import transaction
 from models.leases import Lease
-from tasks.held import Held
-from tasks.work import ImageEnding, Work
+from tasks.held import HeldLease
+from tasks.work import ImageEnding, RenderWork
 from tests.builders import a_lease, until
 
 LONG = {"tier": "quality", "determinism": "reproducible", "bucket_rows": 8, "num_steps": 60}
@@ -21,7 +21,7 @@ LONG = {"tier": "quality", "determinism": "reproducible", "bucket_rows": 8, "num
 def work_on(here, **params):
     """A leased job's work, and a way to put one of its images into the engine."""
     with here.keeper.leased(here.accept(**params).id) as held:
-        work = Work(held)
+        work = RenderWork(held)
 
         def submit(index: int) -> None:
             def on_event(event):
@@ -124,7 +124,7 @@ def test_work_expects_nothing_while_one_of_its_images_has_not_begun(here):
         return SimpleNamespace(progress=lambda: progress, done=lambda: False)
 
     with here.keeper.leased(here.accept(num_images=2).id) as held:
-        work = Work(held)
+        work = RenderWork(held)
         work.add(0, an_image(eta_s=0.5), first_step=0)
         work.add(1, an_image(eta_s=None), first_step=0)
         assert held.expected_s() is None
@@ -136,7 +136,7 @@ def test_work_expects_nothing_while_one_of_its_images_has_not_begun(here):
 
 def test_time_left_to_run_shrinks_while_the_job_is_held_and_is_never_below_zero(here):
     lease = next_lease(here, run_within_s=0.4)
-    held = Held(lease)
+    held = HeldLease(lease)
     assert 0.2 < held.run_left_s <= 0.4
 
     time.sleep(0.2)
@@ -147,7 +147,7 @@ def test_time_left_to_run_shrinks_while_the_job_is_held_and_is_never_below_zero(
 
 
 def test_job_without_a_run_deadline_has_no_time_that_is_left(here):
-    assert Held(next_lease(here)).run_left_s is None
+    assert HeldLease(next_lease(here)).run_left_s is None
 
 
 def next_lease(here, **params) -> Lease:

@@ -98,7 +98,7 @@ class StackProbe:
         return int(self.sql(query, instant=instant)[0]["n"])
 
     def worker_name(self, process: str) -> str:
-        """Return what the worker of this process calls itself: fleet/house.py says so."""
+        """Return what the worker of this process calls itself: fleet/processes.py says so."""
         return f"{process}@{socket.gethostname()}"
 
     def notice_path(self, process: str) -> Path | None:

@@ -14,7 +14,7 @@ from app.live.forecast import QueueForecaster
 from benchmarks.lib.queue.database import A_DAY_S, POOL, SLOTS, TIER, WORKER, Queue
 from models import jobs, leases, listing, releasing, workers
 from models.database import transaction
-from models.listing import Sought
+from models.listing import JobFilter
 from policy.failures import FailureCode
 from policy.release import ReleaseLimits
 
@@ -121,8 +121,10 @@ def _page(
     """Return what reads a page of the bulk tenant's jobs."""
 
     def page(queue: Queue, session: Session) -> None:
-        sought = Sought(before=queue.deep, state=state) if is_deep else Sought(state=state)
-        found = listing.page(session, sought, tenant_id=queue.bulk, limit=PAGE).jobs
+        job_filter = (
+            JobFilter(before=queue.deep, state=state) if is_deep else JobFilter(state=state)
+        )
+        found = listing.page(session, job_filter, tenant_id=queue.bulk, limit=PAGE).jobs
         if len(found) != rows:
             raise SystemExit(f"a page of {len(found)} jobs where {rows} were expected")
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from engine.config import CheckpointSpec
 from engine.errors import UnsupportedRequest
 from engine.families.calls import (
-    Call,
     CallForm,
+    CallsDiffer,
+    NetworkCall,
     Run,
-    Unlike,
     learn,
     read,
     tensors_of,
@@ -65,7 +65,7 @@ class Pipeline(CalledPipeline):
     def predict(self, images: Sequence[InFlight], bucket_rows: int) -> list[Any]:
         """Make one forward; rows in the order of the images, the very first one's as padding."""
         form = running_of(images[0]).form
-        calls = [cast(Call, running_of(image).asked) for image in images]
+        calls = [cast(NetworkCall, running_of(image).asked) for image in images]
         if form is None:
             return [self._make(calls[0])]
         counts = [image.rows for image in images]
@@ -88,7 +88,7 @@ class Pipeline(CalledPipeline):
         tensors: list[Tensor] = []
         try:
             answers = [written(answer, tensors) for answer in running_of(image).answers]
-        except Unlike:
+        except CallsDiffer:
             reason = f"{self._signature.name} was answered with what is not plain data"
             raise UnsupportedRequest("snapshot", reason) from None
         saved = {str(index): tensor for index, tensor in enumerate(tensors)}
@@ -137,7 +137,7 @@ class Pipeline(CalledPipeline):
         alone = f"{running.asked.network} alone {image.id}"
         image.batch_key = replace(image.batch_key, call=name or alone)
 
-    def _recognised(self, call: Call, *, exactly: bool) -> tuple[CallForm | None, int, str]:
+    def _recognised(self, call: NetworkCall, *, exactly: bool) -> tuple[CallForm | None, int, str]:
         """Give a call's form, its rows and its name; calls of one name are made as one.
 
         A strange call has no form, one row, no name.
@@ -146,7 +146,7 @@ class Pipeline(CalledPipeline):
         for form in self._forms:
             try:
                 found.append((form, *form.describe(call, exactly=exactly)))
-            except Unlike:
+            except CallsDiffer:
                 continue
         return found[0] if len(found) == 1 else (None, 1, "")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from engine.config import CheckpointSpec
 from engine.errors import EngineError, UnsupportedRequest
-from engine.families.calls import Call
+from engine.families.calls import NetworkCall
 from engine.families.contract import Recall
 from engine.families.coroutine import Ask
 from engine.families.pipeline.folder import folder_names, index_sha256, load_pipeline
@@ -136,7 +136,7 @@ class CalledPipeline(ABC):
     def _let_ask(self, pipe: Any, image: InFlight, ask: Ask) -> None:
         """Put into the image's own copy of the pipeline what will ask; in the call's own thread."""
 
-    def _make(self, call: Call) -> Any:
+    def _make(self, call: NetworkCall) -> Any:
         return self._denoisers[call.network](*call.args, **call.kwargs)
 
     def clean_latents(self, image: InFlight) -> Tensor | None:

@@ -13,7 +13,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
-from engine.families.calls import Call, CallForm
+from engine.families.calls import CallForm, NetworkCall
 from engine.families.coroutine import Ask, Coroutine, Returned
 from engine.families.pipeline.signature import OWN_SAMPLER
 from engine.families.standins import lay_over
@@ -28,7 +28,7 @@ class RunningCall:
 
     coroutine: Coroutine
     pipe: Any = None  # the image's copy, once the call has begun
-    asked: Call | None = None  # what the call waits for
+    asked: NetworkCall | None = None  # what the call waits for
     form: CallForm | None = None  # of `asked`; None: it is made alone
     answers: list[Any] = field(default_factory=list)  # all that the call has got, on the CPU
     is_passed_on: bool = False  # is the last answer an argument of `asked`, another network's?
@@ -93,7 +93,7 @@ class PipelineCalls:
         if isinstance(outcome, Returned):
             running.returned = outcome
             image.is_denoised = True
-        elif isinstance(outcome, Call):
+        elif isinstance(outcome, NetworkCall):
             running.asked = outcome
         return outcome
 

@@ -118,7 +118,7 @@ class CallSignature:
 
         Guidance is what the pipeline takes it to be: Z-Image guides from 0 upward, not from 1.
         """
-        wishes: dict[str, Any] = {
+        wanted: dict[str, Any] = {
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
             "height": request.height_px,
@@ -130,9 +130,9 @@ class CallSignature:
             "output_type": "pt",
         }
         if self._guidance is not None:
-            wishes[self._guidance] = request.guidance
-        wishes |= self._picture_arguments(request)
-        taken = {name: wish for name, wish in wishes.items() if name in self._parameters}
+            wanted[self._guidance] = request.guidance
+        wanted |= self._picture_arguments(request)
+        taken = {name: value for name, value in wanted.items() if name in self._parameters}
         arguments = taken | dict(self._options) | dict(request.options)
         if arguments.get("true_cfg_scale", 2) <= 1:
             arguments.pop("negative_prompt", None)  # it would be ignored, with a warning each time

@@ -20,12 +20,12 @@ from fleet.supervision import Program
 from policy.fleet import Fleet
 from settings import (
     REPO,
-    CourierSettings,
     FlowerSettings,
     GatewayProcessSettings,
     Settings,
     SettingsInvalid,
     StoreSettings,
+    WebhookSettings,
     WorkerSettings,
     read,
 )
@@ -35,7 +35,7 @@ _KINDS: dict[str, type[BaseSettings]] = {
     "worker": WorkerSettings,
     "flower": FlowerSettings,
     "results": StoreSettings,
-    "webhooks": CourierSettings,
+    "webhooks": WebhookSettings,
     "sweeper": Settings,
 }
 _DEFAULTS = {"TORCH_THREADS": "1", "DEVICE": "auto"}

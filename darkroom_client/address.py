@@ -12,14 +12,14 @@ from darkroom_client.errors import NotConfigured
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where Darkroom is, and with which key."""
+class GatewayAddress:
+    """The URL of a gateway, and the key for it."""
 
     url: str
     api_key: str
 
     @classmethod
-    def found(cls, url: str | None, api_key: str | None) -> "Place":
+    def resolved(cls, url: str | None, api_key: str | None) -> "GatewayAddress":
         """Complete the URL and the key from DARKROOM_URL and DARKROOM_API_KEY.
 
         Raises NotConfigured.
@@ -37,7 +37,7 @@ class Place:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Return the options of every httpx client for this place.
+        """Return the options of every httpx client for this address.
 
         For a gateway on this machine the proxies of the environment are ignored.
         """
