@@ -1,6 +1,6 @@
 # Everything is done from here; `make help` prints what there is.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down test lint docs chaos bench pocket
+.PHONY: help setup demo up down test test-all lint docs chaos bench pocket
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v "$$p"; break; }; done)
 
 help: ## Print this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(READY) ## Make the virtual environment and install everything; quick when it is there
 
@@ -28,7 +28,10 @@ down: setup ## Stop everything; data stay in .darkroom
 	./darkroom down
 
 test: setup ## Run the tests
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+	$(VENV)/bin/python -m pytest --numprocesses 2 --durations 15 --dist loadfile
+
+test-all: setup ## Run the slow tests as well
+	$(VENV)/bin/python -m pytest --numprocesses 2 --durations 15 --dist loadfile -m ""
 
 lint: setup ## Style and types
 	$(VENV)/bin/ruff check .
