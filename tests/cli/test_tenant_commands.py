@@ -3,7 +3,6 @@
 What they show is what the gateway counts by.
 """
 
-import json
 import re
 import time
 import uuid
@@ -187,18 +186,6 @@ def test_a_limit_that_is_set_holds_at_the_gateway_within_a_second(stack, tenant,
 
     refused = as_key(key, "generate", "a red circle", "--tier", "fast")
     assert (refused.exit_code, "Forbidden" in refused.stderr) == (4, True)
-
-
-def test_an_estimate_of_what_would_not_be_let_in_ends_with_1_and_says_why(stack, tenant, as_key):
-    key, _ = issued(stack, "issue", "--tenant", tenant)
-    run(stack, "tenants", "limit", tenant, "daily_megapixel_steps=0")
-
-    shown = as_key(key, "estimate", "a red circle")
-    told = as_key(key, "estimate", "a red circle", "--json")
-
-    assert (shown.exit_code, told.exit_code) == (1, 1)
-    assert re.match(r"It would not be let in now: \S+", shown.stderr.strip().splitlines()[-1])
-    assert json.loads(told.stdout)["can_be_served"] is False
 
 
 def test_a_name_is_one_tenant_s(stack, tenant):
