@@ -33,8 +33,11 @@ class Load:
     other: Counter[int] = field(default_factory=Counter)
 
     def count(self, status: int, started_at: float, ended_at: float) -> None:
-        """Count an answer, unless its request belongs to the warm-up or came too late."""
-        if self.counted_from <= started_at and ended_at <= self.until:
+        """Count an answer that came in the time that counts, whenever its request was sent.
+
+        Requests that are as slow as the time is long would otherwise not be seen at all.
+        """
+        if self.counted_from <= ended_at <= self.until:
             if status == 202:
                 self.taken_ms.append((ended_at - started_at) * 1000)
             else:
