@@ -87,7 +87,8 @@ def detach_oldest(queue: Queue) -> dict[str, object]:
         client.join()
     return {
         **took,
-        "longest_claim_s": round(max(claims), 3),
+        # None: no claim came to its end meanwhile.
+        "longest_claim_s": round(max(claims), 3) if claims else None,
         "longest_claim_before_s": round(quiet_s, 3),
     }
 
