@@ -146,6 +146,22 @@ def test_names_and_keys_that_cannot_be_are_refused(admin, tenant):
     )
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("GET", "", None),
+        ("PATCH", "", {"weight": 2.0}),
+        ("GET", "/keys", None),
+        ("POST", "/keys", {"name": "web"}),
+        ("GET", "/usage", None),
+    ],
+)
+def test_a_tenant_that_is_not_there_is_not_found_on_any_route(admin, method, path, body):
+    answer = admin.request(method, f"/v1/admin/tenants/{uuid.uuid4()}{path}", json=body)
+
+    assert_problem(answer, 404, "tenant-not-found")
+
+
 def test_an_operator_whose_tenant_is_at_its_limits_can_still_raise_them(
     stack, stack_database, nobody
 ):

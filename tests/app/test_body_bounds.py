@@ -85,6 +85,18 @@ def test_a_field_of_a_form_may_be_as_large_as_a_body(gateway_with, new_key):
         assert answer.status_code == status, answer.json
 
 
+@pytest.mark.parametrize(
+    "path", ["/v1/jobs", "/v1/estimate", BATCH, "/v1/images/generations", "/v1/webhooks"]
+)
+def test_a_body_of_unknown_length_is_refused_for_its_size(api, path):
+    """Cut off where it is too large, it would be no JSON."""
+    pieces = iter([b'{"prompt": "', *[b"x" * 1_000_000] * 5, b'"}'])
+
+    answer = api.post(path, content=pieces, headers=JSON)
+
+    assert_problem(answer, 413, "body-too-large")
+
+
 def test_errors_are_told_up_to_a_number_and_counted_beyond_it(api):
     answer = api.post(
         "/v1/jobs", json={"prompt": "x", **{f"field-{number}": 1 for number in range(50)}}

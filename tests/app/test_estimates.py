@@ -83,8 +83,9 @@ def test_with_more_before_it_the_wait_is_longer(a_house):
     )
 
 
-def test_a_seed_that_was_not_asked_for_is_not_promised(api):
-    assert api.post(URL, json={"prompt": "a red circle"}).json()["seed"] is None
+@pytest.mark.parametrize("asked", [{}, {"seed": None}, {"seed": -1}])
+def test_a_seed_that_was_not_asked_for_is_not_promised(api, asked):
+    assert api.post(URL, json={"prompt": "a red circle", **asked}).json()["seed"] is None
 
 
 UNKNOWN = "00000000-0000-4000-8000-000000000000"

@@ -368,6 +368,23 @@ def test_a_redis_that_answers_nothing_does_not_keep_a_stream_from_its_end(api, s
     assert (kind, final["state"]) == ("final", "canceled")
 
 
+def test_an_image_stream_whose_gateway_stops_says_so_and_its_job_goes_on(served, api, held_worker):
+    client, parts = served()
+    call = {"prompt": "a red circle", "tier": "batch", "stream": True}
+
+    with client.stream("POST", "/v1/images/generations", json=call) as answer:
+        lines = answer.iter_lines()
+        assert next(lines) == ": begin"
+        parts.events.close()
+        data = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+
+    assert json.loads(data[-2])["error"]["code"] == "part_unavailable"
+    assert data[-1] == "[DONE]"
+    job = f"/v1/jobs/{answer.headers['X-Darkroom-Job-Id']}"
+    assert api.get(job).json()["state"] == "queued"
+    api.post(f"{job}/cancel")
+
+
 @pytest.mark.slow
 def test_a_gateway_that_goes_ends_its_streams_at_once_and_the_next_one_goes_on(
     api, stack, held_worker

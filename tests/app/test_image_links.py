@@ -263,6 +263,24 @@ def test_a_store_that_is_away_is_told_with_when_to_come_again(gateway_with, else
     assert answer.headers["Retry-After"] == "2"
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_an_image_call_whose_store_is_away_says_so(gateway_with, elsewhere, api, streams):
+    headers = {"Authorization": api.headers["Authorization"], "Idempotency-Key": uuid.uuid4().hex}
+    body = {"prompt": "a red circle", "steps": 1, "tier": "fast", "stream": streams}
+    made = gateway_with().post("/v1/images/generations", json=body, headers=headers)
+    assert (made.status_code, "part_unavailable" in made.text) == (200, False)
+
+    away = gateway_with(**elsewhere("object_store"))
+    answer = away.post("/v1/images/generations", json=body, headers=headers)
+
+    assert '"part_unavailable"' in answer.text
+    if streams:
+        assert answer.text.endswith("data: [DONE]\n\n")
+    else:
+        assert assert_problem(answer, 503, "part-unavailable")["part"] == "object_store"
+        assert answer.headers["Retry-After"] == "2"
+
+
 def test_a_picture_that_the_store_has_lost_is_not_found(proxy, api, stack_database):
     wish = {"prompt": "a green square", "steps": 2}
     job = api.post("/v1/jobs", json=wish, headers={"Prefer": "wait=60"}).json()

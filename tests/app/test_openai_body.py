@@ -286,6 +286,18 @@ def test_more_quality_has_more_steps(fleet):
         assert same[0] == same[1]
 
 
+@pytest.mark.parametrize(
+    "quality", ["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]
+)
+def test_a_quality_has_no_more_steps_than_its_tier(quality):
+    fewer = {"tiers.fast.max_steps": 6, "models.large.tiers.fast.default_steps": 6}
+    fleet = a_fleet(fewer)
+
+    wish = read(GENERATION, {"prompt": "x", "quality": quality}, fleet).wish
+
+    assert steps_of_wish(wish, fleet) <= fleet.tiers[wish.tier].max_steps
+
+
 def test_each_quality_has_its_tier():
     tiers = {"low": "fast", "auto": "fast", "medium": "fast", "standard": "fast"}
     tiers |= dict.fromkeys(("high", "xhigh", "max", "hd"), "quality")

@@ -301,6 +301,12 @@ def so_many(entries) -> dict[str, str]:
         ),
         (
             "metadata",
+            "propertyNames",
+            lambda key: {"k" * key["minLength"]: ""},
+            lambda key: {"k" * (key["minLength"] - 1): ""},
+        ),
+        (
+            "metadata",
             "additionalProperties",
             lambda text: {"k": "v" * text["maxLength"]},
             lambda text: {"k": "v" * (text["maxLength"] + 1)},
@@ -374,6 +380,26 @@ def test_a_page_and_a_batch_may_be_as_long_as_the_document_says(spec, api):
     refused = [{"prompt": "", "tier": "batch"}] * longest
     assert api.post("/v1/jobs:batch", json={"jobs": refused}).json()["refused"] == longest
     assert api.post("/v1/jobs:batch", json={"jobs": [*refused, {}]}).status_code == 422
+
+
+def test_a_limit_in_the_document_stays_as_clients_know_it(spec):
+    """Public: a smaller one refuses what a program sends today."""
+    metadata = bounds(spec, "JobBody.metadata")
+    most = {
+        name: bounds(spec, f"GenerationBody.{name}")["maximum"] for name in ("n", "partial_images")
+    }
+    key = parameters_of(spec)["post", "/v1/jobs", "Idempotency-Key"]["schema"]
+
+    assert metadata["maxProperties"] == 16
+    assert bounds(spec, "GenerationBody.metadata")["maxProperties"] == 16
+    assert metadata["propertyNames"] == {"minLength": 1, "maxLength": 64}
+    assert metadata["additionalProperties"]["maxLength"] == 512
+    assert bounds(spec, "JobBody.seed")["maximum"] == 9_007_199_254_740_990
+    assert bounds(spec, "EndpointBody.description")["maxLength"] == 256
+    assert most == {"n": 10, "partial_images": 3}
+    assert bounds(spec, "GenerationBody.user")["maxLength"] == 512
+    assert key["maxLength"] == 512
+    assert "At most 367 days" in spec["paths"]["/v1/usage"]["get"]["description"]
 
 
 PICTURES = ["/v1/jobs/{job_id}/images/{index}", "/v1/files/{file_id}/content"]

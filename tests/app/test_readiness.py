@@ -5,7 +5,7 @@ import threading
 
 import pytest
 from sqlalchemy import create_engine, make_url, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from structlog.testing import capture_logs
 
@@ -243,11 +243,14 @@ def test_an_unexpected_error_says_nothing_of_our_insides(stack, gateway_with, ne
         .render_as_string(hide_password=False)
     )
 
-    answer = gateway_with(database_url=without_tables).post(
-        "/v1/jobs", json={"prompt": "a red circle"}, headers=bearer(new_key())
-    )
+    with capture_logs() as logged:
+        answer = gateway_with(database_url=without_tables).post(
+            "/v1/jobs", json={"prompt": "a red circle"}, headers=bearer(new_key())
+        )
 
     problem = assert_problem(answer, 500, "unexpected")
+    [error] = [line["exc_info"] for line in logged if line["event"] == "unexpected_error"]
+    assert isinstance(error, ProgrammingError)  # it is in the log alone
     assert set(problem) == {"type", "title", "status", "detail", "instance", "error"}
     for inside in ("api_keys", "relation", "psycopg2", "SELECT", "Traceback", "Error:", ".py"):
         assert inside not in answer.text

@@ -5,12 +5,13 @@ import math
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import event, text
 
+from app.documents import of_row
 from app.problems import (
     FleetSaturated,
     InvalidImageRequest,
@@ -79,6 +80,35 @@ def test_a_job_lives_from_submit_to_erase_without_a_request(runtime, caller):
     assert cancel(runtime, caller, job.id).state == JobState.CANCELED
     erase(runtime, caller, job.id)
     assert jobs.find(runtime, caller, job.id).prompt == ""
+
+
+# What a worker changes of a job, which may begin at once.
+CHANGES = {
+    "state",
+    "attempt",
+    "started_at",
+    "rendered_at",
+    "finished_at",
+    "run_by",
+    "device_seconds",
+    "cost",
+    "images",
+}
+
+
+def test_an_accepted_job_is_told_as_its_row_has_it(runtime, caller):
+    asked = replace(ASKED, wish=replace(ASKED.wish, n=2), start_within_s=60.0)
+    first = submit(runtime, caller, asked).job
+    again = replay(runtime, caller, first.id).job
+
+    for told in (first, again):
+        row = of_row(jobs.find(runtime, caller, told.id))
+        differing = {name for name in asdict(told) if getattr(told, name) != getattr(row, name)}
+        assert differing <= CHANGES
+        assert [(image.index, image.seed) for image in told.images] == [
+            (image.index, image.seed) for image in row.images
+        ]
+    assert (first.replay_of, again.replay_of) == (None, first.id)
 
 
 def test_a_job_of_another_tenant_is_not_found_by_any_use_case(runtime, caller):
@@ -256,6 +286,19 @@ def test_a_picture_that_is_deleted_before_its_job_is_written_refuses_it(
     refusal = ReplayImpossible if what == "replay" else InvalidImageRequest
     with pytest.raises(refusal, match="deleted"):
         send()
+
+
+def test_a_job_that_is_erased_before_its_replay_is_written_refuses_it(runtime, caller):
+    first = submit(runtime, caller, ASKED).job
+    cancel(runtime, caller, first.id)
+
+    def prepared_too_early() -> Prepared:
+        prepared = prepare(runtime, caller, ASKED)
+        erase(runtime, caller, first.id)
+        return replace(prepared, replay_of=first.id)
+
+    with pytest.raises(ReplayImpossible, match="erased"):
+        accept_once(runtime, caller, prepared_too_early)
 
 
 @pytest.mark.parametrize(("asked_s", "holds_s"), [(None, 600.0), (600.0, 600.0), (0.001, 0.001)])

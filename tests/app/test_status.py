@@ -9,7 +9,10 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 from app.live.statuses import MAX_KEPT, MOST_ROOTS, Statuses
+from models.database import transaction
+from models.tables import Tenant
 from tests.app.problem import assert_problem
+from tests.builders import a_lease, hand_off, store
 
 BODY = {"prompt": "a red circle", "tier": "batch", "steps": 60}
 
@@ -40,6 +43,26 @@ def test_a_waiting_job_s_status_has_its_place_and_eta(a_house):
 
     assert queue["jobs_ahead"] == 0
     assert 0 < queue["eta_p50_s"] <= queue["eta_p90_s"]
+
+
+def test_a_status_counts_only_images_that_are_stored(api, stack_database):
+    tenant_id = uuid.UUID(api.get("/v1/key").json()["tenant_id"])
+    with transaction(stack_database) as session:
+        tenant = session.get(Tenant, tenant_id)
+        lease = a_lease(session, tenant=tenant, num_images=3, ttl_s=600)
+        hand_off(session, lease, 0)
+        hand_off(session, lease, 1)
+        store(session, lease.job, 0)
+        job_id = lease.job.id
+
+    status = api.get(f"/v1/jobs/{job_id}/status").json()
+    job = api.get(f"/v1/jobs/{job_id}").json()
+
+    assert [image["state"] for image in job["images"]] == ["stored", "handed_off", "pending"]
+    assert [image["url"] is not None for image in job["images"]] == [True, False, False]
+    assert status["images_done"] == status["progress"]["images_done"] == 1
+    assert job["progress"] == status["progress"]
+    api.post(job["urls"]["cancel"])
 
 
 def test_a_status_that_is_known_already_is_not_sent_again(api, finished_job):

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import numpy as np
 import pytest
+from flask import Flask, request
 from PIL import Image
 
 from app.http import uploads
@@ -85,6 +86,46 @@ def test_a_full_temporary_folder_is_a_503_and_no_fault(monkeypatch, gateway_with
 
         assert_problem(answer, 503, "uploads-exhausted")
         assert int(answer.headers["Retry-After"]) > 0
+
+
+class Room:
+    """Room for uploads without an end, that tells what was taken of it."""
+
+    largest_bytes = ROOM
+
+    def __init__(self) -> None:
+        self.taken = []
+
+    def take_body(self, tenant_id):
+        self.taken.append("a body")
+
+    def take_spool(self, tenant_id, size_bytes):
+        self.taken.append(size_bytes)
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "headers", "taken"),
+    [
+        (None, {}, []),
+        (65_536, {}, []),
+        (65_537, {}, ["a body", 65_537]),
+        (65_537, {"Content-Type": "application/json"}, ["a body"]),
+        (1, {"Expect": "100-continue"}, ["a body", 1]),
+        (0, {"Expect": "100-continue"}, []),
+        (None, {"Transfer-Encoding": "Chunked"}, ["a body", ROOM]),
+        (None, {"Transfer-Encoding": "gzip"}, []),
+        (ROOM, {}, ["a body", ROOM]),
+        (ROOM + 1, {}, []),  # it is refused where it is read
+    ],
+)
+def test_a_large_or_awaited_body_takes_room_before_it_is_read(size_bytes, headers, taken):
+    room = Room()
+    length = {} if size_bytes is None else {"CONTENT_LENGTH": str(size_bytes)}
+
+    with Flask("here").test_request_context(headers=headers, environ_overrides=length):
+        uploads.admit(request, room, uuid.uuid4())
+
+    assert room.taken == taken
 
 
 PICTURE = f"data:image/png;base64,{base64.b64encode(a_large_picture()).decode()}"

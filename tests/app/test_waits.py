@@ -199,6 +199,19 @@ def test_an_image_stream_for_which_there_is_no_room_makes_no_job(as_tenant, new_
     client.post(job["urls"]["cancel"])
 
 
+def test_an_image_stream_that_is_refused_leaves_its_place_to_the_next(as_tenant, new_key):
+    client = as_tenant(new_key())
+    call = {"prompt": "a red circle", "tier": "batch", "stream": True}
+
+    for _ in range(FEW["gateway_max_streams"]):
+        answer = client.post("/v1/images/generations", json=call | {"steps": 0})
+        assert_problem(answer, 400, "invalid-image-request")
+
+    with client.stream("POST", "/v1/images/generations", json=call) as answer:
+        assert answer.status_code == 200, answer.read()
+        client.post(f"/v1/jobs/{answer.headers['X-Darkroom-Job-Id']}/cancel")
+
+
 def test_one_tenant_s_streams_leave_room_to_another(as_tenant, new_key):
     greedy, other = as_tenant(new_key()), as_tenant(new_key())
     job, theirs = (client.post("/v1/jobs", json=WISH).json() for client in (greedy, other))

@@ -17,6 +17,7 @@ from app.http.webhooks import EndpointBody
 from models import jobs
 from models.database import transaction
 from models.webhooks import AT_ONCE_PER_TENANT
+from policy.states import DeliveryState
 from policy.webhooks import ENDED_EVENTS, GIVE_UP_AFTER_S, MAX_ENDPOINTS, SECRET_GRACE_S
 from tasks.deliver import message
 from tests.app.problem import assert_problem
@@ -415,6 +416,41 @@ def test_an_endpoint_cannot_be_changed_into_one_that_could_not_be_made(tenant, c
     assert tenant.get(endpoint["urls"]["self"]).json() == before
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"url": "https://example.com/other"},
+        {"events": ["job.failed"]},
+        {"description": "orders"},
+        {"description": ""},
+        {"url": "https://example.com/2", "events": ["job.expired"], "description": "all"},
+        {},
+    ],
+)
+def test_an_endpoint_changes_in_what_is_named_and_in_nothing_else(tenant, change):
+    body = {"url": "https://example.com/", "description": "first", "events": ["job.canceled"]}
+    own = tenant.post("/v1/webhooks", json=body).json()["urls"]["self"]
+    before = tenant.get(own).json()
+
+    changed = tenant.patch(own, json=change).json()
+
+    assert changed == before | change
+    assert tenant.get(own).json() == changed
+
+
+def test_an_endpoint_is_disabled_and_enabled_by_hand(tenant):
+    made = tenant.post("/v1/webhooks", json={"url": "https://example.com/"}).json()
+    own = made["urls"]["self"]
+    before = tenant.get(own).json()
+
+    disabled = tenant.patch(own, json={"enabled": False}).json()
+    enabled = tenant.patch(own, json={"enabled": True}).json()
+
+    changed = {name for name in before if disabled[name] != before[name]}
+    assert changed == {"disabled_at", "disabled_reason"}
+    assert enabled == before
+
+
 def test_a_delivery_is_given_up_three_days_after_its_event(tenant, receiver, stack_database):
     endpoint = subscribe(tenant, receiver)
     receiver.status = 500
@@ -487,3 +523,19 @@ def test_deliveries_come_in_pages(tenant, receiver):
         422,
         "invalid-query",
     )
+
+
+def test_deliveries_can_be_listed_by_their_state(tenant, receiver):
+    endpoint = subscribe(tenant, receiver)
+    for _ in range(2):
+        cancel(tenant)
+    until(lambda: [each["state"] for each in deliveries(tenant, endpoint)] == ["delivered"] * 2)
+
+    counts = {state: len(deliveries(tenant, endpoint, state=state)) for state in DeliveryState}
+    first = tenant.get(
+        f"{endpoint['urls']['self']}/deliveries", params={"limit": 1, "state": "delivered"}
+    )
+
+    assert counts == dict.fromkeys(DeliveryState, 0) | {"delivered": 2}
+    assert len(tenant.get(first.links["next"]["url"]).json()["data"]) == 1
+    assert "state=delivered" in first.links["next"]["url"]

@@ -218,6 +218,35 @@ def test_replay_ends_with_1_unless_the_pixels_are_the_same(gateway, original, ma
     assert (done.exit_code, told in done.output) == (code, True)
 
 
+UNSERVED = {
+    "type": "/problems/model-unserved",
+    "title": "Model unserved",
+    "status": 503,
+    "detail": "No worker serves pocket.",
+    "retry_after_s": 5,
+}
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["shown", "for programs"])
+@pytest.mark.parametrize(
+    ("refusal", "code", "told"),
+    [
+        (None, 0, ""),
+        (UNSERVED, 1, "It would not be let in now: No worker serves pocket."),
+    ],
+    ids=["let in", "refused"],
+)
+def test_an_estimate_ends_with_1_and_says_why_when_its_job_would_be_refused(
+    gateway, options, refusal, code, told
+):
+    estimated = a_played_job(seed=None, megapixel_steps=0.5, start_deadline_s=30.0, queue=None)
+    estimated |= {"can_be_served": refusal is None, "refusal": refusal}
+
+    done = gateway("estimate", "a red circle", *options, made=estimated)
+
+    assert (done.exit_code, done.stderr.strip()) == (code, told)
+
+
 def test_generate_says_every_field_of_a_job(stack, client, tmp_path):
     said = ["--negative", "blue", "--metadata", "order=7=8", "--metadata", "page=", "--seed", 7]
     out = tmp_path / "x.png"

@@ -144,6 +144,13 @@ def test_each_process_is_handed_only_what_its_settings_name(tmp_path):
         name: urlsplit(environment["BROKER_URL"]).username for name, environment in programs.items()
     }
     assert users == {name: name.partition("-")[0] for name in programs}
+    passwords = {
+        name: urlsplit(environment["BROKER_URL"]).password for name, environment in programs.items()
+    }
+    # Flower's own password is for the people who log in to it.
+    assert passwords == {name: env[f"{users[name].upper()}_PASSWORD"] for name in programs} | {
+        "flower": env["FLOWER_BROKER_PASSWORD"]
+    }
     assert {urlsplit(programs[name].get("DATABASE_URL", "")).username for name in programs} == {
         *roles.OF_PROCESS.values(),
         None,
