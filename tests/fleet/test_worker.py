@@ -19,9 +19,11 @@ from fleet import worker
 from settings import EX_CONFIG, REPO
 
 TOLD = ("CUDA_VISIBLE_DEVICES", "WORKER_NAME", "DEVICE", "METRICS_PORT")
+# One write a line: two children share the log, and an unbuffered print writes line and end apart.
 CHILD = (
     "import json, os, sys, time; "
-    f"print(json.dumps({{k: os.environ.get(k) for k in {TOLD}}}), flush=True); time.sleep(60)"
+    f"line = json.dumps({{k: os.environ.get(k) for k in {TOLD}}}) + chr(10); "
+    "os.write(1, line.encode()); time.sleep(60)"
 )
 
 
