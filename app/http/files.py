@@ -14,7 +14,7 @@ from app.http.auth import require_key
 from app.http.context import caller, runtime
 from app.http.pages import read_cursor, read_limit
 from app.http.uploads import Spool
-from app.problems import BodyTooLarge, MalformedBody, UnsupportedMediaType
+from app.problems import MalformedBody, UnsupportedMediaType
 from app.schemas import files as schemas
 from app.services import files, inputs
 from models.tables import File
@@ -86,7 +86,8 @@ def erase_file(file_id: uuid.UUID) -> ResponseReturnValue:
 def uploaded(asked: Request, field: str = FIELD) -> BinaryIO:
     """Return the one picture in the body as a stream, not read into memory yet.
 
-    Raises BodyTooLarge, MalformedBody, UnsupportedMediaType.
+    Raises MalformedBody, UnsupportedMediaType, and RequestEntityTooLarge, which is answered as a
+    BodyTooLarge.
     """
     asked.max_content_length = runtime().settings.max_upload_bytes
     if asked.mimetype == "multipart/form-data":
@@ -112,14 +113,10 @@ def is_left_out(file: FileStorage) -> bool:
 
 def _spooled(asked: Request) -> BinaryIO:
     spool = Spool()  # the caller closes it
-    length = 0
-    limit = asked.max_content_length or 0
+    # Read in pieces, a chunked body beyond the limit is a 413 of werkzeug's; it is cut off without
+    # an error only where all of it is read at once.
     while piece := asked.stream.read(65_536):
-        length += len(piece)
         spool.write(piece)
-    # werkzeug truncates a chunked body without an error.
-    if asked.content_length is None and length >= limit:
-        raise BodyTooLarge(f"The body is larger than {limit} bytes.")
     spool.seek(0)
     return spool  # type: ignore[return-value]  # so has a temporary file
 

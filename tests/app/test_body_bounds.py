@@ -97,6 +97,35 @@ def test_a_body_of_unknown_length_is_refused_for_its_size(api, path):
     assert_problem(answer, 413, "body-too-large")
 
 
+@pytest.mark.parametrize(
+    ("setting", "routes"),
+    [
+        ("max_body_bytes", {"/v1/webhooks", "/v1/images/generations"}),
+        ("max_job_body_bytes", {"/v1/jobs", "/v1/estimate", "/v1/images/edits"}),
+        ("max_batch_bytes", {BATCH}),
+        ("max_upload_bytes", {"/v1/files"}),
+    ],
+)
+def test_a_body_is_held_to_the_limit_of_its_own_route(gateway_with, new_key, setting, routes):
+    gateway, headers = gateway_with(**{setting: 2_000}), bearer(new_key())
+    paths = [
+        "/v1/jobs",
+        "/v1/estimate",
+        BATCH,
+        "/v1/images/generations",
+        "/v1/images/edits",
+        "/v1/webhooks",
+    ]
+    body = json.dumps({"prompt": "x" * 3_000, "unknown": 1})
+
+    answers = {path: gateway.post(path, data=body, headers=headers | JSON) for path in paths}
+    picture = {"data": b"x" * 3_000, "content_type": "image/png"}
+    answers["/v1/files"] = gateway.post("/v1/files", headers=headers, **picture)
+
+    assert {path for path, answer in answers.items() if answer.status_code == 413} == routes
+    assert {answer.status_code for answer in answers.values()} <= {400, 413, 422}
+
+
 def test_errors_are_told_up_to_a_number_and_counted_beyond_it(api):
     answer = api.post(
         "/v1/jobs", json={"prompt": "x", **{f"field-{number}": 1 for number in range(50)}}
