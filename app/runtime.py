@@ -23,12 +23,10 @@ from edges.broker import Broker
 from edges.decoders import Decoders
 from edges.events import EventFanout
 from edges.handoff import Gauge, Handoff
-from edges.inputs import Inputs
 from edges.limits import Budgets, Rates
 from edges.objectstore import ObjectStore
 from edges.outbound import Outbound
 from edges.progress import Endings, JobSignals
-from edges.snapshots import Snapshots
 from models.database import make_engine
 from policy import connections
 from policy.catalog import resolve
@@ -110,7 +108,12 @@ def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:
         store=store,
         signals=signals,
         endings=Endings(settings.handoff_url),
-        ended=_ended_jobs(settings, signals, handoff),
+        ended=EndedJobs.connect(
+            settings.handoff_url,
+            ttl_s=settings.handoff_ttl_s,
+            signals=signals,
+            handoff=handoff,
+        ),
         forecaster=forecaster,
         events=JobEventStreams(
             database, forecaster, signals, fanout, keyring, most=settings.gateway_max_streams
@@ -123,13 +126,4 @@ def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:
         readiness=Readiness(checks(settings, fleet, broker=broker, handoff=handoff, store=store)),
         waits=Capacity(settings.max_waits, telemetry.WAITS),
         uploads=UploadRoom(settings),
-    )
-
-
-def _ended_jobs(settings: GatewaySettings, signals: JobSignals, handoff: Handoff) -> EndedJobs:
-    return EndedJobs(
-        signals=signals,
-        handoff=handoff,
-        snapshots=Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
-        inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
     )

@@ -13,6 +13,7 @@ for the job reads it again, and the sweeper drops what is left of it within a mi
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import structlog
 from sqlalchemy import Engine
@@ -42,6 +43,27 @@ class EndedJobs:
     handoff: Handoff
     snapshots: Snapshots
     inputs: Inputs
+
+    @classmethod
+    def connect(
+        cls,
+        handoff_url: str,
+        *,
+        ttl_s: int,
+        signals: JobSignals | None = None,
+        handoff: Handoff | None = None,
+    ) -> Self:
+        """Make it with clients of the hand-off's Redis; each connects at its first command.
+
+        ttl_s: seconds that pixels, snapshots and pictures are kept. signals, handoff: clients that
+        the process has already.
+        """
+        return cls(
+            signals=signals or JobSignals(handoff_url),
+            handoff=handoff or Handoff(handoff_url, ttl_s=ttl_s),
+            snapshots=Snapshots(handoff_url, ttl_s=ttl_s),
+            inputs=Inputs(handoff_url, ttl_s=ttl_s),
+        )
 
     def run_ending(self, database: Engine, change: Callable[[Session], Job | None]) -> Job | None:
         """Run `change` as a transaction and return its job; tell if that has ended by it.

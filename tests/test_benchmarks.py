@@ -11,6 +11,7 @@ from benchmarks.chaos.faults import plan_faults
 from benchmarks.engine.cells import Cell, Comparison
 from benchmarks.engine.targets import TARGETS
 from benchmarks.engine.traffic import MIX, arrivals, by_kind, one_of_each
+from benchmarks.gateway.http_load import Load
 from benchmarks.lib.integrity.workload import workload
 from benchmarks.lib.statistics import growth, growth_per_request, jain, percentile
 from benchmarks.lib.verdict import judge
@@ -209,3 +210,21 @@ def test_the_jobs_of_a_chaos_run_are_the_same_for_every_seed_of_faults():
 def test_fairness_between_tenants_is_one_for_equals_and_small_for_one_who_has_all():
     assert jain([2.0] * 20) == pytest.approx(1)
     assert jain([1.0, *[0.0] * 19]) == pytest.approx(1 / 20)
+
+
+@pytest.mark.parametrize(
+    ("started_at", "ended_at", "is_counted"),
+    [
+        (10.5, 11.5, True),
+        (9.5, 11.9, True),  # slower than the time that counts is long
+        (9.0, 9.9, False),
+        (11.5, 12.1, False),
+    ],
+)
+def test_gateway_load_counts_the_answers_that_come_in_its_time(started_at, ended_at, is_counted):
+    load = Load(address=("127.0.0.1", 80), counted_from=10.0, until=12.0)
+
+    load.count(202, started_at, ended_at)
+    load.count(503, started_at, ended_at)
+
+    assert (len(load.taken_ms), load.other[503]) == (is_counted, is_counted)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import structlog
 
+from dispatch.endings import EndedJobs
 from dispatch.release import Release
 from edges import telemetry
 from edges.broker import Broker
@@ -17,7 +18,6 @@ from models.database import make_engine
 from policy import connections
 from policy.fleet import Fleet
 from settings import Settings
-from tasks.roles.endings import ended_jobs
 from tasks.sweep import Sweeper, SweepLoop
 
 log = structlog.get_logger(__name__)
@@ -31,7 +31,7 @@ def build(settings: Settings, fleet: Fleet, *, on_turn: Callable[[], None] = _no
     """Make the sweeper. on_turn: called at every step of a pass."""
     database = make_engine(settings.database_url, pool_size=connections.SWEEPER)
     broker = Broker(settings, fleet)
-    ended = ended_jobs(settings)
+    ended = EndedJobs.connect(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
     return Sweeper(
         settings=settings,
         fleet=fleet,

@@ -39,7 +39,6 @@ from tasks.preemption import Preemption, wait_while_a_notice_stands
 from tasks.previews import Previews
 from tasks.render import Renderer
 from tasks.roles.consuming import consume, register
-from tasks.roles.endings import ended_jobs
 from tasks.verdicts import Verdicts
 
 log = structlog.get_logger(__name__)
@@ -107,7 +106,7 @@ def build(
     when_unfit: is told when its health says that it has to go; None: it leaves.
     """
     database = make_engine(settings.database_url, pool_size=connections.WORKER)
-    ended = ended_jobs(settings)
+    ended = EndedJobs.connect(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
     keeper = _keeper(settings, fleet, engine, database, ended)
     gauge = Gauge(settings.handoff_url, trusted_for_s=gates.HANDOFF_SILENT_AFTER_S)
     preemption = Preemption(keeper, when_empty=when_empty)

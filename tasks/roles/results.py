@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from dispatch.endings import EndedJobs
 from dispatch.release import Release
 from edges import telemetry
 from edges.broker import Broker, make_celery
@@ -15,7 +16,6 @@ from policy import connections, queues
 from policy.fleet import Fleet
 from settings import StoreSettings
 from tasks.roles.consuming import consume, process_name, register
-from tasks.roles.endings import ended_jobs
 from tasks.staging import InputStager
 from tasks.store import Storekeeper
 
@@ -38,7 +38,7 @@ def build(settings: StoreSettings, fleet: Fleet, *, name: str) -> ResultsParts:
     broker = Broker(settings, fleet)
     release = Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s)
     store = ObjectStore(settings)
-    ended = ended_jobs(settings)
+    ended = EndedJobs.connect(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
     stager = InputStager(
         database=database,
         inputs=ended.inputs,

@@ -9,10 +9,7 @@ import pytest
 from dispatch.endings import EndedJobs, lose_hand_off
 from dispatch.release import Release
 from edges.broker import Broker, job_of_message
-from edges.handoff import Handoff
-from edges.inputs import Inputs
-from edges.progress import CANCELS, ENDINGS, JobSignals, ProgressWriter, Step
-from edges.snapshots import Snapshots
+from edges.progress import CANCELS, ENDINGS, ProgressWriter, Step
 from models import erasing, jobs, leases, workers
 from models.database import transaction
 from models.tables import Image
@@ -30,18 +27,9 @@ from tests.builders import (
 )
 
 
-def ended_jobs_at(handoff_url) -> EndedJobs:
-    return EndedJobs(
-        signals=JobSignals(handoff_url),
-        handoff=Handoff(handoff_url, ttl_s=60),
-        snapshots=Snapshots(handoff_url, ttl_s=60),
-        inputs=Inputs(handoff_url, ttl_s=60),
-    )
-
-
 @pytest.fixture
 def ended(settings, handoff_redis) -> EndedJobs:
-    return ended_jobs_at(settings.handoff_url)
+    return EndedJobs.connect(settings.handoff_url, ttl_s=60)
 
 
 @pytest.fixture
@@ -153,7 +141,7 @@ def test_job_that_was_erased_leaves_nothing_in_the_hand_off(
 
 
 def test_job_ends_also_while_the_hand_off_is_away(database):
-    away = ended_jobs_at(f"redis://127.0.0.1:{a_closed_port()}/0")
+    away = EndedJobs.connect(f"redis://127.0.0.1:{a_closed_port()}/0", ttl_s=60)
     with transaction(database.app) as session:
         lease = a_lease(session)
 
