@@ -90,7 +90,7 @@ def _open_request() -> None:
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(request_id=g.request_id)
     if request.method not in METHODS:
-        raise MethodUnknown("This method is not known here.", accepted=sorted(METHODS))
+        raise MethodUnknown("No route takes this method.", accepted=sorted(METHODS))
 
 
 def _close_request(response: Response) -> Response:

@@ -17,7 +17,7 @@ Problem
 ├── KeyNotFound           404   (admin)
 ├── ModelNotFound         404
 ├── MethodNotAllowed      405
-├── RequestTimeout        408   the body did not come in time
+├── RequestTimeout        408   the body arrived too slowly
 ├── ImageNotReady         409   with Retry-After while it may still come
 ├── JobAlreadyFinished    409   the cancel came too late
 ├── ReplayImpossible      409   the job's parameters, or what they need, are gone
@@ -32,7 +32,7 @@ Problem
 ├── InvalidRequest        422   wrong fields in any other body
 ├── InvalidPicture        422   the upload is no picture that can be used
 ├── InvalidQuery          422   a wrong query parameter or header
-├── IdempotencyKeyReused  422   the key came before with another body
+├── IdempotencyKeyReused  422   the key was used for another request
 ├── RateLimited           429   with Retry-After: too many requests in this minute
 ├── BudgetSpent           429   with Retry-After: megapixel-steps, until the budget has refilled
 ├── TooManyJobs           429   with Retry-After: unfinished jobs of this tenant
@@ -41,7 +41,7 @@ Problem
 ├── Unexpected            500   reveals nothing of our internals
 ├── JobFailed             500   an image call whose job failed on our side
 ├── MethodUnknown         501   no method of HTTP
-├── PartUnavailable       503   with Retry-After: the database, store or another part is away
+├── PartUnavailable       503   with Retry-After: the database, store or another part is down
 ├── StreamsExhausted      503   with Retry-After: too many event streams in this process
 ├── WaitsExhausted        503   with Retry-After: too many waiting image calls in this process
 ├── UploadsExhausted      503   with Retry-After: too many uploads, or no disk space for them
@@ -173,144 +173,148 @@ def _accepted(accepted: Any) -> str:
 
 class MalformedBody(Problem):
     slug, title, status = "malformed-body", "Malformed body", 400
-    about = "The body is not what its content type says."
+    about = "The body cannot be read as its content type; `detail` says why."
 
 
 class ModerationBlocked(Problem):
     slug, title, status = "moderation-blocked", "Moderation blocked", 400
     openai_type = "image_generation_user_error"
-    about = "The safety rules refuse the request or what came of it; so will they the next time."
+    about = "The safety rules refused the request or its images; the same request is refused again."
 
 
 class NotOffered(Problem):
     slug, title, status = "not-offered", "Not offered", 400
-    about = "OpenAI's interface has it, and this one has not; `detail` says what to ask for."
+    about = (
+        "OpenAI's API has this feature, but this gateway does not; `detail` says what it offers."
+    )
 
 
 class Unauthenticated(Problem):
     slug, title, status = "unauthenticated", "Unauthenticated", 401
-    about = "A live API key is needed: `Authorization: Bearer dr_…`."
+    about = "The request needs a valid API key, as `Authorization: Bearer dr_…`."
 
 
 class Forbidden(Problem):
     slug, title, status = "forbidden", "Forbidden", 403
-    about = "The key is live, and neither its scopes nor its tenant's limits allow this."
+    about = "The API key is valid, but its scopes or its tenant's limits do not allow this."
 
 
 class LinkExpired(Problem):
     slug, title, status = "link-expired", "Link expired", 403
-    about = "A link to an image holds for a while; its URL under /v1, with a key, always does."
+    about = "Links to images expire. Get a new one, or use the image's URL under /v1 with your key."
 
 
 class NotFound(Problem):
     slug, title, status = "not-found", "Not found", 404
-    about = "There is no such route here."
+    about = "There is no such route."
 
 
 class JobNotFound(Problem):
     slug, title, status = "job-not-found", "Job not found", 404
-    about = "No job of this tenant has that id."
+    about = "Your tenant has no job with this id."
 
 
 class ImageNotFound(Problem):
     slug, title, status = "image-not-found", "Image not found", 404
-    about = "The job has no image of that index."
+    about = "The job has no image with this index."
 
 
 class FileNotFound(Problem):
     slug, title, status = "file-not-found", "File not found", 404
-    about = "No picture of this tenant has that id."
+    about = "Your tenant has no picture with this id."
 
 
 class WebhookNotFound(Problem):
     slug, title, status = "webhook-not-found", "Webhook not found", 404
-    about = "No webhook endpoint of this tenant has that id."
+    about = "Your tenant has no webhook endpoint with this id."
 
 
 class DeliveryNotFound(Problem):
     slug, title, status = "delivery-not-found", "Delivery not found", 404
-    about = "No delivery of this tenant's webhooks has that id."
+    about = "Your tenant's webhooks have no delivery with this id."
 
 
 class TenantNotFound(Problem):
     slug, title, status = "tenant-not-found", "Tenant not found", 404
-    about = "There is no such tenant."
+    about = "There is no tenant with this id."
 
 
 class KeyNotFound(Problem):
     slug, title, status = "key-not-found", "Key not found", 404
-    about = "There is no such live key."
+    about = "There is no key with this id that is still valid."
 
 
 class ModelNotFound(Problem):
     slug, title, status = "model-not-found", "Model not found", 404
-    about = "No model has that name, or your tenant may not use it; `accepted` lists those it may."
+    about = "No model has this name, or your tenant may not use it; `accepted` lists models."
 
 
 class MethodNotAllowed(Problem):
     slug, title, status = "method-not-allowed", "Method not allowed", 405
-    about = "The route exists; `Allow` says for which methods."
+    about = "The route does not take this method; the header `Allow` lists those that it takes."
 
 
 class RequestTimeout(Problem):
     slug, title, status = "request-timeout", "Request timeout", 408
-    about = "The body did not come in time; send it again over a connection that keeps up."
+    about = "The body arrived too slowly. Send it again over a faster connection."
 
 
 class MethodUnknown(Problem):
     slug, title, status = "method-unknown", "Method unknown", 501
-    about = "The request's method is none that any route here knows."
+    about = "No route takes the method of this request."
 
 
 class ImageNotReady(Problem):
     slug, title, status = "image-not-ready", "Image not ready", 409
-    about = "The image is not stored; waiting helps only while the job is active."
+    about = "The image is not stored. Waiting helps only if the job has not ended yet."
 
 
 class JobAlreadyFinished(Problem):
     slug, title, status = "job-already-finished", "Job already finished", 409
-    about = "The job reached another final state before the cancel."
+    about = "The job had already ended when the cancel arrived."
 
 
 class ReplayImpossible(Problem):
     slug, title, status = "replay-impossible", "Replay impossible", 409
-    about = "What the job needs is gone: its parameters, a picture, or the version of its model."
+    about = (
+        "Something the job needs is gone: its parameters, a picture or its version of the model."
+    )
 
 
 class FileInUse(Problem):
     slug, title, status = "file-in-use", "File in use", 409
-    about = "A job that is not finished starts from this picture; wait for it or cancel it."
+    about = "An unfinished job starts from this picture. Wait for the job or cancel it."
 
 
 class TenantExists(Problem):
     slug, title, status = "tenant-exists", "Tenant exists", 409
-    about = "Another tenant has that name."
+    about = "Another tenant has this name."
 
 
 class StorageQuotaExceeded(Problem):
     slug, title, status = "storage-quota-exceeded", "Storage quota exceeded", 409
     openai_type = "insufficient_quota"
-    about = "The tenant's pictures take as many bytes as they may; delete some."
+    about = "Your tenant has no storage left for pictures. Delete some."
 
 
 class Erased(Problem):
     slug, title, status = "erased", "Erased", 410
-    about = "It was there, and the tenant had it deleted; the audit log still says that it was."
+    about = "Your tenant has deleted it. Only its record in the audit log is left."
 
 
 class BodyTooLarge(Problem):
     slug, title, status = "body-too-large", "Body too large", 413
-    about = "The body is larger than this installation takes; `detail` says how large it may be."
+    about = "The body is larger than this installation accepts; `detail` names the limit."
 
 
 class UnsupportedMediaType(Problem):
     slug, title, status = "unsupported-media-type", "Unsupported media type", 415
-    about = "Send JSON as application/json."
+    about = "The route does not take this content type; `detail` says which to send."
 
 
 class RangeNotSatisfiable(Problem):
     slug, title, status = "range-not-satisfiable", "Range not satisfiable", 416
-    about = "The picture has no such bytes; `size_bytes` says how many it has."
+    about = "The range is not in the picture; `size_bytes` is the picture's size."
 
     def headers(self) -> dict[str, str]:
         """Return the headers, with the picture's size in Content-Range."""
@@ -319,103 +323,103 @@ class RangeNotSatisfiable(Problem):
 
 class InvalidImageRequest(Problem):
     slug, title, status = "invalid-image-request", "Invalid image request", 422
-    about = "No worker could ever render this; `errors` points at each wrong field."
+    about = "The request cannot be served, now or later; `errors` lists each wrong field."
 
 
 class InvalidRequest(Problem):
     slug, title, status = "invalid-request", "Invalid request", 422
-    about = "Fields cannot be used; `errors` points at each, and says what would be accepted."
+    about = "Some fields are wrong; `errors` lists each, with the accepted values."
 
 
 class InvalidPicture(Problem):
     slug, title, status = "invalid-picture", "Invalid picture", 422
-    about = "It is no picture that can be used; `detail` says why, `accepted` what could be."
+    about = "The picture cannot be used: `detail` says why, `accepted` names the accepted formats."
 
 
 class InvalidQuery(Problem):
     slug, title, status = "invalid-query", "Invalid query", 422
-    about = "A query parameter or header cannot be used; `accepted` says what could be."
+    about = "A query parameter or a header is wrong; `accepted` says what it may be."
 
 
 class IdempotencyKeyReused(Problem):
     slug, title, status = "idempotency-key-reused", "Idempotency key reused", 422
-    about = "The key came before with another request; send a new key with a new request."
+    about = "The Idempotency-Key was used for another request. Use a new key for each new request."
 
 
 class RateLimited(Problem):
     slug, title, status = "rate-limited", "Rate limited", 429
-    about = "The tenant's requests of the last minute are as many as it may send; waiting helps."
+    about = "Your tenant has sent as many requests in this minute as it may. Wait and try again."
 
 
 class BudgetSpent(Problem):
     slug, title, status = "budget-spent", "Budget spent", 429
-    about = "The tenant's budget of megapixel-steps is spent; it fills again by itself."
+    about = "Your tenant's budget of megapixel-steps is used up. It refills continuously: wait."
 
 
 class TooManyJobs(Problem):
     slug, title, status = "too-many-jobs", "Too many jobs", 429
-    about = "As many jobs of the tenant are under way as may be; wait until one has ended."
+    about = "Your tenant has as many unfinished jobs as it may. Wait until one ends."
 
 
 class QuotaExceeded(Problem):
     slug, title, status = "quota-exceeded", "Quota exceeded", 429
     openai_type = "insufficient_quota"
-    about = "The tenant's quota of megapixel-steps for this day or month is used up."
+    about = "Your tenant's quota of megapixel-steps for this day or month would be exceeded."
 
 
 class TenantQueueFull(Problem):
     slug, title, status = "tenant-queue-full", "Tenant queue full", 429
-    about = "As much work of the tenant's waits in this tier as may wait; waiting helps."
+    about = "Your tenant has as much work waiting in this tier as it may. Wait and try again."
 
 
 class StreamsExhausted(Problem):
     slug, title, status = "streams-exhausted", "Streams exhausted", 503
-    about = "As many event streams are open here as may be; try again in a moment."
+    about = "This process has no room for another event stream. Try again in a moment."
 
 
 class WaitsExhausted(Problem):
     slug, title, status = "waits-exhausted", "Waits exhausted", 503
-    about = "As many calls wait here as may. No job was made: ask again, or POST /v1/jobs and look."
+    about = "Too many calls wait for images. No job was created: try again, or use POST /v1/jobs."
 
 
 class UploadsExhausted(Problem):
     slug, title, status = "uploads-exhausted", "Uploads exhausted", 503
-    about = "As many large bodies come in here as may; try again in a moment."
+    about = "This process receives too many large uploads at once. Try again in a moment."
 
 
 class FleetSaturated(Problem):
     slug, title, status = "fleet-saturated", "Fleet saturated", 503
-    about = "More is asked of the workers than they can begin in time; waiting helps."
+    about = "The workers have too much to do: the job would not start in time. Wait and try again."
 
 
 class ModelUnserved(Problem):
     slug, title, status = "model-unserved", "Model unserved", 503
-    about = "No worker holds the model and none is to come; an operator has to start one."
+    about = "No worker serves this model. An operator has to start one."
 
 
 class Unexpected(Problem):
     slug, title, status = "unexpected", "Unexpected error", 500
-    about = "A fault of ours; the request id finds it in the logs."
+    about = "A fault in Darkroom. Give the request id to the operator, who finds it in the logs."
 
 
 class JobFailed(Problem):
     slug, title, status = "job-failed", "Job failed", 500
-    about = "The job behind this call failed, and not by what was asked for; `job_id` finds it."
+    about = "The job of this call failed through no fault of the request. `job_id` names the job."
 
 
 class JobExpired(Problem):
     slug, title, status = "job-expired", "Job expired", 503
-    about = "The job was not begun before its start deadline; waiting helps."
+    about = "No worker started the job before its deadline. Wait and try again."
 
 
 class JobUnfinished(Problem):
     slug, title, status = "job-unfinished", "Job unfinished", 504
-    about = "The job goes on: the same request, tried again, waits for it."
+    about = "The job has not ended yet. Send the same request again to go on waiting for it."
 
 
 class PartUnavailable(Problem):
     slug, title, status = "part-unavailable", "Part unavailable", 503
-    about = "Something the answer needs is away; the same request will do later."
+    about = "A part of the installation cannot be reached now. Try the same request again later."
 
 
 def invalid_wish(error: InvalidWish) -> InvalidImageRequest:

@@ -28,17 +28,17 @@ def audit() -> None:
 @click.option(
     "--since",
     type=click.DateTime(["%Y-%m-%d"]),
-    help="Only events from this UTC day on, and what they link to.",
+    help="Check only events from this UTC day on, and their links to earlier ones.",
 )
 @pass_installation
 @click.pass_context
 def verify(
     ctx: click.Context, installation: Installation, chain: str | None, since: datetime | None
 ) -> None:
-    """Recompute every hash and link. Exit code 1 when a chain is broken; the first broken event is
-    named.
+    """Check every hash and link of the audit log.
 
-    Where months were pruned, what is left is checked, and that it links to what was there.
+    Exit code 1 if a chain is broken; the first broken event is printed. Of a chain with pruned
+    months, the rest is checked, and its link to the last event that was removed.
     """
     url = installation.look_up("AUDITOR_DATABASE_URL")
     chains = dict(ask(url, _CHAINS, (chain, chain)).rows)

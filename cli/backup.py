@@ -14,10 +14,10 @@ _FOLDER = click.argument("folder", type=click.Path(path_type=Path, file_okay=Fal
 @_FOLDER
 @pass_installation
 def backup(installation: Installation, folder: Path) -> None:
-    """Write everything that the stack needs to begin again into FOLDER, a new one, while it runs.
+    """Back up the running stack into FOLDER, which must be new.
 
-    Database, objects and every secret: keep it where nobody else can read it. docs/backup.md
-    tells what is left out, and why.
+    The backup holds the database, all objects and all secrets: keep it where nobody else can read
+    it. docs/backup.md says what it does not hold, and why.
     """
     with screen.err().status("copying"):
         made = installation.stack().back_up(folder.absolute())
@@ -31,10 +31,10 @@ def backup(installation: Installation, folder: Path) -> None:
 @_FOLDER
 @pass_installation
 def restore(installation: Installation, folder: Path) -> None:
-    """Make a stack of the backup in FOLDER, with its tenants, keys, jobs, images and audit log. The
-    data directory must be a new one.
+    """Restore the backup in FOLDER into a new data directory.
 
-    It is down afterwards: `darkroom up` starts it, and migrates it if this version is newer.
+    It brings back tenants, keys, jobs, images and audit log. Start the stack afterwards with
+    `darkroom up`, which also migrates the database if this version is newer.
     """
     stack = installation.stack()
     with screen.err().status("restoring"):

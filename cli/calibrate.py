@@ -22,15 +22,14 @@ _COLUMNS = ("size", "rows", "ms a step", "images/s against one row", "worth grow
     type=click.IntRange(1, 100),
     default=5,
     show_default=True,
-    help="Measurements of each size of forward.",
+    help="Measurements of each batch size.",
 )
 @pass_installation
 def calibrate(installation: Installation, model: str, repeats: int) -> None:
-    """Measure MODEL's forwards on this machine's device, and store the curve that workers then
-    batch by.
+    """Measure how fast MODEL runs on this machine's device, by batch size.
 
-    Nothing else should run on the device meanwhile. A worker without a curve for its device
-    measures a shorter one at every start.
+    Workers choose their batches by the stored result. Nothing else should run on the device
+    meanwhile. A worker without a result for its device makes a shorter measurement at each start.
     """
     _require_engine()
     from settings import DeviceSettings, load, load_fleet_or_exit
@@ -43,7 +42,7 @@ def calibrate(installation: Installation, model: str, repeats: int) -> None:
     fleet = load_fleet_or_exit(settings)
     if model not in fleet.models:
         raise click.BadParameter(
-            f"{model!r} is none of {', '.join(fleet.models)}", param_hint="MODEL"
+            f"{model!r} is not one of {', '.join(fleet.models)}", param_hint="MODEL"
         )
     pool = fleet.pools[fleet.pool_of(model)]
     config = engine_config(settings, fleet, pool, warm_up_repeats=repeats)

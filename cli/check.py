@@ -55,17 +55,18 @@ class Finding(NamedTuple):
 @click.command()
 @click.argument("roles", nargs=-1, type=click.Choice(list(ROLES)))
 @click.option(
-    "--offline", is_flag=True, help="Settings and fleet.toml alone; nothing is connected to."
+    "--offline", is_flag=True, help="Check only settings and fleet.toml; connect to nothing."
 )
 @pass_installation
 @click.pass_context
 def check(
     ctx: click.Context, installation: Installation, roles: tuple[str, ...], offline: bool
 ) -> None:
-    """Check settings, fleet.toml, Postgres, both Redis, the object store and who is alive.
+    """Check settings, fleet.toml, Postgres, both Redis, object store and workers.
 
-    ROLES: whose settings; by default those of every process of this machine's stack or, in a
-    container, of whichever its environment is complete for. Exit code 1 when something is wrong.
+    ROLES are the kinds of process whose settings are checked. By default these are all processes of
+    this machine's stack or, in a container, those for which the environment has every setting. Exit
+    code 1 if something is wrong.
     """
     environments = _environments(installation, roles)
     findings: list[Finding] = []
@@ -232,7 +233,7 @@ def _faults_of_redis(
     if policy != "noeviction":
         yield "wrong", f"maxmemory-policy is {policy}; it must be noeviction"
     if not memory.get("maxmemory"):
-        yield "hint", "has no maxmemory: nothing tells when it is full until its machine is"
+        yield "hint", "has no maxmemory: it is full only when its machine has no memory left"
     if replication.get("role") != "master":
         yield "wrong", "is a replica, which takes no writes"
 
@@ -243,7 +244,7 @@ def _store(name: str, settings: StoreSettings) -> Iterator[Finding]:
     try:
         ObjectStore(settings).ping()
     except StoreUnavailable as error:
-        yield Finding("wrong", name, f"S3_BUCKET: the object store does not open it: {error}")
+        yield Finding("wrong", name, f"S3_BUCKET: the object store refuses it: {error}")
 
 
 def _roles(settings: GatewayProcessSettings, fleet: Fleet) -> Iterator[Finding]:

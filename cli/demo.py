@@ -102,14 +102,14 @@ class CheckedImage:
     type=float,
     default=180,
     show_default=True,
-    help="Seconds for the start, and again for the jobs.",
+    help="Seconds to wait for the start, and again for the jobs.",
 )
 @pass_installation
 @click.pass_context
 def demo(ctx: click.Context, installation: Installation, wait_s: float) -> None:
-    """Make a dozen images over all tiers, check them, and show the audit trail.
+    """Make a dozen images in all tiers, check them, and show the audit trail.
 
-    Exit code 1 when a job does not succeed, or when fewer than nine images in ten show what their
+    Exit code 1 if a job does not succeed, or if fewer than nine images in ten show what their
     prompts say.
     """
     stack = installation.stack()
@@ -133,7 +133,7 @@ def demo(ctx: click.Context, installation: Installation, wait_s: float) -> None:
                 stack.down()
     if starts_it:
         screen.out().print(
-            f"\nStopped; the data stay in {installation.data_dir}. `make up` starts it to stay."
+            f"\nStopped; the data stay in {installation.data_dir}. `make up` starts it again."
         )
     if not is_good:
         ctx.exit(1)

@@ -35,8 +35,9 @@ _COLUMNS = (
 def estimate(
     ctx: click.Context, installation: Installation, /, prompt: str, as_json: bool, **wish: Any
 ) -> None:
-    """Say what images of PROMPT would cost and when they would be there. Exit code 1 when the
-    job would not be let in now.
+    """Estimate the cost and the duration of a job for PROMPT.
+
+    Exit code 1 if the job would be refused now.
     """
     with installation.client() as client:
         found = client.estimate(prompt, **wish)

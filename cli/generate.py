@@ -31,15 +31,15 @@ FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
     "--from",
     "source",
     type=click.File("rb"),
-    help="File of prompts, one a line, as text or JSON with any fields, "
-    "or one JSON list of these; - = stdin.",
+    help="Make the images of a file: one prompt, or one JSON object with the fields of a job, on"
+    " each line; or one JSON list of these. - reads standard input.",
 )
 @wish_options
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help="Output file; out-0.png, out-1.png … for several. With --from: folder.",
+    help="File to write; several images become out-0.png, out-1.png, … With --from: a folder.",
 )
 @click.option(
     "--timeout",
@@ -54,19 +54,23 @@ FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
     type=click.IntRange(1, 256),
     default=8,
     show_default=True,
-    help="With --from: so many jobs under way at once.",
+    help="With --from: the most unfinished jobs at once.",
 )
 @click.option(
     "--cancel-on-interrupt",
     "cancels",
     is_flag=True,
-    help="With --from: Ctrl-C cancels the jobs that are under way.",
+    help="With --from: Ctrl-C also cancels the unfinished jobs.",
 )
 @click.option(
-    "--retry-failed", is_flag=True, help="With --from: ask again for what failed in an earlier run."
+    "--retry-failed",
+    is_flag=True,
+    help="With --from: try lines again that failed in an earlier run.",
 )
 @click.option(
-    "--fresh", is_flag=True, help="With --from: forget the earlier run in the output folder."
+    "--fresh",
+    is_flag=True,
+    help="With --from: ignore the earlier run in the output folder and begin anew.",
 )
 @pass_installation
 @click.pass_context
@@ -84,12 +88,14 @@ def generate(
     fresh: bool,
     **wish: Any,
 ) -> None:
-    """Make images of PROMPT, or of every line of a file.
+    """Make images from PROMPT, or from every line of a file.
 
-    Ctrl-C cancels the job of PROMPT. With --from it leaves the jobs that are under way to go on
-    (again within two seconds: cancels them), and the same command continues: nothing is asked for
-    twice, and only images that are missing or broken are fetched. They are
-    <folder>/<line>-<seed>-<index>.<format>; what a line says itself wins over the options.
+    Ctrl-C cancels the job of PROMPT.
+
+    With --from, the images are <folder>/<line>-<seed>-<index>.<format>. The fields of a line take
+    precedence over the options. Ctrl-C ends the command and lets unfinished jobs go on; a second
+    Ctrl-C within two seconds cancels them. The same command continues later: no job is created
+    twice, and only images that are missing or damaged are downloaded.
     """
     if (prompt is None) == (source is None):
         raise click.UsageError("give either a PROMPT or --from FILE")
@@ -126,10 +132,10 @@ def _format(output: Path | None, asked: str | None) -> str | None:
     named = FORMATS.get(output.suffix.lower())
     if named is None:
         raise click.UsageError(
-            f"{output.name}: there is no format {output.suffix}; offered: {', '.join(FORMATS)}"
+            f"{output.name}: {output.suffix} is not a known format; use one of {', '.join(FORMATS)}"
         )
     if asked not in (None, named):
-        raise click.UsageError(f"{output.name} says {named} and --format {asked}")
+        raise click.UsageError(f"{output.name} is a name for {named}, but --format is {asked}")
     return named
 
 

@@ -22,17 +22,17 @@ _COLUMNS = ("job", "created (UTC)", "state", "tier", "steps", "n", "seed", "tota
     "--since",
     help="Only jobs from then on: 2026-11-26, 2026-11-26T18:00 (UTC), or 15m, 12h, 7d ago.",
 )
-@click.option("--until", help="Only jobs of before then.")
+@click.option("--until", help="Only jobs accepted before that instant.")
 @click.option(
     "--metadata",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Only jobs with that in their metadata; all of them if given again.",
+    help="Only jobs with this metadata entry; repeat to require several.",
 )
 @click.option(
-    "--limit", type=click.IntRange(1), default=20, show_default=True, help="At most so many."
+    "--limit", type=click.IntRange(1), default=20, show_default=True, help="The most jobs to list."
 )
-@click.option("--json", "as_json", is_flag=True, help="The jobs as the API tells them.")
+@click.option("--json", "as_json", is_flag=True, help="Print the jobs as the API's JSON.")
 @pass_installation
 def jobs(
     installation: Installation,
@@ -73,7 +73,7 @@ def _row(job: Job) -> tuple[object, ...]:
 @click.argument("job_id")
 @pass_installation
 def cancel(installation: Installation, job_id: str) -> None:
-    """Cancel a job; an image under way stops at its next step."""
+    """Cancel a job. An image that is being made stops at its next step."""
     with installation.client() as client:
         job = client.cancel(job_id)
     screen.out().print(f"job {job.id} is {job.state}")
@@ -84,8 +84,9 @@ def cancel(installation: Installation, job_id: str) -> None:
 @pass_installation
 @click.pass_context
 def watch(ctx: click.Context, installation: Installation, job_id: str) -> None:
-    """Watch a job until it is finished. Ctrl-C leaves it alone; exit code 1 when it does not
-    succeed.
+    """Watch a job until it has ended.
+
+    Ctrl-C ends the command; the job goes on. Exit code 1 if the job does not succeed.
     """
     with installation.client() as client:
         job = watching.watch(client, client.job(job_id), timeout_s=None, cancels=False)
@@ -102,12 +103,13 @@ def watch(ctx: click.Context, installation: Installation, job_id: str) -> None:
 @click.confirmation_option(prompt="Its prompt and images cannot be brought back. Delete them?")
 @pass_installation
 def delete(installation: Installation, job_id: str) -> None:
-    """Erase a job's prompt, metadata and images. What it cost, and that it was, stay in the audit
-    log.
+    """Erase the prompt, metadata and images of a job.
+
+    Its cost and its audit events stay.
     """
     with installation.client() as client:
         client.delete(job_id)
-    screen.out().print(f"what job {job_id} was about is erased")
+    screen.out().print(f"job {job_id} is erased")
 
 
 def _instant(text: str | None, option: str) -> datetime | None:

@@ -26,7 +26,7 @@ def keys() -> None:
 @_TENANT
 @pass_installation
 def list_keys(installation: Installation, tenant_name: str) -> None:
-    """The tenant's keys, revoked ones included; the keys themselves nobody can show again."""
+    """List a tenant's keys, including revoked ones. Their secret part is never shown again."""
     with installation.transaction() as session:
         found = api_keys.of_tenant(session, named(session, tenant_name).id)
     columns = ["id", "key", "name", "scopes", "created (UTC)", "used", "expires", "revoked"]
@@ -56,12 +56,12 @@ def _row(key: ApiKey) -> tuple[object, ...]:
     type=click.Choice(SCOPES),
     default=DEFAULT_SCOPES,
     show_default=True,
-    help="What it may do.",
+    help="What the key may do; repeat for several.",
 )
 @click.option(
     "--expires-in-days",
     type=click.FloatRange(min=0, min_open=True),
-    help="After that it is refused.",
+    help="The key is refused after so many days.",
 )
 @pass_installation
 def issue(
@@ -71,8 +71,9 @@ def issue(
     scopes: tuple[str, ...],
     expires_in_days: float | None,
 ) -> None:
-    """Print a new key. It is shown this once. The scope `admin` is an operator's, over all
-    tenants.
+    """Issue a key and print it, this once only.
+
+    The scope `admin` is for operators: it covers all tenants.
     """
     pepper = installation.look_up("API_KEY_PEPPER")
     expires_at = datetime.now(UTC) + timedelta(days=expires_in_days) if expires_in_days else None
@@ -86,7 +87,7 @@ def issue(
             pepper=pepper,
         )
     click.echo(key)
-    screen.err().print(f"id {row.id}; kept nowhere in plain text", style="dim")
+    screen.err().print(f"id {row.id}; the key is not stored in plain text", style="dim")
 
 
 @keys.command()
@@ -96,16 +97,16 @@ def issue(
     type=click.FloatRange(min=0),
     default=KEY_GRACE_S / 3600,
     show_default=True,
-    help="The old one lives on.",
+    help="For so many hours the old key still works.",
 )
 @pass_installation
 def rotate(installation: Installation, key_id: uuid.UUID, grace_hours: float) -> None:
-    """Print a new key with the name and scopes of KEY_ID, which lives on for a while."""
+    """Print a new key with the name and scopes of KEY_ID. The old key still works for a while."""
     pepper = installation.look_up("API_KEY_PEPPER")
     with installation.transaction() as session:
         rotated = api_keys.rotate(session, key_id, pepper=pepper, grace_s=grace_hours * 3600)
     if rotated is None:
-        raise click.UsageError(f"there is no live key with the id {key_id}")
+        raise click.UsageError(f"there is no valid key with the id {key_id}")
     row, key = rotated
     click.echo(key)
     screen.err().print(f"id {row.id}; the old key is refused in {grace_hours:g} h", style="dim")
@@ -115,9 +116,9 @@ def rotate(installation: Installation, key_id: uuid.UUID, grace_hours: float) ->
 @click.argument("key_id", type=click.UUID)
 @pass_installation
 def revoke(installation: Installation, key_id: uuid.UUID) -> None:
-    """Refuse the key with the id KEY_ID from now on."""
+    """Revoke the key with the id KEY_ID. It is refused at once."""
     with installation.transaction() as session:
         row = api_keys.revoke(session, key_id)
     if row is None:
-        raise click.UsageError(f"there is no live key with the id {key_id}")
+        raise click.UsageError(f"there is no valid key with the id {key_id}")
     screen.out().print(f"key dr_{row.kid}_… is revoked")

@@ -28,14 +28,14 @@ _LOOK_EVERY_S = 0.3
 
 @click.command()
 @click.argument("name", required=False)
-@click.option("-f", "--follow", "is_following", is_flag=True, help="Go on until Ctrl-C.")
+@click.option("-f", "--follow", "is_following", is_flag=True, help="Print new lines until Ctrl-C.")
 @click.option(
     "-n",
     "--lines",
     type=click.IntRange(0),
     default=40,
     show_default=True,
-    help="Lines per process to begin with.",
+    help="Lines to print of each log.",
 )
 @pass_installation
 @click.pass_context

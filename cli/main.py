@@ -2,7 +2,7 @@
 
 Exit codes
 0    done
-1    done, and the answer is bad: a job did not succeed, an audit chain is broken
+1    done, with a bad result: a job did not succeed, the audit log is broken, …
 2    the command line is wrong
 3    nothing answers: the stack is not running, or the address is wrong
 4    refused: by the gateway (the problem's title and detail are printed) or by Postgres
@@ -59,18 +59,18 @@ _MODULES = {
 }
 
 
-_STACK = "the stack of one machine (`make up`) has it, a container does not"
+_STACK = "it is for the stack of one machine (`make up`); with containers"
 _ELSEWHERE = {  # commands that need what an image does not hold, and what to do there instead
-    "up": f"{_STACK}: docker compose up --detach",
-    "down": f"{_STACK}: docker compose down",
-    "status": f"{_STACK}: docker compose ps, or darkroom check",
-    "env": f"{_STACK}: the settings are in the .env beside docker-compose.yml",
-    "demo": f"{_STACK}: darkroom generate makes an image",
+    "up": f"{_STACK}, use docker compose up --detach",
+    "down": f"{_STACK}, use docker compose down",
+    "status": f"{_STACK}, use docker compose ps or darkroom check",
+    "env": f"{_STACK}, read the .env beside docker-compose.yml",
+    "demo": f"{_STACK}, make an image with darkroom generate",
 }
 
 
 def _not_here(name: str, *, missing: str) -> click.Command:
-    """Return a command that fails and says in one sentence where it works."""
+    """Return a command that fails and says in one sentence what to use instead."""
 
     def tell() -> None:
         raise NoInstallation(
@@ -80,7 +80,10 @@ def _not_here(name: str, *, missing: str) -> click.Command:
 
     settings = {"ignore_unknown_options": True, "allow_extra_args": True}
     return click.Command(
-        name, callback=tell, help=f"Not here: {_ELSEWHERE[name]}.", context_settings=settings
+        name,
+        callback=tell,
+        help=f"Not available here: {_ELSEWHERE[name]}.",
+        context_settings=settings,
     )
 
 
@@ -170,17 +173,17 @@ def describe(problem: ProblemError) -> str:
     type=click.Path(path_type=Path, file_okay=False),
     default=REPO / ".darkroom",
     envvar="DARKROOM_DATA_DIR",
-    help="Where the stack of this machine keeps its data.  [default: .darkroom beside the program]",
+    help="Folder with the data of this machine's stack.  [default: .darkroom beside the program]",
 )
 @click.option(
     "--fleet-file",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
     envvar="FLEET_FILE",
-    help="What the stack serves.  [default: fleet.toml beside the program]",
+    help="The models, tiers and pools to serve.  [default: fleet.toml beside the program]",
 )
 @click.pass_context
 def darkroom(ctx: click.Context, data_dir: Path, fleet_file: Path | None) -> None:
-    """Run Darkroom on this machine, make images with it, and look into it."""
+    """Run Darkroom on this machine, make images with it, and inspect it."""
     ctx.obj = Installation(data_dir.absolute(), fleet_file)
 
 

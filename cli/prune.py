@@ -56,25 +56,27 @@ class Age(click.ParamType[timedelta]):
 @click.option(
     "--older-than",
     type=Age(pruning.NEWEST_JOBS),
-    help="Jobs that ended so long ago, and files that none of the others starts from.",
+    help="Remove jobs that ended so long ago, and old files that no other job starts from.",
 )
-@click.option("--tier", help="Only jobs of this tier, and no files.")
+@click.option("--tier", help="Remove only jobs of this tier, and no files.")
 @click.option(
     "--usage-older-than",
     type=Age(pruning.NEWEST_USAGE),
-    help="Days of the ledger: what invoices are made from.",
+    help="Remove days of the ledger, from which invoices are made.",
 )
 @click.option(
     "--audit-older-than",
     type=Age(timedelta(days=1)),
-    help="Months of the audit log that ended so long ago.",
+    help="Remove months of the audit log that ended so long ago.",
 )
 @click.option(
     "--export",
     type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="Write months of the audit log to files here first.",
+    help="First write the removed months of the audit log to files in this folder.",
 )
-@click.option("--yes", is_flag=True, help="Do it. Without this, only say what would go.")
+@click.option(
+    "--yes", is_flag=True, help="Remove the data. Without --yes, only show what would be removed."
+)
 @pass_installation
 def prune(
     installation: Installation,
@@ -85,10 +87,10 @@ def prune(
     export: Path | None,
     yes: bool,
 ) -> None:
-    """Remove jobs, files, ledger entries and months of the audit log for good. It can run beside
-    everything else.
+    """Remove old jobs, files, ledger entries and audit events for good.
 
-    Objects leave the store within minutes. What is left of the audit log can be verified as before.
+    The stack may keep running. Objects leave the store within minutes. The rest of the audit log
+    can still be verified.
     """
     if not any((older_than, usage_older_than, audit_older_than)):
         raise click.UsageError(
@@ -114,7 +116,7 @@ def prune(
         )
     )
     if not yes:
-        screen.err().print("nothing was changed; --yes does it", style="dim")
+        screen.err().print("nothing was removed; add --yes to remove it", style="dim")
 
 
 def _jobs(

@@ -18,7 +18,7 @@ from darkroom_client import Job
     "-o",
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Save the new images, too.",
+    help="Also save the new images.",
 )
 @click.option(
     "--timeout",
@@ -37,8 +37,9 @@ def replay(
     output: Path | None,
     timeout_s: float,
 ) -> None:
-    """Make the images of JOB_ID again and compare them, pixel by pixel, by their digests. Exit
-    code 1 when they differ.
+    """Make the images of JOB_ID again and compare the pixels by their digests.
+
+    Exit code 1 if they differ.
     """
     with installation.client() as client:
         original = client.job(job_id)
@@ -46,7 +47,7 @@ def replay(
             _check_format(output, original)
         again = watch(client, client.replay(job_id), timeout_s=timeout_s, cancels=True)
         saved = save(client, again, _with_suffix(output, again)) if output else []
-    screen.out().print(f"job {again.id} asked again for what {original.id} asked for")
+    screen.out().print(f"job {again.id} repeats job {original.id}")
     for path in saved:
         screen.out().print(f"saved {path}")
     if again.state != "succeeded":
@@ -83,7 +84,7 @@ def _compare(original: Job, again: Job) -> bool:
     elif any(before is None for _, _, before, _ in pairs):
         screen.complain(f"The original is {original.state}: there is nothing to compare with.")
     elif original.determinism == "best_effort":
-        best_effort = "Its tier promises best effort only, not the same pixels."
+        best_effort = "The job's tier is best effort: it does not promise the same pixels."
         screen.complain(f"The pixels differ. {best_effort}")
     else:
         screen.complain("The pixels differ.")

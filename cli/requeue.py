@@ -17,10 +17,10 @@ START_WITHIN_S = 86_400.0  # an operator is in less of a hurry than the tenant w
 @pass_installation
 @click.pass_context
 def requeue(ctx: click.Context, installation: Installation, job_id: uuid.UUID) -> None:
-    """Ask again for what a failed job asked for: the same parameters and seeds, as a new job
-    of the same tenant.
+    """Create a new job with the parameters and seeds of a failed one.
 
-    The failed one stays as it is; `darkroom sql "select * from dead_letters"` lists them.
+    It belongs to the same tenant. The failed job stays as it is. `darkroom sql "select * from
+    dead_letters"` lists failed jobs.
     """
     try:
         with installation.transaction() as session:
@@ -33,13 +33,15 @@ def requeue(ctx: click.Context, installation: Installation, job_id: uuid.UUID) -
         )
         ctx.exit(4)
     except jobs.JobAlreadyFinished:
-        screen.complain(f"Job {job_id} was requeued before; dead_letters.requeued_as says as what.")
+        screen.complain(
+            f"Job {job_id} was requeued before; the column requeued_as of dead_letters names the"
+            " new job."
+        )
         ctx.exit(4)
     if job is None:
         screen.complain(f"There is no failed job {job_id}.")
         ctx.exit(4)
     screen.out().print(
-        f"job {job.id} asks again for what {job_id} asked for; "
-        "the sweeper lets it out within seconds",
+        f"job {job.id} repeats job {job_id}; the sweeper releases it within seconds",
         soft_wrap=True,
     )

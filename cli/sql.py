@@ -30,15 +30,14 @@ class QueryResult:
 @click.option(
     "--owner",
     is_flag=True,
-    help="As the owner of the tables. "
-    "By default as the auditor, who sees the views and changes nothing.",
+    help="Run as the owner of the tables. By default as the auditor, who can only read the views.",
 )
-@click.option("--json", "as_json", is_flag=True, help="A list of objects, for programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of objects.")
 @pass_installation
 def sql(installation: Installation, statement: str, owner: bool, as_json: bool) -> None:
     """Run one SQL STATEMENT.
 
-    Views for people: job_history, queue_now, flows_now, dead_letters, images_by_tenant_day,
+    Views to read: job_history, queue_now, flows_now, dead_letters, images_by_tenant_day,
     usage_by_tenant_day, stored_files_by_tenant, webhooks_now, audit_log, audit_chain_status.
     """
     variable = "MIGRATION_DATABASE_URL" if owner else "AUDITOR_DATABASE_URL"
@@ -69,7 +68,7 @@ def ask(database_url: str, statement: str, parameters: Sequence[Any] | None = No
             )
     except psycopg2.errors.InsufficientPrivilege as error:
         hint = (
-            " (the auditor sees views only; --owner asks as the owner)"
+            " (the auditor sees views only; --owner runs as the owner)"
             if "auditor" in url.render_as_string()
             else ""
         )

@@ -15,9 +15,15 @@ from fleet.stack import ProcessStatus, Stack
 
 
 @click.command()
-@click.option("--detach", is_flag=True, help="Return when everything is ready; `down` stops it.")
 @click.option(
-    "--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Worker processes."
+    "--detach", is_flag=True, help="Return when everything is ready. `darkroom down` stops it."
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Number of worker processes.",
 )
 @click.option(
     "--wait",
@@ -29,11 +35,11 @@ from fleet.stack import ProcessStatus, Stack
 )
 @pass_installation
 def up(installation: Installation, detach: bool, workers: int, wait_s: float) -> None:
-    """Start everything on this machine: Postgres, Redis, S3, gateway, worker, results, sweeper,
-    Flower.
+    """Start the whole stack on this machine.
 
-    In the foreground it follows the logs, and Ctrl-C stops everything. Harmless when it runs
-    already.
+    These are Postgres, Redis, an S3 store, gateway, workers, results, sweeper, webhooks and Flower.
+    Without --detach, the command prints their logs, and Ctrl-C stops everything. It is harmless if
+    the stack runs already.
     """
     stack = installation.stack(workers=workers)
     was_up = stack.is_up()
@@ -47,7 +53,7 @@ def up(installation: Installation, detach: bool, workers: int, wait_s: float) ->
             signal.signal(number, _as_interrupt)
         follow(stack.data_dir / "logs")
     except KeyboardInterrupt:
-        screen.err().print("stopping; images under way are finished first")
+        screen.err().print("stopping; images that are being made are finished first")
         # A second Ctrl-C must not leave half of it running.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         stack.down()
@@ -61,7 +67,7 @@ def up(installation: Installation, detach: bool, workers: int, wait_s: float) ->
 @click.command()
 @pass_installation
 def down(installation: Installation) -> None:
-    """Stop everything. Images under way are finished first; data are kept."""
+    """Stop the stack. Images that are being made are finished first; all data are kept."""
     stack = installation.stack()
     was_up = stack.is_up()
     with screen.err().status("stopping"):
@@ -73,7 +79,7 @@ def down(installation: Installation) -> None:
 @pass_installation
 @click.pass_context
 def status(ctx: click.Context, installation: Installation) -> None:
-    """Show every process, and what is not ready. Exit code 3 when the stack is down."""
+    """Show every process, and what is not ready. Exit code 3 if the stack does not run."""
     stack = installation.stack()
     processes = stack.status()
     if not processes:
@@ -129,7 +135,9 @@ def _readiness(url: str) -> str:
     ]
     if not waiting:
         return f"ready at {url}"
-    verdict = "not ready" if answer.status_code == 503 else "accepts jobs, but not all is well"
+    verdict = (
+        "not ready" if answer.status_code == 503 else "accepts jobs, but some parts are not ready"
+    )
     return f"{verdict} · {' · '.join(waiting)}"
 
 

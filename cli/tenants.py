@@ -33,7 +33,7 @@ def tenants() -> None:
 @tenants.command("list")
 @pass_installation
 def list_tenants(installation: Installation) -> None:
-    """Every tenant, oldest first."""
+    """List every tenant, oldest first."""
     with installation.transaction() as session:
         found = records.list_all(session)
     rows = [(tenant.id, tenant.name, tenant.weight, tenant.created_at) for tenant in found]
@@ -48,8 +48,10 @@ def list_tenants(installation: Installation) -> None:
 @pass_installation
 @click.pass_context
 def weigh_tenant(ctx: click.Context, installation: Installation, name: str, weight: float) -> None:
-    """Give a tenant another WEIGHT: twice another's means twice its device time while
-    both have jobs waiting in one tier.
+    """Set the WEIGHT of a tenant, its share of device time.
+
+    With twice the weight of another tenant, it gets twice the device time while both have jobs
+    waiting in the same tier.
     """
     with installation.transaction() as session:
         tenant = records.by_name(session, name)
@@ -59,7 +61,7 @@ def weigh_tenant(ctx: click.Context, installation: Installation, name: str, weig
         screen.complain(f"There is no tenant {name!r}.")
         ctx.exit(4)
     screen.out().print(
-        f"tenant {name} weighs {weight:g}; its jobs accepted from now on count by that"
+        f"tenant {name} has weight {weight:g}; it applies to jobs accepted from now on"
     )
 
 
@@ -68,7 +70,7 @@ def weigh_tenant(ctx: click.Context, installation: Installation, name: str, weig
 @pass_installation
 @click.pass_context
 def show_tenant(ctx: click.Context, installation: Installation, name: str) -> None:
-    """The tenant's limits, and what it has used today and this month (UTC)."""
+    """Show a tenant's limits, and what it has used today and this month (UTC)."""
     with installation.transaction() as session:
         tenant = records.by_name(session, name)
         used = _usage_rows(session, tenant) if tenant is not None else []
@@ -99,8 +101,9 @@ def _usage_rows(session: Session, tenant: Tenant) -> list[tuple[str, Any]]:
 def limit_tenant(
     ctx: click.Context, installation: Installation, name: str, limits: tuple[str, ...]
 ) -> None:
-    """Set LIMITS of a tenant, each as limit=value; `none` takes one away. They hold within a
-    second.
+    """Set LIMITS of a tenant, each as limit=value; `none` removes one.
+
+    They apply within a second. Examples:
 
     requests_per_minute=600  megapixel_steps_per_minute=50 burst_megapixel_steps=200
     (these two together)
@@ -198,19 +201,19 @@ def _told(value: Any) -> str:
     type=click.FloatRange(MIN_WEIGHT, MAX_WEIGHT),
     default=1.0,
     show_default=True,
-    help="Its share, against the others'.",
+    help="Its share of device time, relative to other tenants.",
 )
 @pass_installation
 @click.pass_context
 def create_tenant(ctx: click.Context, installation: Installation, name: str, weight: float) -> None:
-    """Create a tenant; it needs a key next."""
+    """Create a tenant. Issue a key for it next."""
     try:
         with installation.transaction() as session:
             tenant = records.create(session, name=name, weight=weight)
     except IntegrityError:
-        screen.complain(f"There is a tenant {name!r} already.")
+        screen.complain(f"A tenant named {name!r} exists already.")
         ctx.exit(4)
     screen.out().print(
-        f"tenant {tenant.id} ({tenant.name}); a key: darkroom keys issue --tenant {tenant.name}",
+        f"tenant {tenant.id} ({tenant.name}); next: darkroom keys issue --tenant {tenant.name}",
         soft_wrap=True,
     )

@@ -32,16 +32,15 @@ _COLUMNS = (
     type=click.IntRange(1, 366),
     default=30,
     show_default=True,
-    help="How many, today included.",
+    help="How many days, today included.",
 )
 @pass_installation
 def usage(installation: Installation, tenant_name: str, num_days: int) -> None:
-    """Show what a tenant used, by UTC days; a day without a job has no line.
+    """Show what a tenant used, by UTC days. Days without jobs are left out.
 
-    Jobs count on the day on which they were accepted. Reserved are the megapixel-steps of
-    those under way, settled of stored images, abandoned what was done of others for jobs that
-    were canceled; quotas count all three, and money is
-    asked for the stored ones.
+    A job counts on the day on which it was accepted. Megapixel-steps are reserved while a job has
+    not ended, settled for its stored images, and abandoned if they were done for a job that was
+    canceled. Quotas count all three; the cost counts stored images.
     """
     today = datetime.now(UTC).date()
     with installation.transaction() as session:

@@ -52,11 +52,11 @@ def _adapter(text: str, metavar: str) -> dict[str, Any]:
 
 
 _OPTIONS = [
-    click.option("--tier", help="Class of service; the fleet's first by default."),
-    click.option("--model", help="Model; the fleet's first by default."),
+    click.option("--tier", help="Class of service; by default the first in fleet.toml."),
+    click.option("--model", help="Model; by default the first in fleet.toml."),
     click.option("--size", help="WIDTHxHEIGHT in pixels."),
-    click.option("--steps", type=int, help="Denoise steps."),
-    click.option("--guidance", type=float, help="How strictly the prompt is followed."),
+    click.option("--steps", type=int, help="Denoise steps of each image."),
+    click.option("--guidance", type=float, help="How closely the images follow the prompt."),
     click.option("--sampler", help="Sampling method."),
     click.option(
         "--seed",
@@ -69,17 +69,21 @@ _OPTIONS = [
         "--format",
         "output_format",
         type=click.Choice(list(EXTENSIONS)),
-        help="By default what the output's name says, or png.",
+        help="File format; by default that of the output's name, or png.",
     ),
     click.option("--init", "init_image", type=_PICTURE, help="Picture to start from."),
-    click.option("--mask", type=_PICTURE, help="White where that picture is to be painted anew."),
-    click.option("--strength", type=float, help="How far to go from that picture, 0 to 1."),
-    click.option("--clip-skip", type=int, help="Layers of CLIP to leave out at its end."),
+    click.option(
+        "--mask", type=_PICTURE, help="Mask: white where the picture to start from is painted anew."
+    ),
+    click.option("--strength", type=float, help="How much that picture is changed, above 0 to 1."),
+    click.option(
+        "--clip-skip", type=int, help="Number of last layers of the CLIP text encoder to leave out."
+    ),
     click.option(
         "--control",
         "control_image",
         type=_PICTURE,
-        help="Picture for the model's control network to follow.",
+        help="Picture that the model's control network follows.",
     ),
     click.option(
         "--adapter",
@@ -87,20 +91,20 @@ _OPTIONS = [
         multiple=True,
         metavar="NAME[=STRENGTH]",
         callback=_adapters,
-        help="Adapter of the model, and how much of it; again for more.",
+        help="Adapter (LoRA) of the model; repeat for several.",
     ),
     click.option(
         "--metadata",
         multiple=True,
         metavar="KEY=VALUE",
         callback=_metadata,
-        help="Entry of your own to keep with the job; again for more.",
+        help="Your own entry, kept with the job; repeat for several.",
     ),
     click.option(
         "--start-deadline",
         "start_deadline_s",
         type=float,
-        help="Seconds within which it must begin, or it expires.",
+        help="The job expires if it does not start within so many seconds.",
     ),
 ]
 

@@ -69,9 +69,7 @@ def take_apart(content: bytes) -> Container:
         return _jpeg(content)
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
         return _webp(content)
-    raise NotAContainer(
-        "is empty" if not content else "is neither PNG nor JPEG nor WebP, by its first bytes"
-    )
+    raise NotAContainer("is empty" if not content else "is not a PNG, JPEG or WebP file")
 
 
 def _png(content: bytes) -> Container:

@@ -298,7 +298,7 @@ def _private(host: str) -> str | None:
     try:
         filter_host(host.partition("%")[0], 443, allow_loopback=False)
     except InvalidIPAddress:
-        return "must not lead to a private address"
+        return "must not point to a private address"
     except requests.RequestException:
         return "is not a URL"
     return None
@@ -318,7 +318,7 @@ def _retry_after_s(text: str | None) -> float | None:
 def _reason(error: BaseException) -> str:
     """Say what went wrong, without the URL."""
     if isinstance(error, InvalidIPAddress):
-        return "its name leads to an address that is not allowed"
+        return "its name resolves to an address that is not allowed"
     if isinstance(error, _Unresolved):
         return str(error)
     for cause in (error, *getattr(error, "args", ())):

@@ -72,7 +72,7 @@ def normalise(content: bytes) -> NormalisedPicture:
     except Image.DecompressionBombError:
         raise NotAPicture(f"has more than {MAX_PIXELS} pixels") from None
     except MemoryError:
-        raise NotAPicture("takes more memory to decode than any picture may") from None
+        raise NotAPicture("takes too much memory to decode") from None
     except Exception as error:
         raise NotAPicture("is damaged or cut off") from error
 
@@ -139,8 +139,7 @@ def _scale_down(image: Image.Image, container: Container) -> None:
         return
     if container.scans * width_px * height_px > MAX_SCANNED_PIXELS:
         raise NotAPicture(
-            f"takes {container.scans} passes over its {width_px}x{height_px} pixels to decode, "
-            "more than any picture needs"
+            f"has too many progressive scans: {container.scans} over {width_px}x{height_px} pixels"
         )
     for scale in _SCALES:
         pixels = -(-width_px // scale) * -(-height_px // scale)
@@ -158,9 +157,7 @@ def _check_header(image: Image.Image, container: Container) -> None:
         most = MAX_JPEG_SIDE_PX if is_jpeg else MAX_SIDE_PX
         raise NotAPicture(f"is {width_px}x{height_px} pixels; each side must be from 1 to {most}")
     if width_px * height_px > MAX_PIXELS:
-        limit = (
-            f"{MAX_JPEG_PIXELS}" if is_jpeg else f"{MAX_PIXELS}, and of a JPEG {MAX_JPEG_PIXELS},"
-        )
+        limit = f"{MAX_JPEG_PIXELS}" if is_jpeg else f"{MAX_PIXELS} (JPEG: {MAX_JPEG_PIXELS})"
         raise NotAPicture(f"is {width_px}x{height_px} pixels; at most {limit} pixels are accepted")
 
 

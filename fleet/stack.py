@@ -76,7 +76,7 @@ class Stack:
             on_stage("migrating the database")
             self._migrate(addresses)
             addresses = self._ensure_first_key(addresses)
-            on_stage("starting the house")
+            on_stage("starting gateway, workers and the other processes")
             env = self._process_env(addresses)
             for program in processes.programs(env, self._fleet(), num_workers=self.workers):
                 self._supervisor.start(program.name)

@@ -94,7 +94,7 @@ def _check_text(model: Model, wish: Wish) -> None:
             detail = f"has {len(text)} characters; at most {most} are accepted"
             raise InvalidWish(field, detail, {"max_chars": most})
         if "\x00" in text or not _is_unicode(text):
-            detail = "contains a NUL or a lone surrogate; plain Unicode text is accepted"
+            detail = "contains a NUL character or an unpaired surrogate; send plain Unicode text"
             raise InvalidWish(field, detail)
     if not wish.prompt.strip() and wish.init_image is None:  # a picture may say it all
         raise InvalidWish("prompt", "is empty; describe the image", {"min_chars": 1})
@@ -113,7 +113,7 @@ def _seed(wish: Wish, default_seed: int, num_images: int) -> int:
     seed = default_seed if wish.seed is None or wish.seed == RANDOM_SEED else wish.seed
     most = MAX_SEED - num_images
     if not 0 <= seed <= most:
-        detail = f"must be from 0 to {most}, or {RANDOM_SEED} for one that is drawn"
+        detail = f"must be from 0 to {most}, or {RANDOM_SEED} for a random one"
         raise InvalidWish("seed", detail, {"min": RANDOM_SEED, "max": most})
     return seed
 

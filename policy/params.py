@@ -116,13 +116,13 @@ class Param:
 
 _CONTROL = PassThrough(
     families=CONTROLLED_FAMILIES,
-    unfit="is not followed by model {model}: it has no control network",
+    unfit="cannot be used with model {model}: it has no control network",
 )
 _CLIP_SKIP = PassThrough(
     low=0,
     high=12,
     families=("sd", "sdxl", "sd3", *OPEN_FAMILIES),
-    unfit="is not taken by model {model}: it reads no single layer of a CLIP text encoder",
+    unfit="cannot be used with model {model}: it does not read a single layer of a CLIP encoder",
 )
 
 
@@ -138,17 +138,17 @@ class Resolved:
         str,
         Param(
             "negative_prompt",
-            "What they do not show.",
+            "What the images should not show.",
             Use.ENGINE | Use.OPENAI_REQUEST,
             pass_through=PassThrough(),
         ),
     ]
-    model: Annotated[str, Param("model", "The id of its model.", Use.OPENAI_ANSWER)]
+    model: Annotated[str, Param("model", "The id of the model.", Use.OPENAI_ANSWER)]
     model_alias: Annotated[
         str | None,
         Param(
             "model_alias",
-            "What the request called the model, if not by its id.",
+            "The alias by which the request named the model, if any.",
             Use.OPENAI_ANSWER,
         ),
     ] = None
@@ -156,8 +156,8 @@ class Resolved:
         str,
         Param("model_version", "The version of the model.", Use.OPENAI_ANSWER),
     ]
-    pool: Annotated[str, Param(None, "The workers that serve it.")]
-    tier: Annotated[str, Param("tier", "The tier that serves it.", Use.OPENAI)]
+    pool: Annotated[str, Param(None, "The group of workers that serve it.")]
+    tier: Annotated[str, Param("tier", "The tier of the job.", Use.OPENAI)]
     # Requests and answers tell both sides as `size`.
     width_px: Annotated[int, Param(None, "Its width.", Use.ENGINE, unit="px")]
     height_px: Annotated[int, Param(None, "Its height.", Use.ENGINE, unit="px")]
@@ -183,7 +183,7 @@ class Resolved:
         int,
         Param("seed", "The seed of image 0; image i has seed + i.", Use.ENGINE | Use.OPENAI),
     ]
-    num_images: Annotated[int, Param("n", "How many images.", unit="images")]
+    num_images: Annotated[int, Param("n", "The number of images.", unit="images")]
     output_format: Annotated[
         str,
         Param(
@@ -196,7 +196,7 @@ class Resolved:
         UUID | None,
         Param(
             "init_image",
-            "The file of the picture that it starts from.",
+            "The id of the picture that the images start from.",
             Use.ENGINE,
             picture="image",
             pass_through=PassThrough(),
@@ -206,7 +206,7 @@ class Resolved:
         UUID | None,
         Param(
             "mask",
-            "The file that says which part is painted anew.",
+            "The id of the picture that marks which part is painted anew.",
             Use.ENGINE,
             picture="mask",
             pass_through=PassThrough(),
@@ -216,7 +216,7 @@ class Resolved:
         UUID | None,
         Param(
             "control_image",
-            "The file that a control network follows.",
+            "The id of the picture that the control network follows.",
             Use.ENGINE,
             picture="image",
             pass_through=_CONTROL,
@@ -227,7 +227,7 @@ class Resolved:
         float | None,
         Param(
             "strength",
-            "How far from `init_image`; null without one.",
+            "How much `init_image` is changed, above 0 and at most 1; null without it.",
             Use.ENGINE | Use.OPENAI,
         ),
     ]
@@ -237,7 +237,7 @@ class Resolved:
         int | None,
         Param(
             "clip_skip",
-            "Layers of the CLIP text encoder that are left out at its end.",
+            "How many of the last layers of the CLIP text encoder are left out.",
             Use.ENGINE | Use.OPENAI,
             unit="layers",
             pass_through=_CLIP_SKIP,
@@ -247,17 +247,17 @@ class Resolved:
         list[dict[str, str | float]] | None,
         Param(
             "adapters",
-            "Adapters of the model.",
+            "Adapters (LoRA) of the model.",
             Use.ENGINE | Use.OPENAI_REQUEST,
             none_shown_as=(),
         ),
     ]
-    precision: Annotated[str, Param("precision", "The numbers that the model computes with.")]
+    precision: Annotated[str, Param("precision", "The number format that the model computes in.")]
     determinism: Annotated[
         str,
         Param(
             "determinism",
-            "`reproducible`: the same parameters give the same pixels on hardware of one class.",
+            "`reproducible`: the same parameters give the same pixels on the same class of device.",
             Use.ENGINE,
         ),
     ]
@@ -265,7 +265,7 @@ class Resolved:
         int | None,
         Param(
             "bucket_rows",
-            "Rows of its batch, where it is reproducible.",
+            "The fixed number of rows of its batch, if it is reproducible.",
             Use.ENGINE,
             unit="rows",
         ),

@@ -26,8 +26,8 @@ def unread(field: str, *, tokens_given: int, tokens_read: int, guidance: float) 
     if tokens_read == 0 and field == "negative_prompt":
         return ignored(guidance)
     detail = (
-        f"The model reads the first {tokens_read} tokens of {field}, which has {tokens_given}:"
-        " what comes after has no effect."
+        f"{field} has {tokens_given} tokens; the model reads the first {tokens_read}, and the rest"
+        " has no effect."
     )
     return {
         "code": TRUNCATED,
@@ -42,5 +42,5 @@ def ignored(guidance: float) -> dict[str, Any]:
     """Warn of a negative prompt that has no effect."""
     why = "has no effect on this model"
     if guidance <= 1:
-        why = f"has no effect at guidance {guidance:g}, only above 1"
+        why = f"has no effect at guidance {guidance:g}; it needs guidance above 1"
     return {"code": IGNORED, "field": "negative_prompt", "detail": f"negative_prompt {why}."}

@@ -416,7 +416,7 @@ NO_LIMITS = {
     "id": "the tenant",
     "name": "the tenant",
     "created_at": "the tenant",
-    "weight": "its share against the others', with a command of its own",
+    "weight": "its share of device time, with a command of its own",
 }
 
 

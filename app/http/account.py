@@ -65,7 +65,10 @@ def read_days(asked: Request) -> tuple[date, date]:
     since = _day(asked, "from", today.replace(day=1))
     until = _day(asked, "to", today)
     if not 0 <= (until - since).days <= MOST_DAYS:
-        raise InvalidQuery(f"to must be from `from` to {MOST_DAYS} days later.", parameter="to")
+        raise InvalidQuery(
+            f"`to` must not be before `from`, nor more than {MOST_DAYS} days after it.",
+            parameter="to",
+        )
     return since, until
 
 
@@ -105,5 +108,5 @@ def _day(asked: Request, name: str, default: date) -> date:
     except ValueError:
         pass
     raise InvalidQuery(
-        f"{name} must be a day such as 2026-11-26.", parameter=name, accepted="YYYY-MM-DD"
+        f"`{name}` must be a day such as 2026-11-26.", parameter=name, accepted="YYYY-MM-DD"
     )

@@ -58,8 +58,8 @@ _LimitsBody: Any = create_model("_LimitsBody", __base__=_Body, **_LIMITS)
 class TenantBody(_Body):
     """The body of POST /v1/admin/tenants."""
 
-    name: Annotated[Name, says("Its name, which no other tenant has.")]
-    weight: Annotated[Weight, says("Its share when several tenants wait.")] = 1.0
+    name: Annotated[Name, says("The name, which no other tenant has.")]
+    weight: Annotated[Weight, says("Its share of device time while several tenants wait.")] = 1.0
 
 
 class TenantChange(_LimitsBody):
@@ -72,13 +72,13 @@ class KeyBody(_Body):
     """The body of POST /v1/admin/tenants/{id}/keys."""
 
     name: Annotated[
-        str, StringConstraints(min_length=1, max_length=64), says("Your own words for it.")
+        str, StringConstraints(min_length=1, max_length=64), says("A name for the key.")
     ] = "api"
-    scopes: Annotated[list[Scope], Field(min_length=1), says("What it may do.")] = list(
+    scopes: Annotated[list[Scope], Field(min_length=1), says("What the key may do.")] = list(
         DEFAULT_SCOPES
     )
     expires_at: Annotated[
-        str | None, says("An instant in the future from which it is refused; null: never.")
+        str | None, says("An instant in the future from which the key is refused; null: never.")
     ] = None
 
 
@@ -86,7 +86,7 @@ class RotateBody(_Body):
     """The body of POST /v1/admin/keys/{id}/rotate."""
 
     grace_s: Annotated[
-        float, Field(ge=0, le=30 * 86_400), says("So long the old key is accepted, too.")
+        float, Field(ge=0, le=30 * 86_400), says("For so many seconds the old key still works.")
     ] = KEY_GRACE_S
 
 

@@ -72,7 +72,7 @@ def _count_request(asking: Caller) -> None:
     asking.used.requests = counted
     if not counted.passes:
         telemetry.SHED.labels("rate_limited").inc()
-        detail = f"At most {most} requests a minute are let in."
+        detail = f"Your tenant may send at most {most} requests per minute."
         raise RateLimited(
             detail, retry_after_s=counted.reset_s, policy="requests", quota=most, window_s=WINDOW_S
         )

@@ -88,7 +88,7 @@ def _read_batch(body: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     """Read the items, and the defaults for fields that they omit. Raises InvalidImageRequest."""
     for name in body:
         if name not in ("jobs", "defaults"):
-            wrong = InvalidWish(name[:64], "is no field of a batch", ["jobs", "defaults"])
+            wrong = InvalidWish(name[:64], "is not a field of a batch", ["jobs", "defaults"])
             raise invalid_wish(wrong)
     items = body.get("jobs")
     defaults = body.get("defaults", {})
@@ -96,6 +96,6 @@ def _read_batch(body: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         detail = f"must be a list of 1 to {MAX_JOBS} jobs"
         raise invalid_wish(InvalidWish("jobs", detail, {"min": 1, "max": MAX_JOBS}))
     if not isinstance(defaults, dict):
-        raise invalid_wish(InvalidWish("defaults", "must be an object with fields of a job"))
+        raise invalid_wish(InvalidWish("defaults", "must be an object with the fields of a job"))
     parse_shared(defaults)
     return items, defaults

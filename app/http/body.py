@@ -64,7 +64,7 @@ def parse(
         return kind.model_validate(fields)
     except ValidationError as error:
         members = _error_members(field_errors(error, kind))
-        raise problem("The request has fields that cannot be used.", **members) from None
+        raise problem("The request has wrong fields.", **members) from None
 
 
 def parse_shared(fields: Mapping[str, Any]) -> None:
@@ -78,7 +78,7 @@ def parse_shared(fields: Mapping[str, Any]) -> None:
         found = field_errors(error, JobBody)
         if errors := [entry for entry in found if entry["detail"] != _MISSING]:
             within = [entry | {"pointer": f"/defaults{entry['pointer']}"} for entry in errors]
-            detail = "The defaults have fields that cannot be used."
+            detail = "The batch's `defaults` have wrong fields."
             raise InvalidImageRequest(detail, **_error_members(within)) from None
 
 
@@ -112,7 +112,7 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
     for key, value in metadata.items():
         is_short = 1 <= len(key) <= MAX_METADATA_KEY_CHARS and len(value) <= MAX_METADATA_CHARS
         if not is_short or not is_human(key + value):
-            detail = f"has an entry that is too long or has control characters in it: {key[:64]!r}"
+            detail = f"has an entry that is too long or has control characters: {key[:64]!r}"
             raise invalid_wish(InvalidWish("metadata", detail, accepted))
     if len(metadata) > MAX_METADATA_KEYS:
         detail = f"has {len(metadata)} keys; at most {MAX_METADATA_KEYS} are accepted"
@@ -127,7 +127,8 @@ def read_wait_s(request: Request, max_wait_s: int) -> int:
             value = value.strip().strip('"')
             if not (value.isascii() and value.isdigit() and len(value) <= 6):
                 raise InvalidQuery(
-                    f"Prefer: wait takes whole seconds, at most {max_wait_s}.",
+                    "`wait` in the header Prefer must be a whole number of seconds, at most"
+                    f" {max_wait_s}.",
                     header="Prefer",
                     accepted={"max": max_wait_s},
                 )
@@ -207,7 +208,7 @@ def check_bounds(
             raise _too_much(problem, pointer, detail, most)
         left -= len(value)
         if left < 0:
-            detail = f"is of a body with more than {MAX_VALUES} values"
+            detail = f"is in a body with more than {MAX_VALUES} values"
             raise _too_much(problem, pointer, detail, MAX_VALUES)
         named = value.items() if isinstance(value, Mapping) else enumerate(value)
         inner += [

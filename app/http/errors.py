@@ -62,7 +62,7 @@ def explain(slug: str) -> Response:
                 about=kind.about,
             )
             return Response(json.dumps(meant), content_type="application/json")
-    raise NotFound(f"There is no problem {slug[:64]!r}.")
+    raise NotFound(f"There is no problem type {slug[:64]!r}.")
 
 
 def _from_werkzeug(error: HTTPException) -> BaseResponse:
@@ -83,14 +83,14 @@ def _from_werkzeug(error: HTTPException) -> BaseResponse:
 
 
 def _body_not_there(error: ClientDisconnected) -> Response:
-    return respond(RequestTimeout("The body did not come in time."))
+    return respond(RequestTimeout("The body arrived too slowly."))
 
 
 def _database_away(error: Exception) -> Response:
     if (why := conflict(error)) is not None:
         # Every try of the transaction met a conflict; the database itself works.
         log.warning("transaction_conflicts", why=why)
-        detail = "Too much is being changed here at once; the same request will do in a moment."
+        detail = "Other requests are changing the same data. Send the request again in a moment."
         return respond(PartUnavailable(detail, retry_after_s=1))
     log.warning("database_away", reason=type(error).__name__)
     detail = "The database cannot be reached right now."
@@ -99,5 +99,5 @@ def _database_away(error: Exception) -> Response:
 
 def _unexpected(error: Exception) -> Response:
     log.error("unexpected_error", exc_info=error)
-    detail = "Something went wrong on our side; quote the request id when you report it."
+    detail = "An internal error occurred. Quote the request id when you report it."
     return respond(Unexpected(detail))

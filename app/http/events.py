@@ -77,7 +77,7 @@ def _read_last_id() -> str | None:
     text = request.headers.get("Last-Event-ID", "").strip()
     if text and not EVENT_ID.fullmatch(text):
         raise InvalidQuery(
-            "Last-Event-ID must be the id of an event of this stream.", header="Last-Event-ID"
+            "Last-Event-ID must be the id of an event in this stream.", header="Last-Event-ID"
         )
     return text or None
 

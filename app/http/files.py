@@ -96,12 +96,13 @@ def uploaded(asked: Request, field: str = FIELD) -> BinaryIO:
             raise MalformedBody(f"Send one picture in the field `{field}`; there are {len(sent)}.")
         for name in ({*asked.files} | {*asked.form}) - {field, *_SAID_FOR_NOTHING}:
             raise MalformedBody(
-                f"The form has a field {name[:64]!r}; `{field}` is the only one that is read."
+                f"The form has an unknown field {name[:64]!r}; the only field is `{field}`."
             )
         return sent[0].stream  # type: ignore[return-value]  # an IO[bytes] has the same methods
     if asked.mimetype not in CONTENT_TYPES:
         raise UnsupportedMediaType(
-            "Send the picture as multipart/form-data or as itself.", accepted=CONTENT_TYPES
+            "Send the picture as multipart/form-data, or send its bytes as the body.",
+            accepted=CONTENT_TYPES,
         )
     return _spooled(asked)
 

@@ -51,7 +51,7 @@ def read_instant(parameter: str, text: str) -> datetime:
         pass
     accepted = "2026-11-26T18:00:00Z"
     raise InvalidQuery(
-        f"{parameter} must be an instant such as {accepted}; write the + of an offset as %2B.",
+        f"{parameter} must be an instant such as {accepted}; write + in an offset as %2B.",
         parameter=parameter,
         accepted=accepted,
     )
@@ -61,15 +61,13 @@ def _check(name: str, values: list[str]) -> None:
     shown = name[:64]
     if name not in PARAMETERS[:-1] and not name.startswith(METADATA):
         raise InvalidQuery(
-            f"There is no parameter {shown!r}.", parameter=shown, accepted=list(PARAMETERS)
+            f"There is no query parameter {shown!r}.", parameter=shown, accepted=list(PARAMETERS)
         )
     if len(values) > 1:
-        raise InvalidQuery(
-            f"{shown} is there {len(values)} times; once is enough.", parameter=shown
-        )
+        raise InvalidQuery(f"{shown} is given {len(values)} times; give it once.", parameter=shown)
     if name.startswith(METADATA) and not (len(name) > len(METADATA) and is_human(name + values[0])):
         raise InvalidQuery(
-            "metadata.<key>=<value> takes a key and text without control characters.",
+            "metadata.<key>=<value> needs a key, and a value without control characters.",
             parameter=shown,
         )
 

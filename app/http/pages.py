@@ -48,7 +48,7 @@ def parse_cursor(text: str) -> uuid.UUID:
         return uuid.UUID(bytes=base64.b64decode(text + "==", altchars=b"-_", validate=True))
     except (ValueError, binascii.Error):
         raise InvalidQuery(
-            "cursor must be a next_cursor of an earlier answer.", parameter="cursor"
+            "cursor must be the next_cursor of an earlier answer.", parameter="cursor"
         ) from None
 
 
@@ -56,7 +56,7 @@ def _once(request: Request, parameter: str) -> str | None:
     values = request.args.getlist(parameter)
     if len(values) > 1:
         raise InvalidQuery(
-            f"{parameter} is there {len(values)} times; once is enough.", parameter=parameter
+            f"{parameter} is given {len(values)} times; give it once.", parameter=parameter
         )
     return values[0] if values else None
 

@@ -25,9 +25,9 @@ from policy.webhooks import ENDED_EVENTS, EVENTS, SECRET_GRACE_S
 bp = Blueprint("webhooks", __name__, url_prefix="/v1/webhooks")
 bp.before_request(require_key)
 
-Url = Annotated[str, says("Where to send events: an https URL of a public host.")]
-Events = Annotated[list[Annotated[str, one_of(EVENTS)]], says("What to hear of.", minItems=1)]
-Description = Annotated[str, says("Your own words.", maxLength=MAX_DESCRIPTION_CHARS)]
+Url = Annotated[str, says("The URL to which events are sent: https, on a public host.")]
+Events = Annotated[list[Annotated[str, one_of(EVENTS)]], says("The events to send.", minItems=1)]
+Description = Annotated[str, says("Your own description of it.", maxLength=MAX_DESCRIPTION_CHARS)]
 
 
 class EndpointBody(BaseModel):
@@ -45,10 +45,10 @@ class EndpointChange(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    url: Annotated[Url | None, says("Where to send events.")] = None
-    events: Annotated[Events | None, says("What to hear of.")] = None
-    description: Annotated[Description | None, says("Your own words.")] = None
-    enabled: Annotated[bool | None, says("False: send nothing there; true: send again.")] = None
+    url: Annotated[Url | None, says("The URL to which events are sent.")] = None
+    events: Annotated[Events | None, says("The events to send.")] = None
+    description: Annotated[Description | None, says("Your own description of it.")] = None
+    enabled: Annotated[bool | None, says("false: send nothing to it; true: send again.")] = None
 
 
 @bp.post("")

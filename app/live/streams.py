@@ -93,7 +93,7 @@ class JobEventStreams:
             telemetry.SHED.labels("streams_exhausted").inc()
             whose = f"your tenant has {self._places.held_by(tenant_id)} of {self._places.most}"
             raise StreamsExhausted(
-                f"This process has as many event streams open as it may; {whose}.", retry_after_s=5
+                f"This process cannot open another event stream; {whose}.", retry_after_s=5
             )
         return place
 
@@ -179,7 +179,7 @@ class JobEventStreams:
         except TooManySubscribers:
             place.release()
             raise StreamsExhausted(
-                "This process has as many event streams open as it may.", retry_after_s=5
+                "This process cannot open another event stream.", retry_after_s=5
             ) from None
         except BaseException:
             place.release()

@@ -38,7 +38,7 @@ class UploadRoom:
 
     def take_body(self, tenant_id: uuid.UUID) -> Holding:
         """Reserve a place for one more large body. Raises UploadsExhausted."""
-        return _taken(self._bodies, tenant_id, 1, "as many uploads coming in as it may")
+        return _taken(self._bodies, tenant_id, 1, "no place for another large upload")
 
     def take_spool(self, tenant_id: uuid.UUID, size_bytes: int) -> Holding:
         """Reserve bytes of the temporary folder. Raises UploadsExhausted."""
@@ -49,7 +49,7 @@ def _taken(capacity: Capacity, tenant_id: uuid.UUID, amount: int, what: str) -> 
     holding = capacity.take(tenant_id, amount)
     if holding is None:
         telemetry.SHED.labels("uploads_exhausted").inc()
-        whose = f", of which your tenant holds {capacity.held_by(tenant_id)} of {capacity.most}"
+        whose = f"; of {capacity.most}, your tenant holds {capacity.held_by(tenant_id)}"
         raise UploadsExhausted(
             f"This gateway process has {what}{whose}.", retry_after_s=RETRY_AFTER_S
         )

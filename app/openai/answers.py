@@ -32,13 +32,17 @@ def problem_of_end(job_id: uuid.UUID, state: str, failure_code: str | None) -> P
         return JobAlreadyFinished("The job was canceled.", state=state, job_id=shown_id)
     if state == JobState.EXPIRED:
         return JobExpired(
-            "No worker began the job before its start deadline.", retry_after_s=5, job_id=shown_id
+            "No worker started the job before its deadline.", retry_after_s=5, job_id=shown_id
         )
     if state == JobState.REJECTED:
-        return ModerationBlocked("The request was refused by the safety rules.", job_id=shown_id)
+        return ModerationBlocked(
+            "The safety rules refused the request or its images.", job_id=shown_id
+        )
     if state == JobState.FAILED and is_our_fault(failure_code):
         return JobFailed(
-            "The job failed on our side.", failure_code=failure_code or "unknown", job_id=shown_id
+            "The job failed through no fault of the request.",
+            failure_code=failure_code or "unknown",
+            job_id=shown_id,
         )
     if state == JobState.FAILED:
         detail = f"The job cannot be rendered: {failure_code}."
@@ -49,7 +53,7 @@ def problem_of_end(job_id: uuid.UUID, state: str, failure_code: str | None) -> P
             job_id=shown_id,
         )
     return JobUnfinished(
-        "The job is not done yet. The same request, tried again, waits for this job.",
+        "The job has not ended yet. Send the same request again to go on waiting for it.",
         retry_after_s=1,
         job_id=shown_id,
     )

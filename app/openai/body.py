@@ -36,11 +36,11 @@ _TOO_LARGE = 1e300  # for a number; converting a larger int to a float would ove
 _DALL_E = ("dall-e-2", "dall-e-3")
 _SAID_AS = {"standard": "medium", "hd": "high"}  # answers have only the newer names
 _NOT_DONE = {
-    "svg": "no model here draws vectors",
-    "frame_count": "no model here makes animations",
-    "frame_duration_ms": "no model here makes animations",
-    "complexity": "no model here takes it",
-    "markup": "no model here takes it; repaint with a mask",
+    "svg": "images are not vector graphics",
+    "frame_count": "images are not animated",
+    "frame_duration_ms": "images are not animated",
+    "complexity": "no model takes it",
+    "markup": "no model takes it; use a mask",
 }
 
 
@@ -78,7 +78,7 @@ def read(kind: str, fields: Mapping[str, Any], fleet: Fleet) -> ImageCall:
     count = said.number("n", 1, 1, MOST_IMAGES)
     if streams and (count != 1 or kind == VARIATION):
         raise NotOffered(
-            "A stream shows one image: stream takes n=1, and variations do not stream.",
+            "`stream` is only for one image: use n=1. Variations cannot be streamed.",
             parameter="stream",
         )
     quality = said.one_of("quality", "auto", QUALITIES)
@@ -98,7 +98,7 @@ def read(kind: str, fields: Mapping[str, Any], fleet: Fleet) -> ImageCall:
     )
     if streams and asked.as_url:
         raise NotOffered(
-            "A stream carries its images: response_format=url and stream exclude each other.",
+            "`stream` sends the image itself: it cannot be combined with response_format=url.",
             parameter="response_format",
         )
     return asked
@@ -127,7 +127,7 @@ def gathered(form: Mapping[str, Sequence[str]]) -> dict[str, Any]:
                 "must be a file of the form; in a body of JSON it may be a data URL",
             )
         if name not in SPREAD and name not in PICTURES and len(values) > 1:
-            raise InvalidImageRequest.at(name[:64], f"is there {len(values)} times; once is enough")
+            raise InvalidImageRequest.at(name[:64], f"is given {len(values)} times; give it once")
     plain = {name: values[0] for name, values in form.items() if name not in SPREAD + PICTURES}
     return plain | _read_adapters(form)
 
@@ -303,20 +303,20 @@ def _check_formats(said: _FormFields) -> None:
     """Refuse values of OpenAI's interface that this gateway does not offer."""
     if (output := said.text("output_format", "png")) not in FORMATS:
         raise NotOffered(
-            f"output_format {str(output)[:16]!r} is not offered: {', '.join(FORMATS)}.",
+            f"output_format {str(output)[:16]!r} is not offered; accepted: {', '.join(FORMATS)}.",
             parameter="output_format",
         )
     background = said.get("background")
     is_offered = background in (None, "auto", "opaque") or _is_boolean(background)
     if not is_offered:
         detail = (
-            "No model here makes transparent backgrounds: background takes auto and opaque,"
-            " and true to keep the job running."
+            "No model makes transparent backgrounds. `background` may be auto or opaque; or true,"
+            " to keep a streamed job running when the client disconnects."
         )
         raise NotOffered(detail, parameter="background")
     if said.number("output_compression", 100, 0, 100) != 100:
         raise NotOffered(
-            "output_compression is not offered: files are written at one quality.",
+            "`output_compression` can only be 100: files are written at one quality.",
             parameter="output_compression",
         )
     said.one_of("moderation", "auto", MODERATIONS)
@@ -329,7 +329,7 @@ def _wish(kind: str, said: _FormFields, fleet: Fleet, count: int, quality: str) 
     if model is not None and model not in fleet.model_ids:
         offered = list(fleet.model_ids)
         raise ModelNotFound(
-            f"There is no model {model[:64]!r}; offered: {', '.join(offered)}.",
+            f"There is no model {model[:64]!r}; accepted: {', '.join(offered)}.",
             parameter="model",
             accepted=offered,
         )
@@ -364,7 +364,7 @@ def _complete_extras(extras: dict[str, Any], kind: str, *, has_prompt: bool) -> 
             completed["strength"] = VARIATION_STRENGTH
     elif kind == GENERATION and extras["strength"] is not None:
         raise InvalidImageRequest.at(
-            "strength", "needs a picture: it belongs to /v1/images/edits and /v1/images/variations"
+            "strength", "needs a picture: use it with /v1/images/edits or /v1/images/variations"
         )
     return completed
 
@@ -409,7 +409,7 @@ def _user(said: _FormFields) -> str | None:
             if len(user) > MOST_USER_CHARS or not is_human(user):
                 raise InvalidImageRequest.at(
                     name,
-                    "is too long or has control characters in it",
+                    "is too long or has control characters",
                     accepted={"max_chars": MOST_USER_CHARS},
                 )
             return user

@@ -182,7 +182,7 @@ def _read_form() -> tuple[dict[str, Any], _SentPictures]:
     masks = files.pop("mask", []) + files.pop("mask[]", [])
     for name in (name for name, sent in files.items() if sent):
         raise NotOffered(
-            f"{name[:64]} is not offered as a file: image and mask are.", parameter=name[:64]
+            f"{name[:64]} cannot be a file; only image and mask can.", parameter=name[:64]
         )
     fields = openai_body.gathered(request.form.to_dict(flat=False))
     return fields, _only(images, masks, "one picture, as a file of the form")
@@ -214,7 +214,7 @@ def _only(images: Sequence[Source], masks: Sequence[Source], wanted: str) -> _Se
     for field, what, sent in (("image", "picture", images), ("mask", "mask", masks)):
         if len(sent) > 1:
             raise NotOffered(
-                f"The models here take one {what} at a time; there are {len(sent)}.",
+                f"Models take one {what} at a time; the request has {len(sent)}.",
                 parameter=field,
             )
     if not images:

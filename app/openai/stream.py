@@ -84,7 +84,7 @@ def _lines(
             is_over = is_over or (event is not None and event.kind == FINAL)
         if not is_over:  # this process ends, and the job goes on
             is_over = True
-            detail = "The gateway is being restarted; ask again."
+            detail = "The gateway is being restarted. Send the request again."
             yield _data(_error(PartUnavailable(detail, part="gateway")))
         yield "data: [DONE]\n\n"
     except Unauthenticated as problem:  # a revoked key is no reason to cancel the job

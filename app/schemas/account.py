@@ -12,21 +12,27 @@ from policy.limits import SCOPES
 Scopes = Annotated[list[Annotated[str, one_of(SCOPES)]], says("What the key may do.")]
 
 
-@document("What a tenant may use; null is no limit.")
+@document("The limits of a tenant; null means no limit.")
 class Limits:
-    requests_per_minute: Annotated[int | None, says("Requests of any kind.")]
-    megapixel_steps_per_minute: Annotated[float | None, says("At which its budget fills again.")]
-    burst_megapixel_steps: Annotated[float | None, says("What its budget holds at most.")]
-    max_concurrent_jobs: Annotated[int | None, says("Jobs that have not ended.")]
-    daily_megapixel_steps: Annotated[float | None, says("Of each day (UTC).")]
-    monthly_megapixel_steps: Annotated[float | None, says("Of each month (UTC).")]
-    allowed_tiers: Annotated[list[str] | None, says("Tiers that it may use.")]
-    allowed_models: Annotated[list[str] | None, says("Models that it may use.")]
-    max_stored_bytes: Annotated[int | None, says("Of pictures that it brought.")]
-    url_inputs: Annotated[bool, says("Whether pictures are fetched from URLs for it.")]
+    requests_per_minute: Annotated[int | None, says("The most requests of any kind in a minute.")]
+    megapixel_steps_per_minute: Annotated[
+        float | None, says("Megapixel-steps that its budget regains each minute.")
+    ]
+    burst_megapixel_steps: Annotated[
+        float | None, says("The most megapixel-steps that its budget holds.")
+    ]
+    max_concurrent_jobs: Annotated[int | None, says("The most jobs that have not ended.")]
+    daily_megapixel_steps: Annotated[float | None, says("The most megapixel-steps of a day (UTC).")]
+    monthly_megapixel_steps: Annotated[
+        float | None, says("The most megapixel-steps of a month (UTC).")
+    ]
+    allowed_tiers: Annotated[list[str] | None, says("The tiers that it may use.")]
+    allowed_models: Annotated[list[str] | None, says("The models that it may use.")]
+    max_stored_bytes: Annotated[int | None, says("The most bytes of uploaded pictures.")]
+    url_inputs: Annotated[bool, says("Whether its requests may name pictures by URL.")]
 
 
-@document("The key that asks, its tenant and the tenant's limits.")
+@document("The key that sends the request, with its tenant and the tenant's limits.")
 class OwnKey:
     id: UUID
     object: Literal["key"] = "key"
@@ -36,24 +42,24 @@ class OwnKey:
     limits: Limits
 
 
-@document("A day of a tenant's ledger.")
+@document("What a tenant used on one day.")
 class UsageDay:
-    day: Annotated[date, says("In UTC.")]
-    jobs_accepted: Annotated[int, says("Jobs that were accepted on it.")]
-    jobs_succeeded: Annotated[int, says("Of these, how many succeeded.")]
-    reserved_megapixel_steps: Annotated[float, says("Of jobs that have not ended.")]
+    day: Annotated[date, says("The day, in UTC.")]
+    jobs_accepted: Annotated[int, says("Jobs that were accepted on this day.")]
+    jobs_succeeded: Annotated[int, says("How many of these have succeeded.")]
+    reserved_megapixel_steps: Annotated[float, says("Of jobs that have not ended yet.")]
     settled_megapixel_steps: Annotated[float, says("Of jobs that succeeded.")]
-    abandoned_megapixel_steps: Annotated[float, says("Of jobs that were taken back half done.")]
-    cost: Annotated[str, says("The price of its jobs, as a decimal number.")]
+    abandoned_megapixel_steps: Annotated[float, says("Of canceled jobs: the part that was done.")]
+    cost: Annotated[str, says("The cost of the day's jobs, as a decimal number.")]
 
 
-@document("A tenant's ledger by days.")
+@document("What a tenant used, by UTC days.")
 class Usage:
     object: Literal["usage"] = "usage"
     since: Annotated[date, Field(serialization_alias="from"), says("The first day.")]
     until: Annotated[date, Field(serialization_alias="to"), says("The last day.")]
     currency: Annotated[str, says("The currency of the costs.")]
-    data: Annotated[list[UsageDay], says("Days on which anything was used.")]
+    data: Annotated[list[UsageDay], says("The days on which jobs were accepted.")]
 
 
 @document("How much of its quotas a tenant has used.")
@@ -63,20 +69,20 @@ class UsedNow:
     active_jobs: Annotated[int, says("Jobs that have not ended.")]
 
 
-@document("What pictures a tenant has stored.")
+@document("The pictures that a tenant has stored.")
 class StoredFiles:
-    count: Annotated[int, says("How many.")]
-    size_bytes: Annotated[int, says("Of all together.")]
+    count: Annotated[int, says("The number of pictures.")]
+    size_bytes: Annotated[int, says("The size of all together.")]
 
 
-@document("The tenant's ledger by days, its limits and where it stands.")
+@document("What your tenant used, by UTC days, with its limits and its present use.")
 class OwnUsage(Usage):
     limits: Limits
     used_megapixel_steps: UsedNow
     stored_files: StoredFiles
 
 
-@document("A tenant's ledger by days.")
+@document("What a tenant used, by UTC days.")
 class TenantUsage(Usage):
     tenant_id: Annotated[UUID, says("The tenant.")]
 
@@ -85,8 +91,10 @@ class TenantUsage(Usage):
 class Tenant:
     id: UUID
     object: Literal["tenant"] = "tenant"
-    name: Annotated[str, says("Its name, which no other tenant has.")]
-    weight: Annotated[float, says("Its share when several tenants wait; 1 is usual.")]
+    name: Annotated[str, says("The name, which no other tenant has.")]
+    weight: Annotated[
+        float, says("Its share of device time while several tenants wait; 1 is usual.")
+    ]
     created_at: Annotated[Instant, says("When it was created.")]
     limits: Limits
 
@@ -96,28 +104,28 @@ class TenantPage(Page):
     data: Annotated[list[Tenant], says("The tenants of this page.")]
 
 
-@document("What is known of a key; the key itself nobody can show.")
+@document("An API key, without its secret part, which is never shown again.")
 class Key:
     id: UUID
     object: Literal["key"] = "key"
     kid: Annotated[str, says("The public part of the key.")]
-    name: Annotated[str, says("What its owner calls it.")]
+    name: Annotated[str, says("The name that was given to the key.")]
     scopes: Scopes
     created_at: Annotated[Instant | None, says("When it was issued.")]
-    expires_at: Annotated[Instant | None, says("It is refused from then on.")]
+    expires_at: Annotated[Instant | None, says("The key is refused from then on.")]
     revoked_at: Annotated[Instant | None, says("When it was revoked.")]
-    last_used_at: Annotated[Instant | None, says("When it last came, to about a minute.")]
+    last_used_at: Annotated[Instant | None, says("When it was last used, to within some minutes.")]
 
 
-@document("A new key, which is shown this once.")
+@document("A new key, which is shown only in this answer.")
 class IssuedKey(Key):
-    key: Annotated[str, says("What goes into `Authorization: Bearer`.")]
+    key: Annotated[str, says("The whole key, for `Authorization: Bearer`.")]
 
 
-@document("A new key, which is shown this once, in place of another one.")
+@document("A new key in place of an old one; it is shown only in this answer.")
 class RotatedKey(IssuedKey):
-    former_key_id: Annotated[UUID, says("The key before it.")]
-    former_key_lives_for_s: Annotated[float, says("So long the one before it is accepted, too.")]
+    former_key_id: Annotated[UUID, says("The id of the old key.")]
+    former_key_lives_for_s: Annotated[float, says("For so many seconds the old key still works.")]
 
 
 @document("Keys, oldest first.")

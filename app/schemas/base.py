@@ -114,4 +114,6 @@ class Page:
 
     object: Literal["list"] = "list"
     has_more: Annotated[bool, says("Whether there is a page after this one.")]
-    next_cursor: Annotated[str | None, says("`cursor` of the next page; null on the last one.")]
+    next_cursor: Annotated[
+        str | None, says("The `cursor` of the next page; null on the last page.")
+    ]

@@ -36,8 +36,10 @@ class AdapterBody(BaseModel):
 
     model_config = STRICT
 
-    name: Annotated[str, says("One of the model's adapters.")]
-    strength: Annotated[float, says("1 is all of it; below 0 it works the other way.")] = 1.0
+    name: Annotated[str, says("The name of an adapter of the model.")]
+    strength: Annotated[
+        float, says("1 is its full effect, 0 none; a negative value inverts it.")
+    ] = 1.0
 
 
 _JSON_TYPES: Mapping[Any, Any] = {
@@ -93,13 +95,13 @@ class JobFields(TypedDict):
     """Fields of a job, none of them required; in the document their schema is that of `JobBody`."""
 
 
-@with_config(described("Jobs, each of which is accepted or refused by itself."))
+@with_config(described("Jobs, each of which is accepted or refused on its own."))
 class BatchBody(TypedDict, total=False):
     jobs: Required[
         Annotated[
             list[JobFields],
             Field(min_length=1, max_length=MAX_JOBS),
-            says("What each job is to be."),
+            says("The fields of each job."),
         ]
     ]
-    defaults: Annotated[JobFields, says("Fields of every job that does not say them itself.")]
+    defaults: Annotated[JobFields, says("Fields of every job that does not set them itself.")]

@@ -9,45 +9,47 @@ from policy.formats import FORMATS
 @document("A version of a model.")
 class ModelVersion:
     id: str
-    traffic_weight: Annotated[float, says("Its share of the jobs that name no version.")]
+    traffic_weight: Annotated[float, says("Its share of new jobs, relative to the other versions.")]
 
 
-@document("What a model does in a tier unless a job says otherwise.")
+@document("The defaults of a model in a tier.")
 class ModelDefaults:
     default_steps: Annotated[int, says("Denoise steps of each image.")]
     default_guidance: Annotated[float, says("How closely images follow the prompt.")]
 
 
-@document("A model, in the shape of OpenAI's list with members of our own.")
+@document("A model, in the format of OpenAI's model list, with additional members.")
 class Model:
     id: str
     object: Literal["model"] = "model"
-    created: Annotated[int, says("When it was made, in seconds since 1970.")]
-    owned_by: Annotated[Literal["darkroom"], says("Of whom; OpenAI's clients ask.")] = "darkroom"
-    title: Annotated[str, says("Its name for people.")]
-    aliases: Annotated[list[str], says("Other names that requests may call it by.")]
-    family: Annotated[str, says("The kind of network.")]
+    created: Annotated[int, says("When it was created, in seconds since 1970.")]
+    owned_by: Annotated[
+        Literal["darkroom"], says("Always `darkroom`; clients of OpenAI expect it.")
+    ] = "darkroom"
+    title: Annotated[str, says("The name to show to people.")]
+    aliases: Annotated[list[str], says("Other names by which requests may name it.")]
+    family: Annotated[str, says("The kind of network, such as `sdxl`.")]
     licence: Annotated[str, says("The licence of its weights.")]
-    precision: Annotated[str, says("The numbers that it computes with.")]
-    sizes: Annotated[list[str], says("Sizes of images that it draws.")]
-    samplers: Annotated[list[str], says("Sampling methods that it knows.")]
-    default_sampler: Annotated[str, says("The one that is used unless a job says otherwise.")]
-    max_guidance: Annotated[float, says("The largest guidance that it takes.")]
-    max_prompt_chars: Annotated[int, says("The longest prompt that it takes.")]
+    precision: Annotated[str, says("The number format that it computes in.")]
+    sizes: Annotated[list[str], says("The sizes of image that it makes.")]
+    samplers: Annotated[list[str], says("The sampling methods that it offers.")]
+    default_sampler: Annotated[str, says("The sampler of a job that names none.")]
+    max_guidance: Annotated[float, says("The largest guidance that it accepts.")]
+    max_prompt_chars: Annotated[int, says("The longest prompt that it accepts, in characters.")]
     output_formats: Annotated[
-        list[Annotated[str, one_of(FORMATS)]], says("Formats that images may have.")
+        list[Annotated[str, one_of(FORMATS)]], says("The file formats that it offers.")
     ]
-    pool: Annotated[str, says("The workers that hold it.")]
+    pool: Annotated[str, says("The group of workers that serve it.")]
     versions: Annotated[list[ModelVersion], says("Its versions.")]
     tiers: Annotated[dict[str, ModelDefaults], says("Its defaults by tier.")]
 
 
-@document("A model by another name.")
+@document("A model under one of its aliases.")
 class ModelAlias(Model):
     alias_of: Annotated[str, says("The id of the model.")]
 
 
-@document("Models, and after them their other names.")
+@document("Models, and after them their aliases.")
 class Models:
     object: Literal["list"] = "list"
     data: Annotated[list[ModelAlias | Model], says("The models.")]
@@ -58,18 +60,22 @@ class Tier:
     id: str
     object: Literal["tier"] = "tier"
     rank: Annotated[int, says("Tiers of a lower rank are served first.")]
-    max_steps: Annotated[int, says("The most steps that a job may have.")]
-    default_steps: Annotated[int, says("Its steps, unless job or model say otherwise.")]
-    max_images: Annotated[int, says("The most images that a job may have.")]
+    max_steps: Annotated[int, says("The most denoise steps of an image.")]
+    default_steps: Annotated[int, says("Denoise steps, unless the job or the model sets others.")]
+    max_images: Annotated[int, says("The most images of a job.")]
     max_megapixels: Annotated[float, says("The largest image, in millions of pixels.")]
     determinism: Annotated[
         Literal["best_effort", "reproducible"],
-        says("`reproducible`: the same parameters give the same pixels on hardware of one class."),
+        says(
+            "`reproducible`: the same parameters give the same pixels on the same class of device."
+        ),
     ]
-    price_weight: Annotated[float, says("What a device second costs, compared with other tiers.")]
-    start_within_s: Annotated[int, says("Jobs that are not begun in so many seconds expire.")]
-    first_preview_s: Annotated[float, says("The aim for the first preview.")]
-    final_s: Annotated[float, says("The aim for the images.")]
+    price_weight: Annotated[float, says("The price of a device second, relative to other tiers.")]
+    start_within_s: Annotated[
+        int, says("A job expires if it is not started within so many seconds.")
+    ]
+    first_preview_s: Annotated[float, says("The target for the first preview, in seconds.")]
+    final_s: Annotated[float, says("The target for the finished images, in seconds.")]
 
 
 @document("Tiers in the order in which they are served.")

@@ -9,118 +9,129 @@ from policy.states import ImageState
 from policy.webhooks import EVENTS, TEST_EVENT
 
 
-@document("The job waits; told again when the forecast has changed.")
+@document("The job waits; sent again when the forecast changes.")
 class QueuedEvent:
-    jobs_ahead: Annotated[int | None, says("Jobs of its tier before it; null if not known.")]
-    eta_p50_s: Annotated[float | None, says("Seconds until its images are stored: the median.")]
-    eta_p90_s: Annotated[float | None, says("The same in nine cases of ten.")]
+    jobs_ahead: Annotated[int | None, says("Jobs of its tier that are before it; null if unknown.")]
+    eta_p50_s: Annotated[
+        float | None, says("Seconds until its images are stored, in half of all cases.")
+    ]
+    eta_p90_s: Annotated[
+        float | None, says("Seconds until its images are stored, in nine cases of ten.")
+    ]
 
 
-@document("A worker has begun the job.")
+@document("A worker has started the job.")
 class StartedEvent:
-    attempt: Annotated[int, says("How often workers have begun it.")]
+    attempt: Annotated[int, says("How many times a worker has started it.")]
 
 
-@document("An image has come so far.")
+@document("An image has done another denoise step.")
 class StepEvent:
-    index: Annotated[int, says("The image's place in the job.")]
-    step: Annotated[int, says("Steps that are done.")]
-    num_steps: Annotated[int, says("Of so many.")]
+    index: Annotated[int, says("The index of the image in the job, from 0.")]
+    step: Annotated[int, says("Denoise steps that are done.")]
+    num_steps: Annotated[int, says("Denoise steps in all.")]
 
 
-@document("What an image looks like by now.")
+@document("A preview of an unfinished image.")
 class PreviewEvent(StepEvent):
     jpeg_base64: Annotated[str, says("A small JPEG.", contentEncoding="base64")]
-    width_px: Annotated[int, says("Its width.")]
-    height_px: Annotated[int, says("Its height.")]
+    width_px: Annotated[int, says("The width in pixels.")]
+    height_px: Annotated[int, says("The height in pixels.")]
 
 
 @document("An image is stored.")
 class StoredEvent:
-    index: Annotated[int, says("The image's place in the job.")]
-    seed: Annotated[int, says("The seed that it was made from.")]
-    pixels_sha256: Annotated[Sha256, says("Of its RGB pixels.")]
-    content_sha256: Annotated[Sha256, says("Of the file.")]
-    content_type: Annotated[str, says("Of the file.")]
-    size_bytes: Annotated[int, says("Of the file.")]
-    width_px: Annotated[int, says("Its width.")]
-    height_px: Annotated[int, says("Its height.")]
-    url: Annotated[Link, says("Where it is found.")]
+    index: Annotated[int, says("The index of the image in the job, from 0.")]
+    seed: Annotated[int, says("The seed of this image.")]
+    pixels_sha256: Annotated[Sha256, says("SHA-256 of its RGB pixels; equal for equal images.")]
+    content_sha256: Annotated[Sha256, says("SHA-256 of the file.")]
+    content_type: Annotated[str, says("The media type of the file.")]
+    size_bytes: Annotated[int, says("The size of the file.")]
+    width_px: Annotated[int, says("The width in pixels.")]
+    height_px: Annotated[int, says("The height in pixels.")]
+    url: Annotated[Link, says("Link to the image.")]
 
 
-AbsoluteLink = Annotated[str, says("Absolute where the operator has set PUBLIC_URL; else a path.")]
+AbsoluteLink = Annotated[
+    str, says("An absolute URL if the operator has set PUBLIC_URL, else a path.")
+]
 
 
-@document("An image of a job that gave no such image.")
+@document("An image that was not stored.")
 class MissingImage:
     index: Annotated[int, says("Its place in the job, from 0.")]
-    seed: Annotated[int, says("The seed that it would be made from.")]
-    state: Annotated[Annotated[str, one_of(ImageState)], says("How it stands.")]
-    url: Annotated[None, says("There is none.")]
+    seed: Annotated[int, says("The seed that it would have had.")]
+    state: Annotated[Annotated[str, one_of(ImageState)], says("The state of the image.")]
+    url: Annotated[None, says("Null: there is no image.")]
 
 
-@document("A stored image, as webhooks tell of it.")
+@document("A stored image in the message of a webhook.")
 class StoredImage:
     index: Annotated[int, says("Its place in the job, from 0.")]
-    seed: Annotated[int, says("The seed that it was made from.")]
-    state: Annotated[Literal["stored"], says("How it stands.")]
-    pixels_sha256: Annotated[Sha256, says("Of its RGB pixels: tells same images apart.")]
-    content_sha256: Annotated[Sha256, says("Of the file.")]
-    content_type: Annotated[str, says("Of the file.")]
-    size_bytes: Annotated[int, says("Of the file.")]
-    width_px: Annotated[int, says("Its width.")]
-    height_px: Annotated[int, says("Its height.")]
+    seed: Annotated[int, says("The seed of this image.")]
+    state: Annotated[Literal["stored"], says("The state of the image.")]
+    pixels_sha256: Annotated[Sha256, says("SHA-256 of its RGB pixels; equal for equal images.")]
+    content_sha256: Annotated[Sha256, says("SHA-256 of the file.")]
+    content_type: Annotated[str, says("The media type of the file.")]
+    size_bytes: Annotated[int, says("The size of the file.")]
+    width_px: Annotated[int, says("The width in pixels.")]
+    height_px: Annotated[int, says("The height in pixels.")]
     url: AbsoluteLink
 
 
-@document("Why the job gave no images.")
+@document("Why the job failed.")
 class FailureCodeOnly:
-    code: Annotated[str, says("What it was.", examples=[code.value for code in FailureCode])]
+    code: Annotated[
+        str,
+        says("The reason, as a word for programs.", examples=[code.value for code in FailureCode]),
+    ]
 
 
-@document("What the job cost.")
+@document("The cost of the job.")
 class Price:
     amount: Annotated[str, says("The price, as a decimal number.", examples=["0.000123"])]
     currency: Annotated[str, says("The currency of the price.")]
 
 
-@document("Where the job is found.")
+@document("A link to the job.")
 class JobLink:
     self: AbsoluteLink
 
 
-@document("A job that has ended, without its texts.")
+@document("A job that has ended, without its prompts.")
 class EndedJob(JobHead):
-    tier: Annotated[str, says("The tier that served it.")]
-    model: Annotated[str, says("The id of its model.")]
+    tier: Annotated[str, says("The tier of the job.")]
+    model: Annotated[str, says("The id of the model.")]
     model_version: Annotated[str, says("The version of the model.")]
     seed: Annotated[int, says("The seed of image 0; image i has seed + i.")]
-    n: Annotated[int, says("How many images.")]
-    metadata: Annotated[dict[str, str], says("The tenant's own, as it was sent.")]
-    failure: Annotated[FailureCodeOnly | None, says("Why there are no images.")]
+    n: Annotated[int, says("The number of images.")]
+    metadata: Annotated[dict[str, str], says("Your own entries, as they were sent.")]
+    failure: Annotated[FailureCodeOnly | None, says("Why the job failed; null if it did not.")]
     cost: Annotated[Price | None, says("What it cost.")]
     created_at: Annotated[Instant, says("When it was accepted.")]
-    started_at: Annotated[Instant | None, says("When a worker first began it.")]
-    finished_at: Annotated[Instant | None, says("When it came to its final state.")]
+    started_at: Annotated[Instant | None, says("When a worker first started it.")]
+    finished_at: Annotated[Instant | None, says("When it reached its final state.")]
     images: Annotated[list[StoredImage | MissingImage], says("Its images, by index.")]
     urls: JobLink
 
 
-@document("A job has ended. The same at every attempt to deliver it.")
+@document("A job has ended. Every attempt to deliver this message sends the same body.")
 class JobMessage:
-    type: Annotated[Annotated[str, one_of(EVENTS)], says("The state that the job came to.")]
-    timestamp: Annotated[Instant, says("When it did.")]
+    type: Annotated[
+        Annotated[str, one_of(EVENTS)], says("The event: `job.` and the final state of the job.")
+    ]
+    timestamp: Annotated[Instant, says("When the job ended.")]
     data: EndedJob
 
 
-@document("Nothing; there is nothing to tell of a test.")
+@document("Empty: a test has no data.")
 class Nothing:
     pass
 
 
-@document("A test that was asked for.")
+@document("A test of the endpoint, sent on request.")
 class TestMessage:
-    type: Annotated[Annotated[str, one_of([TEST_EVENT])], says("That it is a test.")]
+    type: Annotated[Annotated[str, one_of([TEST_EVENT])], says("The type of every test message.")]
     timestamp: Annotated[Instant, says("When it was sent.")]
     data: Nothing
 

@@ -14,26 +14,28 @@ Upload = Annotated[
 ]
 
 
-@document("Where the file is found.")
+@document("Links to the file.")
 class FileUrls:
-    self: Annotated[Link, says("GET shows the record, DELETE erases the picture.")]
+    self: Annotated[Link, says("GET shows this record, DELETE deletes the picture.")]
 
 
-@document("A picture of the tenant's: what jobs start from, by its id.")
+@document("A picture that you uploaded. Jobs can start from it, by its id.")
 class File:
     id: UUID
     object: Literal["file"] = "file"
-    width_px: Annotated[int, says("Its width.")]
-    height_px: Annotated[int, says("Its height.")]
+    width_px: Annotated[int, says("The width in pixels.")]
+    height_px: Annotated[int, says("The height in pixels.")]
     mode: Annotated[
         Annotated[str, one_of(("L", "RGB", "RGBA"))],
-        says("Grey, colour, or with transparency."),
+        says("`L`: grey; `RGB`: colour; `RGBA`: with transparency."),
     ]
-    size_bytes: Annotated[int, says("The size of the file as it is kept.")]
-    content_type: Annotated[Literal["image/png"], says("All are kept as PNG.")] = "image/png"
-    content_sha256: Annotated[Sha256, says("Of the file as it is kept.")]
-    created_at: Annotated[Instant, says("When it was first brought.")]
-    url: Annotated[Link, says("Where the picture itself is found.")]
+    size_bytes: Annotated[int, says("The size of the stored file.")]
+    content_type: Annotated[Literal["image/png"], says("All pictures are stored as PNG.")] = (
+        "image/png"
+    )
+    content_sha256: Annotated[Sha256, says("SHA-256 of the stored file.")]
+    created_at: Annotated[Instant, says("When it was first uploaded.")]
+    url: Annotated[Link, says("Link to the picture itself.")]
     urls: FileUrls
 
 

@@ -8,20 +8,20 @@ from typing_extensions import TypedDict
 from app.schemas.base import described, document, says
 
 
-@document("The process answers.")
+@document("The gateway process runs.")
 class Health:
-    status: Annotated[Literal["alive"], says("That it answers.")] = "alive"
+    status: Annotated[Literal["alive"], says("Always `alive`.")] = "alive"
 
 
 @with_config(described("A part of the installation."))
 class Part(TypedDict):
-    ready: Annotated[bool, says("Whether it can be reached and does its work.")]
+    ready: Annotated[bool, says("Whether it can be reached and works.")]
     detail: NotRequired[Annotated[str, says("Why it is not ready.")]]
-    live: NotRequired[Annotated[int, says("Of workers: how many are live.")]]
+    live: NotRequired[Annotated[int, says("For workers: how many are running.")]]
 
 
 @document("Whether jobs can be accepted.")
 class Readiness:
     status: Annotated[Literal["ready", "not_ready"], says("Whether jobs can be accepted.")]
-    degraded: Annotated[list[str], says("The parts that are away.")]
+    degraded: Annotated[list[str], says("The names of the parts that are not ready.")]
     parts: Annotated[dict[str, Part], says("Every part, by name.")]

@@ -39,203 +39,209 @@ _Extras = TypedDict(  # type: ignore[misc]  # its fields are known at run time
 class ImagesBody(_Extras, total=False):
     """The fields of every image call; job parameters that OpenAI does not have come first."""
 
-    model: Annotated[str | None, says("A model or one of its other names.")]
-    n: Annotated[Annotated[int, Field(ge=1, le=MOST_IMAGES)] | None, says("How many images.")]
-    size: Annotated[str | None, says("Such as 512x512, or auto.")]
+    model: Annotated[str | None, says("The id or an alias of a model.")]
+    n: Annotated[Annotated[int, Field(ge=1, le=MOST_IMAGES)] | None, says("The number of images.")]
+    size: Annotated[str | None, says("Width and height in pixels, such as 512x512, or auto.")]
     quality: Annotated[
         Annotated[str, one_of(QUALITIES)] | None,
-        says("Stands for a tier and steps, where `tier` does not say one."),
+        says("Chooses the tier and the steps if `tier` is not given."),
     ]
     output_format: Annotated[OutputFormat | None, says("The format of the images.")]
-    output_compression: Annotated[Literal[100] | None, says("Files are written at one quality.")]
+    output_compression: Annotated[
+        Literal[100] | None, says("Only 100: files are written at one quality.")
+    ]
     response_format: Annotated[
         Annotated[str, one_of(RESPONSE_FORMATS)] | None,
-        says("The image itself, or a link that shows it for a while."),
+        says("The image itself, or a link to it that expires."),
     ]
     background: Annotated[
         bool | Literal["auto", "opaque"] | None,
-        says("True: a streamed job goes on when its client has left."),
+        says("true: a streamed job goes on when the client disconnects."),
     ]
     moderation: Annotated[
         Annotated[str, one_of(MODERATIONS)] | None,
-        says("Makes no difference here."),
+        says("Accepted for compatibility; it has no effect."),
     ]
-    style: Annotated[Annotated[str, one_of(STYLES)] | None, says("Makes no difference here.")]
+    style: Annotated[
+        Annotated[str, one_of(STYLES)] | None, says("Accepted for compatibility; it has no effect.")
+    ]
     input_fidelity: Annotated[
         Annotated[str, one_of(FIDELITIES)] | None,
-        says("Makes no difference here."),
+        says("Accepted for compatibility; it has no effect."),
     ]
-    stream: Annotated[bool | None, says("Answer with server-sent events; for one image.")]
+    stream: Annotated[bool | None, says("Answer with server-sent events; only for one image.")]
     partial_images: Annotated[
         Annotated[int, Field(ge=0, le=MOST_PARTIALS)] | None,
-        says("How many images a stream shows on the way."),
+        says("How many unfinished images a stream shows."),
     ]
     user: Annotated[
         Annotated[str, Field(max_length=MOST_USER_CHARS)] | None,
-        says("On whose behalf; kept as metadata `user`."),
+        says("Your id of the end user; kept as the metadata entry `user`."),
     ]
     safety_identifier: Annotated[
         Annotated[str, Field(max_length=MOST_USER_CHARS)] | None,
-        says("On whose behalf; before `user`."),
+        says("Your id of the end user; takes precedence over `user`."),
     ]
     adapters: Annotated[
         Annotated[list[Adapter], Field(max_length=MAX_ADAPTERS)] | None,
-        says("Adapters of the model, and how much of each."),
+        says("Adapters (LoRA) of the model, each with its strength."),
     ]
     metadata: Annotated[
         Annotated[dict[str, str], Field(max_length=MAX_METADATA_KEYS)] | None,
-        says("Your own; in a form also as `metadata[key]`."),
+        says("Your own entries; in a form also as `metadata[key]`."),
     ]
 
 
-@with_config(described("What a picture is to be made of."))
+@with_config(described("A request for images from a prompt."))
 class GenerationBody(ImagesBody, total=False):
     prompt: Required[Annotated[str, says("What the images show.")]]
 
 
 class ImageUrl(TypedDict):
-    image_url: Annotated[str, says("A data URL; an https URL for tenants that may.")]
+    image_url: Annotated[str, says("A data URL, or an https URL if your tenant may use them.")]
 
 
 class FileId(TypedDict):
-    file_id: Annotated[str, says("The id that POST /v1/files answered with.")]
+    file_id: Annotated[str, says("The id of an uploaded file, from POST /v1/files.")]
 
 
 Source = Annotated[
     str | ImageUrl | FileId,
-    says("A data URL, the id of a file, or an object that holds one."),
+    says("A data URL, the id of an uploaded file, or an object with one of them."),
 ]
 OneSource = Annotated[list[Source], Field(min_length=1, max_length=1)]
-Strength = Annotated[float | None, says("How far from the picture, from above 0 to 1.")]
+Strength = Annotated[float | None, says("How much the picture is changed, above 0 and at most 1.")]
 
 
-@with_config(described("A picture and what is to become of it. `image` and `images` are the same."))
+@with_config(described("A picture and how to change it. Give it as `image` or as `images`."))
 class EditBody(GenerationBody, total=False):
-    image: Annotated[OneSource | Source | None, says("The picture, if `images` does not say it.")]
+    image: Annotated[OneSource | Source | None, says("The picture, if `images` is not given.")]
     images: Annotated[OneSource | Source | None, says("The picture.")]
-    mask: Annotated[Source | None, says("Transparent, or else white, where it is painted anew.")]
+    mask: Annotated[
+        Source | None, says("Transparent, or else white, where the picture may change.")
+    ]
     strength: Strength
 
 
-@with_config(described("A picture that others are to be like. `image` and `images` are the same."))
+@with_config(described("A picture to vary. Give it as `image` or as `images`."))
 class VariationBody(ImagesBody, total=False):
     prompt: Annotated[str | None, says("What the images show.")]
-    image: Annotated[OneSource | Source | None, says("The picture, if `images` does not say it.")]
+    image: Annotated[OneSource | Source | None, says("The picture, if `images` is not given.")]
     images: Annotated[OneSource | Source | None, says("The picture.")]
     strength: Strength
 
 
-@with_config(described("The same as a form; lists and objects in it are JSON."))
+@with_config(described("The same fields as a form; lists and objects in it are JSON."))
 class EditForm(GenerationBody, total=False):
-    image: Required[Annotated[Upload, says("The picture; also as `image[]`.")]]
-    mask: Annotated[Upload, says("Transparent, or else white, where it is painted anew.")]
+    image: Required[Annotated[Upload, says("The picture; the field may be named `image[]`.")]]
+    mask: Annotated[Upload, says("Transparent, or else white, where the picture may change.")]
     strength: Strength
 
 
-@with_config(described("The same as a form; lists and objects in it are JSON."))
+@with_config(described("The same fields as a form; lists and objects in it are JSON."))
 class VariationForm(ImagesBody, total=False):
     prompt: Annotated[str | None, says("What the images show.")]
-    image: Required[Annotated[Upload, says("The picture; also as `image[]`.")]]
+    image: Required[Annotated[Upload, says("The picture; the field may be named `image[]`.")]]
     strength: Strength
 
 
-@document("Tokens of what was sent: none, for nothing here is counted in them.")
+@document("Tokens of the request: always 0, since nothing is counted in tokens.")
 class InputTokens:
-    text_tokens: Annotated[Literal[0], says("None.")] = 0
-    image_tokens: Annotated[Literal[0], says("None.")] = 0
+    text_tokens: Annotated[Literal[0], says("Always 0.")] = 0
+    image_tokens: Annotated[Literal[0], says("Always 0.")] = 0
 
 
-@document("Tokens: none, for nothing here is counted in them.")
+@document("Tokens: always 0, since nothing is counted in tokens.")
 class TokenUsage:
-    input_tokens: Annotated[Literal[0], says("None.")] = 0
-    output_tokens: Annotated[Literal[0], says("None.")] = 0
-    total_tokens: Annotated[Literal[0], says("None.")] = 0
+    input_tokens: Annotated[Literal[0], says("Always 0.")] = 0
+    output_tokens: Annotated[Literal[0], says("Always 0.")] = 0
+    total_tokens: Annotated[Literal[0], says("Always 0.")] = 0
     input_tokens_details: InputTokens
 
 
 NO_TOKENS = TokenUsage(input_tokens_details=InputTokens())
 
 
-@document("Members of our own: enough to find the job, and to ask for the same again.")
+@document("Additional members: the job, and its parameters.")
 @with_params(OPENAI_ANSWER)
 class OwnMembers:
-    job_id: Annotated[UUID, says("The job behind the call.")]
-    warnings: Annotated[list[JobWarning], says("What was asked for and has no effect.")]
+    job_id: Annotated[UUID, says("The job that this call created.")]
+    warnings: Annotated[list[JobWarning], says("Parts of the request that have no effect.")]
 
 
 @document("An image and its digests.")
 class Digests:
-    pixels_sha256: Annotated[Sha256, says("Of its RGB pixels: tells same images apart.")]
-    content_sha256: Annotated[Sha256, says("Of the file.")]
+    pixels_sha256: Annotated[Sha256, says("SHA-256 of its RGB pixels; equal for equal images.")]
+    content_sha256: Annotated[Sha256, says("SHA-256 of the file.")]
 
 
-@document("An image, as itself.")
+@document("An image.")
 class ImageContent(Digests):
-    b64_json: Annotated[str, says("The file.", contentEncoding="base64")]
-    seed: Annotated[int, says("The seed that it was made from.")]
+    b64_json: Annotated[str, says("The image file.", contentEncoding="base64")]
+    seed: Annotated[int, says("The seed of this image.")]
 
 
-@document("An image, as a link.")
+@document("A link to an image.")
 class ImageLink(Digests):
-    url: Annotated[str, says("Shows the image for a while to whoever has it.")]
-    seed: Annotated[int, says("The seed that it was made from.")]
+    url: Annotated[str, says("A link that needs no key and expires.")]
+    seed: Annotated[int, says("The seed of this image.")]
 
 
-@document("Images, as OpenAI answers, with members of our own.")
+@document("Images, in the format of OpenAI, with additional members.")
 class Images(OwnMembers):
     created: Annotated[int, says("When the job was accepted, in seconds since 1970.")]
     background: Annotated[Literal["opaque"], says("No image is transparent.")] = "opaque"
     data: Annotated[list[ImageContent | ImageLink], says("The images.")]
     output_format: Annotated[OutputFormat, says("The format of the images.")]
-    quality: Annotated[str | None, says("What was asked for; null for auto.")]
+    quality: Annotated[str | None, says("The quality in the request; null for auto.")]
     size: Annotated[Size, says("Width and height in pixels.")]
     usage: TokenUsage
 
 
-@document("Images that were asked for on somebody's behalf.")
+@document("Images for an end user whom the request named.")
 class ImagesOnBehalf(Images):
-    safety_identifier: Annotated[str, says("On whose behalf.")]
+    safety_identifier: Annotated[str, says("Your id of the end user.")]
 
 
-@document("How every event with an image begins.")
+@document("The members of every event with an image.")
 class ImageEvent:
-    b64_json: Annotated[str, says("The file.", contentEncoding="base64")]
-    created_at: Annotated[int, says("Now, in seconds since 1970.")]
+    b64_json: Annotated[str, says("The image file.", contentEncoding="base64")]
+    created_at: Annotated[int, says("The time of the event, in seconds since 1970.")]
     size: Annotated[Size, says("Width and height in pixels.")]
-    quality: Annotated[str, says("What was asked for.")]
+    quality: Annotated[str, says("The quality in the request.")]
     background: Annotated[Literal["opaque"], says("No image is transparent.")] = "opaque"
     output_format: Annotated[OutputFormat, says("The format of the image.")]
 
 
-@document("What the image looks like by now.")
+@document("A preview of the unfinished image.")
 class PartialImage(ImageEvent):
     type: Annotated[
         Annotated[str, one_of(["image_generation.partial_image", "image_edit.partial_image"])],
-        says("What the event is."),
+        says("The type of the event."),
     ]
-    partial_image_index: Annotated[int, says("The first is 0.")]
-    step: Annotated[int, says("Steps that are done.")]
-    steps: Annotated[int, says("Of so many.")]
-    job_id: Annotated[UUID, says("The job behind the call.")]
+    partial_image_index: Annotated[int, says("The number of the preview, from 0.")]
+    step: Annotated[int, says("Denoise steps that are done.")]
+    steps: Annotated[int, says("Denoise steps in all.")]
+    job_id: Annotated[UUID, says("The job that this call created.")]
 
 
-@document("The image; the stream is over.")
+@document("The finished image; the stream ends.")
 class CompletedImage(OwnMembers, Digests, ImageEvent):
     type: Annotated[
         Annotated[str, one_of(["image_generation.completed", "image_edit.completed"])],
-        says("What the event is."),
+        says("The type of the event."),
     ]
     usage: TokenUsage
 
 
-@document("The image, which was asked for on somebody's behalf; the stream is over.")
+@document("The finished image, for an end user whom the request named; the stream ends.")
 class CompletedImageOnBehalf(CompletedImage):
-    safety_identifier: Annotated[str, says("On whose behalf.")]
+    safety_identifier: Annotated[str, says("Your id of the end user.")]
 
 
-@document("Why there is no image; the stream is over.")
+@document("Why there is no image; the stream ends.")
 class StreamError:
-    type: Annotated[Literal["error"], says("What the event is.")] = "error"
+    type: Annotated[Literal["error"], says("The type of the event.")] = "error"
     error: OpenAIError
 
 

@@ -11,30 +11,34 @@ from policy.webhooks import EVENTS, TEST_EVENT
 @document("Links of an endpoint.")
 class WebhookUrls:
     self: Annotated[Link, says("GET shows it, PATCH changes it, DELETE deletes it.")]
-    deliveries: Annotated[Link, says("GET lists what was sent there.")]
+    deliveries: Annotated[Link, says("GET lists the deliveries to it.")]
 
 
-@document("An endpoint that hears of the tenant's jobs.")
+@document("An endpoint that receives the events of your jobs.")
 class Webhook:
     id: UUID
     object: Literal["webhook"] = "webhook"
-    url: Annotated[str, says("Where events are sent.")]
-    events: Annotated[list[Annotated[str, one_of(EVENTS)]], says("What it hears of.")]
-    description: Annotated[str, says("The tenant's own words.")]
+    url: Annotated[str, says("The URL to which events are sent.")]
+    events: Annotated[list[Annotated[str, one_of(EVENTS)]], says("The events that it receives.")]
+    description: Annotated[str, says("Your own description of it.")]
     created_at: Annotated[Instant, says("When it was added.")]
-    disabled_at: Annotated[Instant | None, says("Since when nothing is sent there.")]
-    disabled_reason: Annotated[str | None, says("Why nothing is.")]
+    disabled_at: Annotated[
+        Instant | None, says("Since when nothing is sent to it; null while it is enabled.")
+    ]
+    disabled_reason: Annotated[str | None, says("Why it is disabled.")]
     urls: WebhookUrls
 
 
-@document("An endpoint with its secret, which is shown this once.")
+@document("An endpoint with its secret, which is shown only in this answer.")
 class NewWebhook(Webhook):
-    secret: Annotated[str, says("What messages are signed with (Standard Webhooks).")]
+    secret: Annotated[str, says("The secret that signs messages (Standard Webhooks).")]
 
 
-@document("An endpoint with its new secret, which is shown this once.")
+@document("An endpoint with its new secret, which is shown only in this answer.")
 class RotatedWebhook(NewWebhook):
-    former_secret_signs_for_s: Annotated[int, says("So long the one before it signs, too.")]
+    former_secret_signs_for_s: Annotated[
+        int, says("For so many seconds the old secret signs, too.")
+    ]
 
 
 @document("Endpoints, oldest first.")
@@ -42,26 +46,30 @@ class WebhookPage(Page):
     data: Annotated[list[Webhook], says("The endpoints.")]
 
 
-@document("One try to deliver.")
+@document("One attempt to deliver a message.")
 class DeliveryAttempt:
-    attempt: Annotated[int, says("The first is 1.")]
+    attempt: Annotated[int, says("The number of the attempt, from 1.")]
     at: Annotated[Instant, says("When it was made.")]
-    status: Annotated[int | None, says("What the receiver answered; null if it did not.")]
-    error: Annotated[str | None, says("Why it was not heard.")]
-    took_s: Annotated[float, says("How long it took.")]
+    status: Annotated[
+        int | None, says("The status that the receiver answered with; null without an answer.")
+    ]
+    error: Annotated[str | None, says("Why there was no answer; null if there was one.")]
+    took_s: Annotated[float, says("How long it took, in seconds.")]
 
 
-@document("An event on its way to an endpoint.")
+@document("A message to an endpoint, and the attempts to deliver it.")
 class Delivery:
     id: Annotated[UUID, says("The `webhook-id` of the message, the same at every attempt.")]
     object: Literal["webhook.delivery"] = "webhook.delivery"
-    event: Annotated[Annotated[str, one_of((*EVENTS, TEST_EVENT))], says("What it tells.")]
-    job_id: Annotated[UUID | None, says("The job that it is about; null for a test.")]
-    state: Annotated[Annotated[str, one_of(DeliveryState)], says("How it stands.")]
-    created_at: Annotated[Instant, says("When it was written.")]
-    due_at: Annotated[Instant | None, says("When it is tried next; null once it is over.")]
-    ended_at: Annotated[Instant | None, says("When it was over.")]
-    attempts: Annotated[list[DeliveryAttempt], says("What was tried.")]
+    event: Annotated[
+        Annotated[str, one_of((*EVENTS, TEST_EVENT))], says("The event in the message.")
+    ]
+    job_id: Annotated[UUID | None, says("The job of the event; null for a test.")]
+    state: Annotated[Annotated[str, one_of(DeliveryState)], says("The state of the delivery.")]
+    created_at: Annotated[Instant, says("When the delivery was created.")]
+    due_at: Annotated[Instant | None, says("When the next attempt is due; null if there is none.")]
+    ended_at: Annotated[Instant | None, says("When it was delivered or given up.")]
+    attempts: Annotated[list[DeliveryAttempt], says("The attempts so far.")]
 
 
 @document("Deliveries, newest first.")

@@ -14,7 +14,7 @@ def find_linked(runtime: Runtime, artifact_id: UUID, *, expires: str, signature:
     Raises LinkExpired, and Erased once its job was erased.
     """
     if not runtime.links.is_good(artifact_id, expires, signature):
-        raise LinkExpired("This link has expired, or is not one of this gateway.")
+        raise LinkExpired("This link has expired, or was not made by this gateway.")
     with transaction(runtime.database) as session:
         artifact = session.get(Artifact, artifact_id)
     if artifact is None or artifact.erased_at is not None:

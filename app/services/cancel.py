@@ -30,7 +30,7 @@ def cancel(runtime: Runtime, caller: Caller, job_id: uuid.UUID) -> Job:
     try:
         job = run_transaction(runtime.database, end)
     except jobs.JobAlreadyFinished as error:
-        detail = f"The job is {error.state} and stays so."
+        detail = f"The job has already ended: it is {error.state}."
         raise JobAlreadyFinished(detail, state=error.state) from None
     if job is None:
         raise not_found(job_id)

@@ -45,7 +45,7 @@ def erase(runtime: Runtime, caller: Caller, file_id: UUID) -> None:
     try:
         file = run_transaction(runtime.database, end)
     except files.FileInUse as error:
-        detail = "A job that is not finished starts from this file."
+        detail = "An unfinished job starts from this picture."
         raise FileInUse(detail, job_id=str(error.job_id)) from None
     _found(file, file_id)
     ask_to_tidy(runtime)

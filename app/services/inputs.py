@@ -40,7 +40,7 @@ _FETCHES_WITHIN = 3  # times FETCH_WITHIN_S: the time for all URLs of one reques
 # The cache of new pictures' bytes, during one request: masks are decoded a second time.
 _KEPT_BYTES = 8_000_000
 _WAYS = {
-    "id": "the id that POST /v1/files answered with",
+    "id": "the id of a file, from POST /v1/files",
     "data": "a data URL: data:image/png;base64,…",
     "url": "an https URL",
 }
@@ -141,12 +141,9 @@ class Intake:
         """
         if self._judge("selects", mask, width_px, height_px) is False:
             detail = (
-                "selects nothing: it is neither transparent nor white anywhere that can be seen"
-                " at this size"
+                "selects nothing: at the size of the image it has no transparent and no white part"
             )
-            accepted = {
-                "repainted": "where it is transparent, or white if it is transparent nowhere"
-            }
+            accepted = {"repainted": "its transparent part or, if it has none, its white part"}
             raise _refused(self._caller, field, detail, accepted)
 
     def has_hole(self, picture: File, width_px: int, height_px: int) -> bool:
@@ -215,8 +212,8 @@ class Intake:
         if self._new > MAX_NEW_PICTURES:
             most = {"max_new_pictures": MAX_NEW_PICTURES}
             detail = (
-                f"is one of more than {MAX_NEW_PICTURES} new pictures;"
-                " bring them with POST /v1/files first"
+                f"is one of more than {MAX_NEW_PICTURES} new pictures in the request;"
+                " upload them with POST /v1/files first"
             )
             raise _refused(self._caller, field, detail, most)
         if dataurls.is_one(value):
@@ -228,8 +225,8 @@ class Intake:
         parts = self._runtime
         if not self._caller.limits.url_inputs:
             detail = (
-                "is a URL, and pictures are not fetched for your tenant;"
-                " upload it with POST /v1/files"
+                "is a URL, and your tenant may not name pictures by URL;"
+                " upload the picture with POST /v1/files"
             )
             raise _refused(self._caller, field, detail)
         if (why := parts.outbound.refusal(url)) is not None:
@@ -237,7 +234,7 @@ class Intake:
         within_s = parts.settings.fetch_within_s
         left_s = min(within_s, _FETCHES_WITHIN * within_s - self._fetched_s)
         if left_s <= 0:
-            detail = "was not fetched: the pictures before it took too long"
+            detail = "was not fetched: the other pictures of the request took too long"
             raise _refused(self._caller, field, detail)
         began = time.monotonic()
         try:
@@ -257,7 +254,7 @@ def _named(runtime: Runtime, caller: Caller, field: str, value: str) -> File:
     with transaction(runtime.database) as session:
         file = files.find(session, file_id, tenant_id=caller.tenant_id)
     if file is None:
-        raise _refused(caller, field, f"names no file of yours: {file_id}")
+        raise _refused(caller, field, f"names a file that your tenant does not have: {file_id}")
     return file
 
 
@@ -302,7 +299,7 @@ def _log_not_judged(file: File, error: Exception) -> None:
 
 def _too_busy() -> PartUnavailable:
     return PartUnavailable(
-        "Many pictures are being read right now.", retry_after_s=2, part="pictures"
+        "Too many pictures are being decoded right now.", retry_after_s=2, part="pictures"
     )
 
 

@@ -59,7 +59,7 @@ def stored_image(runtime: Runtime, caller: Caller, job_id: uuid.UUID, index: int
     job = find(runtime, caller, job_id)
     image = next((image for image in job.images if image.index == index), None)
     if image is None:
-        raise ImageNotFound(f"The job has images 0 to {job.num_images - 1}.")
+        raise ImageNotFound(f"The images of the job have the indexes 0 to {job.num_images - 1}.")
     if job.erased_at is not None:
         raise Erased("The images of this job were deleted.")
     if image.artifact is None:

@@ -116,7 +116,7 @@ def check_room(session: Session, caller: Caller, size_bytes: int = 0) -> None:
     if now + size_bytes > most:
         telemetry.SHED.labels("storage_quota_exceeded").inc()
         detail = (
-            f"With this picture {now + size_bytes} of {most} bytes would be stored;"
+            f"With this picture, {now + size_bytes} bytes would be stored, of at most {most};"
             " delete pictures that are not needed."
         )
         raise StorageQuotaExceeded(detail, max_stored_bytes=most, stored_bytes=now + size_bytes)
@@ -148,17 +148,15 @@ def check_stocks(session: Session, caller: Caller) -> None:
 
 def _check_burst(amount: Decimal, burst: float) -> None:
     if amount > Decimal(str(burst)):
-        detail = (
-            f"would take {amount} megapixel-steps, and your budget never holds more than {burst:g}"
-        )
+        detail = f"make {amount} megapixel-steps; your budget never holds more than {burst:g}"
         raise invalid_wish(InvalidWish("steps", detail, {"max_megapixel_steps": burst}))
 
 
 def _budget_spent(amount: Decimal, held: BudgetResult, per_minute: float) -> BudgetSpent:
     telemetry.SHED.labels("budget_spent").inc()
     detail = (
-        f"{amount} megapixel-steps are asked for and {held.left:.2f} are left;"
-        f" {per_minute:g} come back each minute."
+        f"The request needs {amount} megapixel-steps, and your budget has {held.left:.2f} left; it"
+        f" regains {per_minute:g} each minute."
     )
     retry_after_s = max(1, math.ceil(held.wait_s))
     return BudgetSpent(detail, retry_after_s=retry_after_s, policy="megapixel-steps")
@@ -170,14 +168,14 @@ def _check_totals(limits: Limits, totals: UsageTotals) -> None:
         return
     if exceeded.stock == "jobs":
         telemetry.SHED.labels("too_many_jobs").inc()
-        detail = f"At most {exceeded.limit} jobs may be under way at once."
+        detail = f"Your tenant may have at most {exceeded.limit} unfinished jobs."
         raise TooManyJobs(
             detail, retry_after_s=exceeded.retry_after_s, max_concurrent_jobs=int(exceeded.limit)
         )
     telemetry.SHED.labels("quota_exceeded").inc()
-    asked = f"With this request {exceeded.used} of {exceeded.limit} megapixel-steps"
+    used = f"{exceeded.used} megapixel-steps of this {exceeded.stock} (UTC)"
     raise QuotaExceeded(
-        f"{asked} of this {exceeded.stock} (UTC) would be used.",
+        f"With this request, {used} would be used, of at most {exceeded.limit}.",
         retry_after_s=exceeded.retry_after_s,
         period=exceeded.stock,
         quota=float(exceeded.limit),

@@ -51,7 +51,7 @@ def _check_fleet(fleet: Fleet, job: Job) -> None:
         raise ReplayImpossible(f"Tier {job.tier} is not offered any more.", gone="tier")
     if job.pool not in fleet.pools or job.model not in fleet.pools[job.pool].models:
         raise ReplayImpossible(
-            f"Model {job.model} is not served by the same workers any more.", gone="pool"
+            f"Model {job.model} has moved to another pool of workers.", gone="pool"
         )
     for adapter in job.adapters or []:
         if adapter["name"] not in model.adapters:

@@ -380,14 +380,14 @@ def problem_of(refusal: Refusal) -> Problem:
 
 def picture_gone(error: FileGone) -> InvalidImageRequest:
     """Make the problem of a picture that was erased while the request was being served."""
-    detail = f"The picture {error.file_id} was deleted meanwhile."
+    detail = f"The picture {error.file_id} has just been deleted."
     return InvalidImageRequest(detail, errors=[{"pointer": "", "detail": detail}])
 
 
 def reused() -> IdempotencyKeyReused:
     """Make the problem of an idempotency key that came with another request before."""
     return IdempotencyKeyReused(
-        "This Idempotency-Key came with another request within the last day.",
+        "This Idempotency-Key was used for another request within the last day.",
         header="Idempotency-Key",
     )
 

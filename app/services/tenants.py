@@ -34,7 +34,7 @@ def create(runtime: Runtime, caller: Caller, *, name: str, weight: float) -> Ten
     try:
         return run_transaction(runtime.database, add)
     except IntegrityError:
-        raise TenantExists(f"There is a tenant {name!r} already.") from None
+        raise TenantExists(f"A tenant named {name!r} exists already.") from None
 
 
 def find(runtime: Runtime, tenant_id: UUID) -> Tenant:
@@ -154,7 +154,7 @@ def _check_offered(runtime: Runtime, limits: Mapping[str, Any]) -> None:
         said = limits.get(name)
         offered = getattr(runtime.fleet, note.section)
         if said is not None and (not said or set(said) - offered.keys()):
-            detail = "must name at least one, and only those of fleet.toml"
+            detail = "must name at least one, and only names from fleet.toml"
             raise InvalidRequest.at(name, detail, accepted=list(offered))
 
 
@@ -163,4 +163,4 @@ def _pepper(runtime: Runtime) -> str:
 
 
 def _key_not_found(key_id: UUID) -> KeyNotFound:
-    return KeyNotFound(f"There is no live key {key_id}.")
+    return KeyNotFound(f"There is no valid key with the id {key_id}.")

@@ -38,8 +38,8 @@ def require_waiting_place(runtime: Runtime, caller: Caller) -> Iterator[None]:
     with waiting_place(runtime, caller, 1) as may_wait:
         if not may_wait:
             detail = (
-                "As many image calls wait here as may, or as many of your tenant."
-                " No job was made: ask again, or POST /v1/jobs."
+                "Too many image calls are waiting, in this process or for your tenant. No job was"
+                " created: send the request again, or use POST /v1/jobs."
             )
             raise WaitsExhausted(detail, retry_after_s=2)
         yield

@@ -40,7 +40,8 @@ def create(
 
     def add(session: Session) -> WebhookEndpoint:
         if webhooks.count(session, tenant_id=caller.tenant_id) >= MAX_ENDPOINTS:
-            detail = f"There are {MAX_ENDPOINTS} endpoints; delete one first."
+            detail = f"Your tenant has {MAX_ENDPOINTS} endpoints, the most it may have. Delete one"
+            " first."
             raise InvalidRequest(detail, accepted={"max_endpoints": MAX_ENDPOINTS})
         endpoint = webhooks.create(
             session,
@@ -212,7 +213,7 @@ def _check(
     if url is not None and (why := runtime.outbound.refusal(url)) is not None:
         raise InvalidRequest.at("url", why, accepted="an https URL of a public host")
     if events is not None and (not events or set(events) - set(EVENTS)):
-        detail = "must name at least one event, and only those there are"
+        detail = "must name at least one event, and only known events"
         raise InvalidRequest.at("events", detail, accepted=list(EVENTS))
     if description is not None and not _is_description(description):
         length = f"text of at most {MAX_DESCRIPTION_CHARS} characters"

@@ -28,10 +28,10 @@ from settings import GatewaySettings
 
 VERSION = "1.0.0"
 PROBLEM = "application/problem+json"
-ABOUT = """Image generation as jobs. Send your key as `Authorization: Bearer dr_…`. Every refusal
-is an `application/problem+json` that names the field and what would be accepted. Members may be
-added to answers at any time: ignore those you do not know. `X-Request-Id` names a request; send
-your own, or read ours from the answer."""
+ABOUT = """Image generation as jobs. Send your API key as `Authorization: Bearer dr_…`. A refused
+request is answered with an `application/problem+json` document, which names the wrong fields and
+the accepted values where it can. Answers may get new members at any time: ignore those that you do
+not know. `X-Request-Id` identifies a request: send your own, or read ours from the answer."""
 TAGS = {  # blueprint -> the heading of its operations, in the order in which the page shows them
     "jobs": "Jobs",
     "batches": "Jobs",
@@ -57,9 +57,9 @@ _KINDS: dict[str, Schema] = {
 _ARGUMENT = re.compile(r"<(?:(\w+):)?(\w+)>")
 _REF = "#/components/schemas/{model}"
 _SIGNED_BY = {
-    "webhook-id": "The delivery's id, the same at every attempt.",
+    "webhook-id": "The id of the delivery, the same at every attempt.",
     "webhook-timestamp": "When this attempt was made, in seconds since 1970.",
-    "webhook-signature": "Signatures of the message (Standard Webhooks).",
+    "webhook-signature": "The signatures of the message, as Standard Webhooks defines them.",
 }
 
 
@@ -87,7 +87,7 @@ def build(app: Flask, fleet: Fleet, settings: GatewaySettings, root: str = "/") 
         described = _operation(OPERATIONS[method, path], endpoint, arguments, shapes, settings)
         paths.setdefault(path, {})[method.lower()] = described
     problem = {
-        "description": "A refusal that says why",
+        "description": "The request was refused or failed, for the reason in the body",
         "content": shapes.content((Problem,), PROBLEM),
     }
     return {
@@ -260,12 +260,12 @@ def _responses(operation: Operation, shapes: _Shapes) -> dict[str, Any]:
     for status, about in operation.also.items():
         responses[str(status)] = {"description": about}
     for failed, kinds in operation.failures.items():
-        responses[str(failed)] = {"description": "Not now", "content": shapes.content(kinds)}
+        responses[str(failed)] = {"description": "Not ready", "content": shapes.content(kinds)}
     if operation.is_picture:
         pixels: dict[str, Any] = {kind.content_type: {} for kind in FORMATS.values()}
         responses["200"] = {"description": "The picture", "content": pixels}
-        responses["206"] = {"description": "A part of it", "content": pixels}
-        responses["304"] = {"description": "Nothing has changed"}
+        responses["206"] = {"description": "The requested part of the picture", "content": pixels}
+        responses["304"] = {"description": "Nothing has changed since the answer with that `ETag`"}
     problem = {"$ref": "#/components/responses/Problem"}
     return responses | {"4XX": problem, "5XX": problem}
 
@@ -275,7 +275,7 @@ def _good(operation: Operation, shapes: _Shapes) -> dict[str, Any]:
     if operation.events:
         events = {name: shapes.of(kinds) for name, kinds in operation.events.items()}
         content[STREAM] = {"schema": {"type": "string"}, "x-events": events}
-    return {"description": "As asked"} | ({"content": content} if content else {})
+    return {"description": "Success"} | ({"content": content} if content else {})
 
 
 def _message(name: str, shapes: _Shapes) -> dict[str, Any]:
@@ -283,13 +283,15 @@ def _message(name: str, shapes: _Shapes) -> dict[str, Any]:
     described = {
         "operationId": name.replace(".", "_"),
         "tags": ["Webhooks"],
-        "summary": f"Hear of {name}",
+        "summary": f"Receive {name}",
         "description": about,
         "parameters": [_signed_header(header, text) for header, text in _SIGNED_BY.items()],
         "requestBody": {"required": True, "content": shapes.content((kind,))},
         "responses": {
             "2XX": {"description": "Delivered"},
-            "410": {"description": "Send nothing here any more"},
+            "410": {
+                "description": "The endpoint is gone; it is disabled and receives nothing more"
+            },
         },
     }
     return {"post": described}

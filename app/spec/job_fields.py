@@ -8,23 +8,30 @@ from policy.fleet import Fleet
 from policy.params import ASKED, PARAMS, Param
 
 ABOUT = {
-    "prompt": "What the images show. It may be empty where `init_image` says it all.",
-    "negative_prompt": "What they do not show.",
-    "model": "A model, by its id or another name; `GET /v1/models` lists them.",
+    "prompt": "What the images show. It may be empty if `init_image` is given.",
+    "negative_prompt": "What the images should not show.",
+    "model": "The id or an alias of a model; `GET /v1/models` lists them.",
     "tier": "The class of service; `GET /v1/tiers` lists them.",
-    "size": "Width and height in pixels; by default the model's first one.",
+    "size": "Width and height in pixels; by default the first size of the model.",
     "steps": "Denoise steps of each image; by default those of the model in the tier.",
-    "guidance": "How closely the images follow the prompt; by default the model's.",
+    "guidance": "How closely the images follow the prompt; by default the model's value.",
     "sampler": "The sampling method; by default the model's.",
-    "seed": f"The seed of image 0; {RANDOM_SEED} or none: one is drawn, and the answer says which.",
-    "n": "How many images.",
-    "init_image": "The picture to start from: the id of a file, a data URL or, if you may, a URL.",
-    "mask": "What of `init_image` is painted anew: where it is transparent, or else white.",
-    "control_image": "The picture that a control network follows. Said as `init_image` is.",
-    "strength": "How far from `init_image`: 1 leaves nothing of it.",
-    "adapters": "Adapters of the model, and how much of each.",
-    "metadata": "Your own; `GET /v1/jobs?metadata.<key>=<value>` finds it.",
-    "start_deadline_s": "Seconds within which a worker must begin; at most those of the tier.",
+    "seed": "The seed of image 0; image i has seed + i. Without one, or with"
+    f" {RANDOM_SEED}, a random seed is chosen, which the answer shows.",
+    "n": "The number of images.",
+    "init_image": "The picture to start from: the id of an uploaded file, a data URL or, if your"
+    " tenant may use them, a URL.",
+    "mask": "Which part of `init_image` is painted anew: where this picture is transparent or, if"
+    " it has no transparent part, where it is white. Given like `init_image`.",
+    "control_image": "The picture that the model's control network follows. Given like"
+    " `init_image`.",
+    "strength": "How much `init_image` is changed, above 0 and at most 1; at 1 nothing of it"
+    " stays.",
+    "adapters": "Adapters (LoRA) of the model, each with its strength.",
+    "metadata": "Your own entries, kept with the job; `GET /v1/jobs?metadata.<key>=<value>` finds"
+    " the job by one.",
+    "start_deadline_s": "The job expires if no worker starts it within so many seconds. At most,"
+    " and by default, the limit of the tier.",
 }
 
 

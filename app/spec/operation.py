@@ -68,13 +68,13 @@ def header(name: str, about: About, **schema: Any) -> Parameter:
 PAGE = (
     query(
         "limit",
-        "How many entries a page has at most.",
+        "The largest number of entries on a page.",
         type="integer",
         minimum=1,
         maximum=MAX_PAGE,
         default=DEFAULT_PAGE,
     ),
-    query("cursor", "`next_cursor` of the page before.", type="string"),
+    query("cursor", "`next_cursor` of the previous page.", type="string"),
 )
 DAYS = (
     query(
@@ -87,9 +87,9 @@ DAYS = (
 )
 IDEMPOTENCY_KEY = header(
     "Idempotency-Key",
-    f"1 to {MAX_KEY_CHARS} printable ASCII characters, in double quotes if spaces, commas,"
-    " semicolons or quotes are among them. The same request under the same key is answered with"
-    " what the first one came to.",
+    "Makes it safe to repeat the request: for a day, the same request with the same key is answered"
+    f" with the result of the first one. 1 to {MAX_KEY_CHARS} printable ASCII characters, in double"
+    " quotes if spaces, commas, semicolons or quotes are among them.",
     minLength=1,
     maxLength=2 * MAX_KEY_CHARS + 2,  # in quotes, and every character escaped
     pattern="^[ -~]+$",
@@ -97,28 +97,31 @@ IDEMPOTENCY_KEY = header(
 )
 IF_NONE_MATCH = header(
     "If-None-Match",
-    "The `ETag` of an earlier answer: 304 if nothing has changed.",
+    "The `ETag` of an earlier answer. If nothing has changed since, the answer is 304.",
 )
 LAST_EVENT_ID = header(
     "Last-Event-ID",
-    "The id of the event to go on behind.",
+    "The id of the last event that you received; the stream goes on after it.",
     pattern=f"^({EVENT_ID.pattern})?$",
 )
 REDIRECT = query(
     "redirect",
-    "`false`: the picture itself, instead of a redirect to where it is stored.",
+    "`true`: redirect to the stored picture. `false`: answer with the picture itself. By default"
+    " as the operator chose.",
     type="string",
     enum=["true", "false"],
 )
-RANGE = header("Range", "The part of the picture that is wanted.", examples=["bytes=0-1023"])
-IF_RANGE = header("If-Range", "The `ETag` of the picture of which `Range` asks for a part.")
+RANGE = header("Range", "The bytes of the picture that you want.", examples=["bytes=0-1023"])
+IF_RANGE = header(
+    "If-Range",
+    "The `ETag` of the picture that `Range` is about; for another picture `Range` is ignored.",
+)
 PICTURE_PARAMETERS = (REDIRECT, IF_NONE_MATCH, RANGE, IF_RANGE)
 PREFER = header(
     "Prefer",
     lambda settings: (
-        "`wait=N`: answer once the job has ended, or after N seconds; more than"
-        f" {settings.max_wait_s} count as {settings.max_wait_s}. `Preference-Applied` says how long"
-        " was granted."
+        "`wait=N`: answer when the job has ended, or after N seconds, at most"
+        f" {settings.max_wait_s}. `Preference-Applied` names the seconds that were granted."
     ),
     examples=["wait=30"],
 )

@@ -97,7 +97,7 @@ def test_a_family_that_does_not_take_it_refuses_it_by_name(gateway_with, new_key
 
     problem = assert_problem(answer, 422, "invalid-image-request")
     assert problem["errors"][0]["pointer"] == "/clip_skip"
-    assert "is not taken by model pocket" in problem["errors"][0]["detail"]
+    assert "cannot be used with model pocket" in problem["errors"][0]["detail"]
 
 
 def test_more_than_the_checkpoint_has_fails_and_says_so(api):

@@ -359,7 +359,7 @@ def test_a_picture_that_the_model_could_not_follow_is_not_looked_at(tenant):
         assert_problem(create(tenant, control_image="no-id"), 422, "invalid-image-request")
     )
 
-    assert (error["pointer"], "is not followed by model" in error["detail"]) == (
+    assert (error["pointer"], "cannot be used with model" in error["detail"]) == (
         "/control_image",
         True,
     )

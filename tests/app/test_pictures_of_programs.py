@@ -57,7 +57,7 @@ def test_a_mask_may_be_called_as_libraries_call_lists(api, name):
 def test_a_second_mask_is_refused_and_not_passed_over(api, names):
     answer = api.post(EDIT, **form(*(part(name, a_mask()) for name in names)))
 
-    assert "one mask at a time; there are 2" in refusal(answer, "mask")
+    assert "one mask at a time; the request has 2" in refusal(answer, "mask")
 
 
 @pytest.mark.parametrize("name", ["prompt", "n", "seed", "size"])
@@ -193,7 +193,9 @@ def test_an_edit_may_name_files_that_are_there(api, stranger):
     job = job_of(api, api.post(EDIT, json=body))
 
     assert (job["init_image"], job["mask"]) == (file, mask)
-    assert "names no file of yours" in refusal(stranger.post(EDIT, json=body), "image")
+    assert "names a file that your tenant does not have" in refusal(
+        stranger.post(EDIT, json=body), "image"
+    )
 
 
 @pytest.mark.parametrize(
@@ -205,7 +207,7 @@ def test_an_edit_may_name_files_that_are_there(api, stranger):
         ({"images": [{"url": "x"}]}, "image", "must be text"),
         ({"images": [7]}, "image", "must be text"),
         ({"images": ["no-id"]}, "image", "neither the id of a file nor a data URL"),
-        ({"images": [data_url(b"<svg/>")]}, "image", "is neither PNG nor JPEG nor WebP"),
+        ({"images": [data_url(b"<svg/>")]}, "image", "is not a PNG, JPEG or WebP file"),
         ({"images": [data_url(png())], "mask": 7}, "mask", "must be text"),
     ],
 )

@@ -42,7 +42,7 @@ def test_a_prompt_that_is_cut_off_is_told_and_its_end_has_no_effect(api):
             ROOM,
         )
         assert warning["tokens_given"] > ROOM
-        assert f"first {ROOM} tokens of prompt" in warning["detail"]
+        assert f"the model reads the first {ROOM}, and the rest has no effect" in warning["detail"]
         assert api.get(job["urls"]["status"]).json()["warnings"] == job["warnings"]
     assert one["images"][0]["pixels_sha256"] == other["images"][0]["pixels_sha256"]
 
@@ -60,7 +60,7 @@ def test_a_negative_prompt_without_guidance_is_told_at_once_and_once(api):
 
     [warning] = accepted["warnings"]
     assert (warning["code"], warning["field"]) == ("negative_prompt_ignored", "negative_prompt")
-    assert "only above 1" in warning["detail"]
+    assert "it needs guidance above 1" in warning["detail"]
     assert estimate["warnings"] == ended["warnings"] == accepted["warnings"]
 
 

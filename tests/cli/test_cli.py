@@ -101,7 +101,7 @@ def test_help_in_an_image_says_which_commands_are_elsewhere():
     assert "Traceback" not in done.stderr
     for command in ("tenants", "keys", "check", "generate"):
         assert f"  {command}" in done.stdout
-    assert "Not here" in done.stdout
+    assert "Not available here" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,11 @@ def test_up_that_does_not_come_to_its_end_leaves_nothing_running_that_nobody_ask
     [
         (200, {"store": {"ready": True}}, "ready at http://127.0.0.1:1"),
         (503, {"store": {"ready": False, "detail": "away"}}, "not ready · store: away"),
-        (200, {"store": {"ready": False}}, "accepts jobs, but not all is well · store: not ready"),
+        (
+            200,
+            {"store": {"ready": False}},
+            "accepts jobs, but some parts are not ready · store: not ready",
+        ),
     ],
 )
 def test_status_tells_a_gateway_that_takes_no_jobs_from_one_that_lacks_a_part(
@@ -669,10 +673,10 @@ def test_a_tenant_can_be_given_another_weight(stack):
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["-o", "x.gif"], "x.gif: there is no format .gif; offered: .png, .webp, .jpg, .jpeg"),
-        (["-o", "x.v2"], "there is no format .v2"),
-        (["-o", "x.gif", "--format", "png"], "there is no format .gif"),
-        (["-o", "x.jpg", "--format", "png"], "x.jpg says jpeg and --format png"),
+        (["-o", "x.gif"], "x.gif: .gif is not a known format; use one of .png, .webp, .jpg, .jpeg"),
+        (["-o", "x.v2"], ".v2 is not a known format"),
+        (["-o", "x.gif", "--format", "png"], ".gif is not a known format"),
+        (["-o", "x.jpg", "--format", "png"], "x.jpg is a name for jpeg, but --format is png"),
     ],
 )
 def test_a_file_s_name_that_says_another_format_is_refused_at_once(
@@ -702,7 +706,7 @@ def test_generate_tells_which_text_the_model_did_not_read(stack, tmp_path):
     done = run(stack.data_dir, "generate", prompt, "--tier", "fast", "-o", tmp_path / "x.png")
 
     assert done.exit_code == 0
-    assert "The model reads the first 22 tokens of prompt" in done.stderr
+    assert "the model reads the first 22, and the rest has no effect" in done.stderr
     estimated = run(
         stack.data_dir, "estimate", "a red circle", "--negative", "blue", "--guidance", "1"
     )

@@ -437,4 +437,4 @@ def test_lines_that_the_model_does_not_read_to_their_end_are_told(stack, tmp_pat
 
     assert code == 0
     assert "line 2 (a blue star, very detailed" in err
-    assert "The model reads the first 22 tokens of prompt" in err
+    assert "the model reads the first 22, and the rest has no effect" in err

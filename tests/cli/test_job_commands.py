@@ -201,7 +201,7 @@ def with_pixels(digest, **changes):
             1,
             "The pixels differ.",
         ),
-        (with_pixels("a" * 64), with_pixels("b" * 64), 1, "Its tier promises best effort only"),
+        (with_pixels("a" * 64), with_pixels("b" * 64), 1, "The job's tier is best effort"),
         (
             with_pixels(None, state="failed"),
             with_pixels("b" * 64),

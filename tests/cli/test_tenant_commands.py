@@ -191,7 +191,10 @@ def test_a_limit_that_is_set_holds_at_the_gateway_within_a_second(stack, tenant,
 def test_a_name_is_one_tenant_s(stack, tenant):
     again = run(stack, "tenants", "create", tenant)
 
-    assert (again.exit_code, f"There is a tenant '{tenant}' already." in again.stderr) == (4, True)
+    assert (again.exit_code, f"A tenant named '{tenant}' exists already." in again.stderr) == (
+        4,
+        True,
+    )
     assert [line.split()[1] for line in run(stack, "tenants", "list").stdout.splitlines()].count(
         tenant
     ) == 1

@@ -52,7 +52,7 @@ def test_a_decoder_answers_as_the_function_does(two, kind):
 def test_a_refusal_has_its_reason_and_the_decoder_goes_on(two):
     before = {process.pid for process in processes()}
 
-    with pytest.raises(NotAPicture, match="is neither PNG nor JPEG nor WebP"):
+    with pytest.raises(NotAPicture, match="is not a PNG, JPEG or WebP file"):
         two.normalise(b"<svg/>", tenant=1)
 
     assert two.normalise(png(), tenant=1).mode == "RGB"

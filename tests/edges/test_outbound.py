@@ -93,7 +93,7 @@ def url(receiver):
 def test_a_private_address_is_refused_however_it_is_written(url):
     outbound = Outbound("")
 
-    assert outbound.refusal(url) == "must not lead to a private address"
+    assert outbound.refusal(url) == "must not point to a private address"
     with pytest.raises(Unreachable):
         outbound.post(url, b"{}", {}, timeout_s=2)
 

@@ -10,48 +10,50 @@ from app.spec.operation import DAYS, Operation
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/v1/models"): Operation(
         summary="List models",
-        description="Models that you may use, in the shape of OpenAI's list. Their other names come"
-        " after them, for programs that look for theirs in the list.",
+        description="The models that you may use, in the format of OpenAI's model list. After them,"
+        " each alias has an entry of its own, so that a program finds the name that it uses.",
         answers=(Models,),
     ),
     ("GET", "/v1/models/{name}"): Operation(
         summary="Show a model",
-        description="One model, by its id or another name: what it takes, and its defaults.",
+        description="A model, by its id or an alias: its sizes, samplers, limits and defaults.",
         answers=(Model, ModelAlias),
     ),
     ("GET", "/v1/tiers"): Operation(
         summary="List tiers",
-        description="Tiers that you may use, in the order in which they are served.",
+        description="The tiers that you may use, in the order in which they are served.",
         answers=(Tiers,),
     ),
     ("GET", "/v1/key"): Operation(
-        summary="Show the key that asks",
-        description="Its id, its tenant, its scopes, and the tenant's limits.",
+        summary="Show your API key",
+        description="The id and scopes of the key that sends the request, with its tenant and the"
+        " tenant's limits.",
         answers=(OwnKey,),
     ),
     ("GET", "/v1/usage"): Operation(
         summary="Show your usage",
-        description="Your ledger by UTC days, first and last included, with your limits and"
-        f" where you stand. At most {MOST_DAYS + 1} days.",
+        description="What you used on each UTC day from `from` to `to`, at most"
+        f" {MOST_DAYS + 1} days, with your limits and how much of them is used now.",
         answers=(OwnUsage,),
         parameters=DAYS,
     ),
     ("GET", "/healthz"): Operation(
-        summary="Ask whether the gateway lives",
-        description="Answers as long as the process does.",
+        summary="Check that the gateway is running",
+        description="Answers 200 as long as the process runs; nothing else is checked.",
         answers=(Health,),
         needs_key=False,
     ),
     ("GET", "/readyz"): Operation(
-        summary="Ask whether jobs can be accepted",
-        description="200 while they can be, else 503. `degraded` names what is away.",
+        summary="Check whether jobs can be accepted",
+        description="200 while jobs can be accepted, otherwise 503. `degraded` lists the parts of"
+        " the installation that are not ready.",
         answers=(Readiness,),
         failures={503: (Readiness,)},
         needs_key=False,
     ),
     ("GET", "/problems/{slug}"): Operation(
-        summary="Explain a type of problem",
-        description="What the `type` of a problem means.",
+        summary="Explain a problem type",
+        description="What the `type` of a problem means, and what to do about it.",
         answers=(ProblemType,),
         needs_key=False,
     ),

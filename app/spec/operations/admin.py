@@ -7,13 +7,13 @@ from app.spec.operation import DAYS, JSON, PAGE, Operation
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/v1/admin/tenants"): Operation(
         summary="List tenants",
-        description="Every tenant, newest first.",
+        description="All tenants, newest first.",
         answers=(TenantPage,),
         parameters=PAGE,
     ),
     ("POST", "/v1/admin/tenants"): Operation(
         summary="Create a tenant",
-        description="A new tenant, without limits and without keys.",
+        description="Creates a tenant, which has no limits and no keys yet.",
         status=201,
         answers=(Tenant,),
         body={JSON: TenantBody},
@@ -21,25 +21,27 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("GET", "/v1/admin/tenants/{tenant_id}"): Operation(
         summary="Show a tenant",
-        description="One tenant with its limits.",
+        description="A tenant with its limits.",
         answers=(Tenant,),
     ),
     ("PATCH", "/v1/admin/tenants/{tenant_id}"): Operation(
         summary="Change a tenant's limits",
-        description="Changes weight and limits; what the body does not name stays, null takes a"
-        " limit away. They hold everywhere within a second.",
+        description="Sets the weight and the limits that the body names. Those that it does not"
+        " name stay as they are; null removes a limit. Every process applies the change within a"
+        " second.",
         answers=(Tenant,),
         body={JSON: TenantChange},
         examples={JSON: {"requests_per_minute": 600}},
     ),
     ("GET", "/v1/admin/tenants/{tenant_id}/keys"): Operation(
         summary="List a tenant's keys",
-        description="What is known of its keys, oldest first, revoked ones included.",
+        description="The tenant's keys, oldest first, including revoked ones. The secret part of"
+        " a key is never shown again.",
         answers=(KeyPage,),
     ),
     ("POST", "/v1/admin/tenants/{tenant_id}/keys"): Operation(
         summary="Issue a key",
-        description="A new key of the tenant; `key` is shown this once.",
+        description="Creates a key of the tenant. `key` is shown only in this answer.",
         status=201,
         answers=(IssuedKey,),
         body={JSON: KeyBody},
@@ -47,8 +49,8 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("POST", "/v1/admin/keys/{key_id}/rotate"): Operation(
         summary="Rotate a key",
-        description="A new key with the same name and scopes; `key` is shown this once. The old one"
-        " lives on for `grace_s`, so that nobody is locked out.",
+        description="Creates a key with the same name and scopes. `key` is shown only in this"
+        " answer. The old key works for `grace_s` more seconds, so that clients can change over.",
         status=201,
         answers=(RotatedKey,),
         body={JSON: RotateBody},
@@ -57,12 +59,12 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("DELETE", "/v1/admin/keys/{key_id}"): Operation(
         summary="Revoke a key",
-        description="Refuses the key from now on: within a second, in every process.",
+        description="Revokes the key. Every process refuses it within a second.",
         status=204,
     ),
     ("GET", "/v1/admin/tenants/{tenant_id}/usage"): Operation(
         summary="Show a tenant's usage",
-        description="The tenant's ledger by UTC days, first and last included.",
+        description="What the tenant used on each UTC day from `from` to `to`.",
         answers=(TenantUsage,),
         parameters=DAYS,
     ),

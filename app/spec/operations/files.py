@@ -9,8 +9,9 @@ _ITSELF = {"type": "string", "contentMediaType": "application/octet-stream"}
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/files"): Operation(
         summary="Upload a picture",
-        description="Keeps a picture for jobs to start from; the same picture has the same file."
-        " Send a form with the field `file`, or the picture itself.",
+        description="Stores a picture that jobs can start from. The same picture, uploaded again,"
+        " is the same file. Send a form with the field `file`, or the bytes of the picture as the"
+        " body.",
         status=201,
         answers=(File,),
         body={kind: FileForm if kind == FORM else _ITSELF for kind in CONTENT_TYPES},
@@ -23,19 +24,20 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("GET", "/v1/files/{file_id}"): Operation(
         summary="Show a picture's record",
-        description="What is known of the picture.",
+        description="Size, format and digest of a picture, without its content.",
         answers=(File,),
     ),
     ("GET", "/v1/files/{file_id}/content"): Operation(
-        summary="Fetch a picture",
-        description="A redirect to where the picture is stored, or the picture itself.",
+        summary="Download a picture",
+        description="Redirects to the stored picture, or answers with the picture itself, as"
+        " `redirect` or else the operator chooses.",
         status=302,
         is_picture=True,
         parameters=PICTURE_PARAMETERS,
     ),
     ("DELETE", "/v1/files/{file_id}"): Operation(
         summary="Delete a picture",
-        description="Deletes the picture; 409 while an unfinished job starts from it.",
+        description="Deletes the picture. 409 while an unfinished job starts from it.",
         status=204,
     ),
 }

@@ -21,11 +21,12 @@ from policy.states import JobState
 
 _ONE_JOB = {"prompt": PROMPT, "tier": "batch", "steps": 4, "seed": 7, "metadata": {"order": "7"}}
 _BATCH = {"jobs": [_ONE_JOB, {**_ONE_JOB, "seed": 8}]}
-_AS_BEFORE = "Nothing has changed"
-_LABELS = Parameter(
+_UNCHANGED = "Nothing has changed since the answer with that `ETag`"
+_METADATA = Parameter(
     name="metadata",
     where="query",
-    about="`metadata.<key>=<value>`: jobs that have this entry; with several, all of them.",
+    about="`metadata.<key>=<value>`: only jobs with this metadata entry. With several, only jobs"
+    " that have all of them.",
     schema={
         "type": "object",
         "patternProperties": {f"^{METADATA.replace('.', '[.]')}.+$": {"type": "string"}},
@@ -33,28 +34,31 @@ _LABELS = Parameter(
     },
     style={"style": "form", "explode": True},
 )
-_SOUGHT = (
-    query("state", "Jobs in this state.", type="string", enum=[state.value for state in JobState]),
+_FILTERS = (
+    query(
+        "state", "Only jobs in this state.", type="string", enum=[state.value for state in JobState]
+    ),
     query(
         "created_after",
-        "Jobs accepted at this instant or later.",
+        "Only jobs accepted at this instant or later.",
         type="string",
         format="date-time",
     ),
     query(
         "created_before",
-        "Jobs accepted before this instant.",
+        "Only jobs accepted before this instant.",
         type="string",
         format="date-time",
     ),
-    _LABELS,
+    _METADATA,
 )
 
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/jobs"): Operation(
-        summary="Accept a job",
-        description="Makes images of a prompt. The answer comes at once, with the job that waits"
-        " for a worker; with `Prefer: wait=N` it comes when the job has ended, or after N seconds.",
+        summary="Create a job",
+        description="Creates a job that makes images from a prompt. The answer comes at once, while"
+        " the job waits for a worker. With `Prefer: wait=N` it comes when the job has ended, or"
+        " after N seconds.",
         status=202,
         answers=(Job,),
         body={JSON: JobBody},
@@ -63,35 +67,36 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("GET", "/v1/jobs"): Operation(
         summary="List jobs",
-        description="Your jobs, newest first. With several conditions a page may have fewer jobs"
-        " than `limit`, or none, and go on at `next_cursor` all the same.",
+        description="Your jobs, newest first. With several filters, a page may have fewer jobs than"
+        " `limit`, or none, although more follow: read on until `next_cursor` is null.",
         answers=(JobPage,),
-        parameters=(*PAGE, *_SOUGHT),
+        parameters=(*PAGE, *_FILTERS),
     ),
     ("GET", "/v1/jobs/{job_id}"): Operation(
         summary="Show a job",
-        description="The job as it is now; with `Prefer: wait=N`, at its end or after N seconds.",
+        description="The job as it is now. With `Prefer: wait=N` the answer comes when the job"
+        " has ended, or after N seconds.",
         answers=(Job,),
-        also={304: _AS_BEFORE},
+        also={304: _UNCHANGED},
         parameters=(IF_NONE_MATCH, PREFER),
     ),
     ("GET", "/v1/jobs/{job_id}/status"): Operation(
-        summary="Show how a job stands",
-        description="What changes of a job while one waits for it, as it was at most a second ago:"
-        " cheap to ask for, and with `If-None-Match` cheaper.",
+        summary="Show the status of a job",
+        description="The members of a job that change until it ends, at most a second old. For"
+        " polling: it costs less than the whole job, and with `If-None-Match` still less.",
         answers=(JobStatus,),
-        also={304: _AS_BEFORE},
+        also={304: _UNCHANGED},
         parameters=(IF_NONE_MATCH,),
     ),
     ("GET", "/v1/jobs/{job_id}/events"): Operation(
         summary="Follow a job live",
-        description="What happens to the job, as server-sent events, from the first one or from"
-        " `Last-Event-ID` on, until `final`, whose data are the whole job.",
+        description="The events of the job, as server-sent events: all of them, or those after"
+        " `Last-Event-ID`. The last event is `final`; its data are the whole job.",
         events={name: (kind,) for name, kind in EVENTS.items()} | {"final": (Job,)},
         parameters=(
             query(
                 "previews",
-                "`true`: with pictures on the way.",
+                "`true`: also send small previews of unfinished images.",
                 type="string",
                 enum=["true", "false"],
                 default="false",
@@ -101,13 +106,14 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("POST", "/v1/jobs/{job_id}/cancel"): Operation(
         summary="Cancel a job",
-        description="Takes the job back. Harmless when repeated; 409 if it has ended otherwise.",
+        description="Cancels the job. To repeat this is harmless. 409 if the job has ended in"
+        " another way.",
         answers=(Job,),
     ),
     ("POST", "/v1/jobs/{job_id}/replay"): Operation(
         summary="Replay a job",
-        description="Accepts a job with every parameter of this one, the version of its model"
-        " included. It takes no fields: send no body, or an empty object.",
+        description="Creates a job with exactly the parameters of this one, including the version"
+        " of its model. The request has no fields: send no body, or an empty object.",
         status=202,
         answers=(Job,),
         body={JSON: {"type": "object", "additionalProperties": False}},
@@ -115,23 +121,25 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         parameters=(IDEMPOTENCY_KEY, PREFER),
     ),
     ("DELETE", "/v1/jobs/{job_id}"): Operation(
-        summary="Erase what a job was about",
-        description="Deletes its prompts, metadata and images, and cancels it if it is under way."
-        " That it was there, and what it cost, stays. Harmless when repeated.",
+        summary="Erase the content of a job",
+        description="Deletes the prompts, metadata and images of the job, and cancels it if it"
+        " has not ended. Its id, state, times and cost stay on record. To repeat this is"
+        " harmless.",
         status=204,
     ),
     ("GET", "/v1/jobs/{job_id}/images/{index}"): Operation(
-        summary="Fetch an image of a job",
-        description="A redirect to where the image is stored, or the image itself. 409 while it is"
-        " not stored, 410 once the job was erased.",
+        summary="Download an image of a job",
+        description="Redirects to the stored image, or answers with the image itself, as `redirect`"
+        " or else the operator chooses. 409 while the image is not stored, 410 once the job was"
+        " erased.",
         status=302,
         is_picture=True,
         parameters=PICTURE_PARAMETERS,
     ),
     ("POST", "/v1/jobs:batch"): Operation(
-        summary="Accept a batch of jobs",
-        description="Accepts every job of the batch that can be; the answer has, for each item and"
-        " in the same order, its job or its problem.",
+        summary="Create a batch of jobs",
+        description="Accepts or refuses each item of the batch on its own. The answer lists, in the"
+        " same order, the job of each accepted item and the problem of each refused one.",
         answers=(Batch,),
         body={JSON: BatchBody},
         examples={JSON: _BATCH},
@@ -139,8 +147,9 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("POST", "/v1/estimate"): Operation(
         summary="Estimate a job",
-        description="Every parameter of the job that `POST /v1/jobs` would make of this body, its"
-        " price and its wait. Nothing is written, not even a picture.",
+        description="Shows the job that `POST /v1/jobs` would create from this body: every"
+        " parameter, the expected price and the expected wait. Nothing is stored, not even a"
+        " picture.",
         answers=(Estimate,),
         body={JSON: JobBody},
         examples={JSON: _ONE_JOB},

@@ -12,8 +12,8 @@ _ANSWERS = (schemas.Images, schemas.ImagesOnBehalf)
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/images/generations"): Operation(
         summary="Generate images (OpenAI)",
-        description="Images from a prompt; with `stream`, server-sent events with partial images on"
-        " the way. Under every call is a job, which `job_id` names.",
+        description="Makes images from a prompt. With `stream` the answer is server-sent events,"
+        " which may show unfinished images. Each call creates a job, whose id is `job_id`.",
         answers=_ANSWERS,
         events=STREAM,
         body={JSON: schemas.GenerationBody},
@@ -22,9 +22,9 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("POST", "/v1/images/edits"): Operation(
         summary="Edit a picture (OpenAI)",
-        description="A picture painted over as the prompt says; with a mask, only where that is"
-        " transparent, or white if it is transparent nowhere. Without one, a part of the picture"
-        " that is transparent is the mask.",
+        description="Changes a picture as the prompt says. A mask limits the change to the part"
+        " where the mask is transparent or, if it has no transparent part, where it is white."
+        " Without a mask, the transparent part of the picture is changed, if it has one.",
         answers=_ANSWERS,
         events=STREAM,
         body={FORM: schemas.EditForm, JSON: schemas.EditBody},
@@ -33,7 +33,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("POST", "/v1/images/variations"): Operation(
         summary="Vary a picture (OpenAI)",
-        description="Pictures like the one that is sent.",
+        description="Makes images that resemble the picture in the request.",
         answers=_ANSWERS,
         body={FORM: schemas.VariationForm, JSON: schemas.VariationBody},
         examples={JSON: _VARY},

@@ -17,8 +17,9 @@ from policy.webhooks import EVENTS, MAX_ENDPOINTS, TEST_EVENT
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/webhooks"): Operation(
         summary="Add a webhook",
-        description=f"Adds an endpoint that hears of your jobs, {MAX_ENDPOINTS} at most. The answer"
-        " has the secret that messages are signed with, which is shown this once.",
+        description="Adds an endpoint that receives the events of your jobs. You can have at most"
+        f" {MAX_ENDPOINTS} endpoints. `secret`, which signs the messages, is shown only in this"
+        " answer.",
         status=201,
         answers=(NewWebhook,),
         body={JSON: EndpointBody},
@@ -26,62 +27,63 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("GET", "/v1/webhooks"): Operation(
         summary="List webhooks",
-        description="Your endpoints, oldest first, on one page.",
+        description="All of your endpoints, oldest first, on one page.",
         answers=(WebhookPage,),
     ),
     ("GET", "/v1/webhooks/{endpoint_id}"): Operation(
         summary="Show a webhook",
-        description="One endpoint, without its secret.",
+        description="An endpoint, without its secret.",
         answers=(Webhook,),
     ),
     ("PATCH", "/v1/webhooks/{endpoint_id}"): Operation(
         summary="Change a webhook",
-        description="Changes what the body names. An endpoint that was disabled because it answered"
-        " 410 is enabled again with `enabled: true`.",
+        description="Changes the members that the body names. `enabled: true` also enables an"
+        " endpoint that was disabled because it answered 410.",
         answers=(Webhook,),
         body={JSON: EndpointChange},
         examples={JSON: {"enabled": False}},
     ),
     ("DELETE", "/v1/webhooks/{endpoint_id}"): Operation(
         summary="Delete a webhook",
-        description="Sends nothing there any more, not even what waits.",
+        description="Deletes the endpoint. It receives nothing more, not even deliveries that are"
+        " due.",
         status=204,
     ),
     ("POST", "/v1/webhooks/{endpoint_id}/rotate"): Operation(
         summary="Rotate a webhook's secret",
-        description="Makes a new secret, which is shown this once. For a while the one before it"
-        " signs, too, so that receivers may change over at their leisure.",
+        description="Creates a new secret, which is shown only in this answer. For a while the old"
+        " secret signs the messages as well, so that the receiver can change over.",
         answers=(RotatedWebhook,),
     ),
     ("POST", "/v1/webhooks/{endpoint_id}/test"): Operation(
         summary="Send a test to a webhook",
-        description=f"Sends a message of the type `{TEST_EVENT}` there.",
+        description=f"Sends a message of the type `{TEST_EVENT}` to the endpoint.",
         status=202,
         answers=(Delivery,),
     ),
     ("GET", "/v1/webhooks/{endpoint_id}/deliveries"): Operation(
         summary="List a webhook's deliveries",
-        description="What was sent there, newest first, each with its attempts.",
+        description="The messages to the endpoint, newest first, each with its attempts.",
         answers=(DeliveryPage,),
         parameters=(
             *PAGE,
             query(
                 "state",
-                "Deliveries in this state.",
+                "Only deliveries in this state.",
                 type="string",
                 enum=[state.value for state in DeliveryState],
             ),
         ),
     ),
     ("POST", "/v1/webhooks/deliveries/{delivery_id}/redeliver"): Operation(
-        summary="Deliver a webhook again",
-        description="Sends the message again, under the id that it has.",
+        summary="Send a delivery again",
+        description="Sends the message again, with the same `webhook-id`.",
         status=202,
         answers=(Delivery,),
     ),
 }
 
 MESSAGES = {
-    **dict.fromkeys(EVENTS, (JobMessage, "A job has come to this state.")),
-    TEST_EVENT: (TestMessage, "A test that was asked for."),
+    **dict.fromkeys(EVENTS, (JobMessage, "Sent when a job has ended in this state.")),
+    TEST_EVENT: (TestMessage, "Sent on request, to test the endpoint."),
 }
