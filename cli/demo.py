@@ -61,7 +61,7 @@ class DemoJob:
     output_format: str = "png"
 
 
-WISHES = (
+DEMO_JOBS = (
     DemoJob("a large red circle in the center on a blue background", "fast", 7),
     DemoJob("a small yellow star at the top on a black background", "fast", 11),
     DemoJob(
@@ -124,7 +124,7 @@ def demo(ctx: click.Context, installation: Installation, wait_s: float) -> None:
             f"Darkroom {verb} in {time.monotonic() - began:.1f} s at {env['DARKROOM_URL']}\n"
         )
         with Client(env["DARKROOM_URL"], env["DARKROOM_API_KEY"]) as client:
-            jobs = _run(client, WISHES, wait_s)
+            jobs = _run(client, DEMO_JOBS, wait_s)
             images = _fetch(client, jobs, installation.data_dir / "demo")
         is_good = _report(installation, jobs, images, auditor_url=env["AUDITOR_DATABASE_URL"])
     finally:
@@ -140,7 +140,7 @@ def demo(ctx: click.Context, installation: Installation, wait_s: float) -> None:
 
 
 def _run(client: Client, demo_jobs: Sequence[DemoJob], timeout_s: float) -> list[Job]:
-    """Submit every wish at once and watch the jobs until all are finished or the time is over."""
+    """Submit every job at once and watch the jobs until all are finished or the time is over."""
     jobs = [_submit(client, demo_job) for demo_job in demo_jobs]
     progress = _new_progress()
     bars = [_add_bar(progress, job) for job in jobs]

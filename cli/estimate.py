@@ -7,7 +7,7 @@ from rich.table import Table
 
 from cli import screen
 from cli.installation import Installation, pass_installation
-from cli.wishes import wish_options
+from cli.job_options import job_options
 from darkroom_client import Estimate
 
 _COLUMNS = (
@@ -28,19 +28,19 @@ _COLUMNS = (
 
 @click.command()
 @click.argument("prompt")
-@wish_options
+@job_options
 @click.option("--json", "as_json", is_flag=True, help="The estimate as the API tells it.")
 @pass_installation
 @click.pass_context
 def estimate(
-    ctx: click.Context, installation: Installation, /, prompt: str, as_json: bool, **wish: Any
+    ctx: click.Context, installation: Installation, /, prompt: str, as_json: bool, **fields: Any
 ) -> None:
     """Estimate the cost and the duration of a job for PROMPT.
 
     Exit code 1 if the job would be refused now.
     """
     with installation.client() as client:
-        found = client.estimate(prompt, **wish)
+        found = client.estimate(prompt, **fields)
     if as_json:
         screen.print_json(found.members)
     else:

@@ -12,10 +12,10 @@ import click
 
 from cli import screen
 from cli.installation import Installation, pass_installation
+from cli.job_options import EXTENSIONS, job_options
 from cli.watching import watch
-from cli.wishes import EXTENSIONS, wish_options
 from darkroom_client import Client, Job, downloads
-from darkroom_client.wishes import PICTURE_FIELDS
+from darkroom_client.job_fields import PICTURE_FIELDS
 
 if TYPE_CHECKING:
     from cli.many import PromptRunner
@@ -34,7 +34,7 @@ FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
     help="Make the images of a file: one prompt, or one JSON object with the fields of a job, on"
     " each line; or one JSON list of these. - reads standard input.",
 )
-@wish_options
+@job_options
 @click.option(
     "-o",
     "--output",
@@ -86,7 +86,7 @@ def generate(
     cancels: bool,
     retry_failed: bool,
     fresh: bool,
-    **wish: Any,
+    **fields: Any,
 ) -> None:
     """Make images from PROMPT, or from every line of a file.
 
@@ -103,7 +103,7 @@ def generate(
         is_complete = _make_many(
             installation,
             source,
-            wish,
+            fields,
             output or Path("out"),
             parallel=parallel,
             cancels=cancels,
@@ -114,9 +114,9 @@ def generate(
             ctx.exit(1)
         return
     assert prompt is not None
-    wish["output_format"] = _format(output, wish["output_format"])
+    fields["output_format"] = _format(output, fields["output_format"])
     with installation.client() as client:
-        job = watch(client, client.create_job(prompt, **wish), timeout_s=timeout_s, cancels=True)
+        job = watch(client, client.create_job(prompt, **fields), timeout_s=timeout_s, cancels=True)
         report(client, job, output)
     if job.state != "succeeded":
         ctx.exit(1)
@@ -211,17 +211,17 @@ def _make_many(
     from cli.board import Board
     from cli.many import Interrupted, PromptRunner
 
-    wish = {name: value for name, value in options.items() if value is not None}
-    lines, run = _open_run(source.read(), wish, folder, fresh=fresh)
+    fields = {name: value for name, value in options.items() if value is not None}
+    lines, run = _open_run(source.read(), fields, folder, fresh=fresh)
 
     async def go() -> PromptRunner:
         async with installation.async_client() as client:
             for field in PICTURE_FIELDS:
-                if field in wish:
-                    wish[field] = (await client.upload(wish[field])).id
+                if field in fields:
+                    fields[field] = (await client.upload(fields[field])).id
             with Board(len(lines)) as board:
                 many = PromptRunner(
-                    client, run, lines, wish, folder, board, retry_failed=retry_failed
+                    client, run, lines, fields, folder, board, retry_failed=retry_failed
                 )
                 await many.go(parallel, cancels=cancels)
             return many
@@ -235,7 +235,7 @@ def _make_many(
 
 
 def _open_run(
-    content: bytes, wish: dict[str, Any], folder: Path, *, fresh: bool
+    content: bytes, fields: dict[str, Any], folder: Path, *, fresh: bool
 ) -> tuple[list["PromptLine"], "Run"]:
     """Read the prompts, and open the run of the output folder. Raises click.UsageError."""
     from cli import prompts
@@ -243,7 +243,7 @@ def _open_run(
 
     try:
         lines = prompts.read(prompts.decoded(content))
-        run = Run.opened(folder, source=content, options=_fingerprint(wish), fresh=fresh)
+        run = Run.opened(folder, source=content, options=_fingerprint(fields), fresh=fresh)
     except (prompts.BadLine, AnotherRun) as error:
         raise click.UsageError(str(error)) from None
     return lines, run
@@ -263,9 +263,9 @@ def _report_many(many: "PromptRunner", num_lines: int, folder: Path) -> None:
         screen.complain(f"line {line.number} ({line.prompt[:40]}): {why}")
 
 
-def _fingerprint(wish: dict[str, Any]) -> dict[str, Any]:
+def _fingerprint(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the options as the run stores them: a picture as the SHA-256 of its content."""
     return {
         name: hashlib.sha256(value.read_bytes()).hexdigest() if isinstance(value, Path) else value
-        for name, value in sorted(wish.items())
+        for name, value in sorted(fields.items())
     }

@@ -36,7 +36,7 @@ class PromptRunner:
         client: AsyncClient,
         run: Run,
         lines: Sequence[PromptLine],
-        wish: Mapping[str, Any],
+        fields: Mapping[str, Any],
         folder: Path,
         board: Board,
         *,
@@ -45,7 +45,7 @@ class PromptRunner:
         self._client = client
         self._run = run
         self._lines = lines
-        self._wish = wish
+        self._fields = fields
         self._folder = folder
         self._board = board
         self._retry_failed = retry_failed
@@ -185,9 +185,11 @@ class PromptRunner:
 
         The request outlives a cancellation of this call, because it may already have made a job.
         """
-        wish = {**self._wish, **line.wish}
+        fields = {**self._fields, **line.fields}
         request = asyncio.create_task(
-            self._client.create_job(line.prompt, idempotency_key=self._run.key(line.number), **wish)
+            self._client.create_job(
+                line.prompt, idempotency_key=self._run.key(line.number), **fields
+            )
         )
         self._submitting.add(request)
         request.add_done_callback(lambda done: self._answered(line, done))

@@ -25,7 +25,7 @@ class PromptLine:
 
     number: int
     prompt: str
-    wish: dict[str, Any]
+    fields: dict[str, Any]
 
 
 def decoded(content: bytes) -> str:

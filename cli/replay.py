@@ -7,8 +7,8 @@ import click
 from cli import screen
 from cli.generate import FORMATS, complain_of, save
 from cli.installation import Installation, pass_installation
+from cli.job_options import EXTENSIONS
 from cli.watching import watch
-from cli.wishes import EXTENSIONS
 from darkroom_client import Job
 
 

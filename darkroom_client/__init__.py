@@ -23,6 +23,7 @@ from darkroom_client.errors import (
     WaitTimeout,
 )
 from darkroom_client.events import Event
+from darkroom_client.job_fields import JobFields
 from darkroom_client.jobs import (
     FINAL_STATES,
     Cost,
@@ -35,7 +36,6 @@ from darkroom_client.jobs import (
     Timing,
 )
 from darkroom_client.retries import Retries
-from darkroom_client.wishes import Wish
 
 __all__ = [
     "FINAL_STATES",
@@ -52,6 +52,7 @@ __all__ = [
     "Image",
     "ImageNotStored",
     "Job",
+    "JobFields",
     "JobWarning",
     "NotConfigured",
     "ProblemError",
@@ -65,5 +66,4 @@ __all__ = [
     "Unreachable",
     "Usage",
     "WaitTimeout",
-    "Wish",
 ]

@@ -45,7 +45,7 @@ def read_page(answer: httpx.Response) -> Page:
 
 
 def read_submissions(answer: httpx.Response) -> tuple[Submission, ...]:
-    """Return one Submission for each wish of a batch, in their order. Raises as `read_object`."""
+    """Return one Submission for each job of a batch, in their order. Raises as `read_object`."""
 
     def submission(item: dict[str, Any]) -> Submission:
         job = item.get("job")

@@ -13,9 +13,9 @@ from darkroom_client.address import GatewayAddress
 from darkroom_client.documents import Estimate, File, Status, Submission, Usage
 from darkroom_client.events import Event, EventStream, is_stream
 from darkroom_client.flows import DiskWork, Fetch, Flow, Flows, Pause, Result, Step
+from darkroom_client.job_fields import JobFields, Picture
 from darkroom_client.jobs import Job
 from darkroom_client.retries import Retries
-from darkroom_client.wishes import Picture, Wish
 
 
 class AsyncClient:
@@ -45,20 +45,20 @@ class AsyncClient:
         )
 
     async def create_job(
-        self, prompt: str, *, idempotency_key: str | None = None, **wish: Unpack[Wish]
+        self, prompt: str, *, idempotency_key: str | None = None, **fields: Unpack[JobFields]
     ) -> Job:
         """Do as `Client.create_job`."""
-        return await self._run(self._flows.create_job(prompt, wish, idempotency_key))
+        return await self._run(self._flows.create_job(prompt, fields, idempotency_key))
 
     async def create_jobs(
-        self, wishes: Sequence[Mapping[str, Any]], *, idempotency_key: str | None = None
+        self, jobs: Sequence[Mapping[str, Any]], *, idempotency_key: str | None = None
     ) -> tuple[Submission, ...]:
         """Do as `Client.create_jobs`."""
-        return await self._run(self._flows.create_jobs(wishes, idempotency_key))
+        return await self._run(self._flows.create_jobs(jobs, idempotency_key))
 
-    async def estimate(self, prompt: str, **wish: Unpack[Wish]) -> Estimate:
+    async def estimate(self, prompt: str, **fields: Unpack[JobFields]) -> Estimate:
         """Do as `Client.estimate`."""
-        return await self._run(self._flows.estimate(prompt, wish))
+        return await self._run(self._flows.estimate(prompt, fields))
 
     async def replay(self, job_id: str, *, idempotency_key: str | None = None) -> Job:
         """Do as `Client.replay`."""

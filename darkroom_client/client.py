@@ -1,4 +1,4 @@
-"""The client that blocks. What it says and in which order is in flows.py; this module does it."""
+"""Provide the blocking client. flows.py says which requests it sends; this module sends them."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,9 +13,9 @@ from darkroom_client.address import GatewayAddress
 from darkroom_client.documents import Estimate, File, Status, Submission, Usage
 from darkroom_client.events import Event, EventStream, is_stream
 from darkroom_client.flows import DiskWork, Fetch, Flow, Flows, Pause, Result, Step
+from darkroom_client.job_fields import JobFields, Picture
 from darkroom_client.jobs import Job
 from darkroom_client.retries import Retries
-from darkroom_client.wishes import Picture, Wish
 
 
 class Client:
@@ -24,7 +24,7 @@ class Client:
     Safe to share among threads; close it when done.
 
     url, api_key: by default DARKROOM_URL and DARKROOM_API_KEY of the environment.  timeout_s: a
-    request that hears nothing for so long counts as lost.  retries: what happens to lost requests.
+    request without an answer for so long counts as lost.  retries: how lost requests are repeated.
 
     Every method raises Unreachable when nothing answers, and ProblemError when the gateway refuses.
     """
@@ -48,35 +48,38 @@ class Client:
         self._store = httpx.Client(transport=transport, **address.options, timeout=2 * timeout_s)
 
     def create_job(
-        self, prompt: str, *, idempotency_key: str | None = None, **wish: Unpack[Wish]
+        self, prompt: str, *, idempotency_key: str | None = None, **fields: Unpack[JobFields]
     ) -> Job:
-        """Ask for images; return the accepted job with every parameter resolved.
+        """Create a job; return it with every parameter filled in.
 
-        The gateway chooses what `wish` leaves out. Lost answers and full queues are tried again
-        without making a second job.  idempotency_key: give the same key in a later call, also from
-        another process, to get the same job.
+        fields: those of `JobFields`; the gateway fills in what is left out.  idempotency_key: give
+        the same key in a later call, also from another process, to get the same job. Lost answers
+        and full queues are tried again without creating a second job.
         """
-        return self._run(self._flows.create_job(prompt, wish, idempotency_key))
+        return self._run(self._flows.create_job(prompt, fields, idempotency_key))
 
     def create_jobs(
-        self, wishes: Sequence[Mapping[str, Any]], *, idempotency_key: str | None = None
+        self, jobs: Sequence[Mapping[str, Any]], *, idempotency_key: str | None = None
     ) -> tuple[Submission, ...]:
-        """Ask for up to 1,000 jobs in one request; some of them may be refused.
+        """Create up to 1,000 jobs in one request; some of them may be refused.
 
-        wishes: mappings with `prompt` and the fields of `Wish`.
+        jobs: mappings with `prompt` and fields of `JobFields`.
         """
-        return self._run(self._flows.create_jobs(wishes, idempotency_key))
+        return self._run(self._flows.create_jobs(jobs, idempotency_key))
 
-    def estimate(self, prompt: str, **wish: Unpack[Wish]) -> Estimate:
-        """Estimate what the wish would become if it were sent now; no job is made.
+    def estimate(self, prompt: str, **fields: Unpack[JobFields]) -> Estimate:
+        """Estimate the job that `create_job` would create now, without creating it.
 
-        The answer holds every parameter, cost and time, and tells whether the job would be
+        The answer has every parameter, the cost and the time, and tells whether the job would be
         accepted.
         """
-        return self._run(self._flows.estimate(prompt, wish))
+        return self._run(self._flows.estimate(prompt, fields))
 
     def replay(self, job_id: str, *, idempotency_key: str | None = None) -> Job:
-        """Ask again for exactly what that job was. Reproducible tiers give the same pixels."""
+        """Create a job with exactly the parameters of that job.
+
+        In a tier that is reproducible, its images have the same pixels.
+        """
         return self._run(self._flows.replay(job_id, idempotency_key))
 
     def job(self, job_id: str, wait_s: int | None = None) -> Job:
@@ -126,7 +129,7 @@ class Client:
         return self._run(self._flows.cancel(job_id))
 
     def delete(self, job_id: str) -> None:
-        """Erase the job's prompt and images. The audit log keeps the fact that there was a job."""
+        """Erase the job's prompts, metadata and images. Its cost and its audit events stay."""
         self._run(self._flows.delete(job_id))
 
     def wait(
@@ -165,7 +168,7 @@ class Client:
             time.sleep(pause_s)
 
     def image(self, job: Job | str, index: int = 0) -> bytes:
-        """Return the stored bytes of one image, checked against the digest that the job names.
+        """Return the stored bytes of one image, checked against the digest in the job.
 
         Raises ImageNotStored and DigestMismatch.
         """
@@ -182,7 +185,7 @@ class Client:
         return self._run(self._flows.download(job, Path(folder), names))
 
     def upload(self, picture: Picture) -> File:
-        """Upload a picture, given as bytes or as a path, to start images from.
+        """Upload a picture, given as bytes or as a path, for jobs to start from.
 
         The same picture uploaded twice is one file.
         """

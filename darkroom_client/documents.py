@@ -1,6 +1,6 @@
 """Type the API's documents other than jobs.
 
-Each keeps the JSON object as it came in `members`, including what this version does not know.
+`members` of each is the JSON object as it came, including what this version does not know.
 """
 
 from collections.abc import Mapping
@@ -21,9 +21,9 @@ from darkroom_client.jobs import (
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
-    """The outcome of one wish of a batch: a job, or the problem why there is none.
+    """The result of one job of a batch: its id, or the problem for which it was refused.
 
-    Of the job only the id and a few parameters are known.
+    `members` has some parameters of the job, not all.
     """
 
     job_id: str | None
@@ -33,14 +33,14 @@ class Submission:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate(Parameters):
-    """What a wish would become if it were sent now.
+    """The job that a request would create now, with its price and its wait.
 
-    refusal: why it would not be accepted; its `retry_after_s` says when it may be.
+    refusal: why it would be refused; its `retry_after_s` says when it may be accepted.
     """
 
     can_be_served: bool
     refusal: ProblemError | None
-    seed: int | None  # None: one is drawn for the job
+    seed: int | None  # None: it would be chosen at random
     start_deadline_s: float | None
     megapixel_steps: float
     cost: Cost | None
@@ -51,7 +51,7 @@ class Estimate(Parameters):
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """A job's state and how far it is, without the rest of it."""
+    """The state and the progress of a job, without its other members."""
 
     id: str
     state: str
@@ -69,7 +69,7 @@ class Status:
 
 @dataclass(frozen=True, kw_only=True)
 class File:
-    """A picture of the tenant's, as it is kept. The same picture twice is one file."""
+    """An uploaded picture. The same picture, uploaded twice, is one file."""
 
     id: str
     width_px: int | None
@@ -79,6 +79,6 @@ class File:
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What the tenant used, and what it may use: read it from `members`."""
+    """The tenant's usage and limits; `members` has the whole document."""
 
     members: Mapping[str, Any]

@@ -25,10 +25,10 @@ from darkroom_client.errors import (
     Unreachable,
     WaitTimeout,
 )
+from darkroom_client.job_fields import PICTURE_FIELDS, Picture, to_upload
 from darkroom_client.jobs import Job
 from darkroom_client.retries import Retries, is_hopeless, is_passing, retry_after_s
 from darkroom_client.wire import ApiRequest
-from darkroom_client.wishes import PICTURE_FIELDS, Picture, to_upload
 
 _POLL_EVERY_S = 0.15
 _POLL_AT_LEAST_EVERY_S = 1.0
@@ -69,25 +69,25 @@ class Flows:
         self._retries = retries
         self._store_is_far = False
 
-    def create_job(self, prompt: str, wish: Mapping[str, Any], key: str | None) -> Flow[Job]:
-        said = yield from self._with_pictures({"prompt": prompt, **wish})
+    def create_job(self, prompt: str, fields: Mapping[str, Any], key: str | None) -> Flow[Job]:
+        said = yield from self._with_pictures({"prompt": prompt, **fields})
         return answers.read_job(
             (yield from self._sent(wire.create_job(said, key or wire.new_key())))
         )
 
     def create_jobs(
-        self, wishes: Sequence[Mapping[str, Any]], key: str | None
+        self, jobs: Sequence[Mapping[str, Any]], key: str | None
     ) -> Flow[tuple[Submission, ...]]:
         said = []
         known = dict[bytes | Path, str]()
-        for wish in wishes:
-            said.append((yield from self._with_pictures(wish, known)))
+        for fields in jobs:
+            said.append((yield from self._with_pictures(fields, known)))
         return answers.read_submissions(
             (yield from self._sent(wire.create_jobs(said, key or wire.new_key())))
         )
 
-    def estimate(self, prompt: str, wish: Mapping[str, Any]) -> Flow[Estimate]:
-        said = yield from self._with_pictures({"prompt": prompt, **wish})
+    def estimate(self, prompt: str, fields: Mapping[str, Any]) -> Flow[Estimate]:
+        said = yield from self._with_pictures({"prompt": prompt, **fields})
         return answers.read_estimate((yield from self._sent(wire.estimate(said))))
 
     def replay(self, job_id: str, key: str | None) -> Flow[Job]:
@@ -196,13 +196,13 @@ class Flows:
         return list(answers.read_object((yield from self._sent(wire.list_of(resource))))["data"])
 
     def _with_pictures(
-        self, wish: Mapping[str, Any], known: dict[bytes | Path, str] | None = None
+        self, fields: Mapping[str, Any], known: dict[bytes | Path, str] | None = None
     ) -> Flow[dict[str, Any]]:
-        """Return the wish with a file id in place of each picture that had to be uploaded.
+        """Return the fields with a file id in place of each picture that had to be uploaded.
 
         known: the ids of pictures that were uploaded already; new ones are added to it.
         """
-        said = dict(wish)
+        said = dict(fields)
         known = {} if known is None else known
         for field in PICTURE_FIELDS:
             picture = to_upload(said.get(field))

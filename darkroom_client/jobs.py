@@ -123,7 +123,7 @@ class Parameters:
 
 @dataclass(frozen=True, kw_only=True)
 class Job(Parameters):
-    """One wish, every parameter resolved, and what became of it."""
+    """A job: its parameters, its state and its images."""
 
     id: str
     state: str
@@ -191,7 +191,7 @@ def parameters_of(members: Mapping[str, Any]) -> dict[str, Any]:
 def plain_of(kind: type[Any], members: Mapping[str, Any]) -> dict[str, Any]:
     """Read the fields of `kind` that are texts, numbers or instants, by their types.
 
-    What may be None need not be there: older gateways tell less. Raises KeyError for the others.
+    What may be None may be missing: older gateways send less. Raises KeyError for the others.
     """
     read: dict[str, Any] = {}
     for name, hint in _hints_of(kind).items():

@@ -53,28 +53,28 @@ def new_key() -> str:
     return uuid.uuid4().hex
 
 
-def create_job(wish: Mapping[str, Any], key: str) -> ApiRequest:
-    """Ask for a job. The gateway resolves what is None in `wish`.
+def create_job(fields: Mapping[str, Any], key: str) -> ApiRequest:
+    """Ask for a job. The gateway fills in what is None in `fields`.
 
-    key: the same for the same wish, however often it is sent.
+    key: the same for the same request, however often it is sent.
     """
-    return ApiRequest(method="POST", path="/v1/jobs", json=_said(wish), headers=_once(key))
+    return ApiRequest(method="POST", path="/v1/jobs", json=_said(fields), headers=_once(key))
 
 
-def create_jobs(wishes: Sequence[Mapping[str, Any]], key: str) -> ApiRequest:
+def create_jobs(jobs: Sequence[Mapping[str, Any]], key: str) -> ApiRequest:
     """Ask for up to 1,000 jobs at once."""
     return ApiRequest(
         method="POST",
         path="/v1/jobs:batch",
-        json={"jobs": [_said(wish) for wish in wishes]},
+        json={"jobs": [_said(fields) for fields in jobs]},
         headers=_once(key),
         held_s=_LARGE_S,
     )
 
 
-def estimate(wish: Mapping[str, Any]) -> ApiRequest:
-    """Ask what the wish would become, without making it a job."""
-    return ApiRequest(method="POST", path="/v1/estimate", json=_said(wish))
+def estimate(fields: Mapping[str, Any]) -> ApiRequest:
+    """Ask which job the fields would create, without creating it."""
+    return ApiRequest(method="POST", path="/v1/estimate", json=_said(fields))
 
 
 def replay_job(job_id: str, key: str) -> ApiRequest:

@@ -28,12 +28,12 @@ from app.schemas import openai as openai_schemas
 from app.schemas.bodies import JobBody
 from app.services.inputs import UNSEEN
 from app.spec.job_fields import job_fields
+from cli.job_options import job_options
 from cli.keys import issue as issue_key
 from cli.tenants import tenants as tenants_commands
-from cli.wishes import wish_options
 from darkroom_client import documents as client_documents
+from darkroom_client import job_fields as client_fields
 from darkroom_client import jobs as client_jobs
-from darkroom_client import wishes as client_wishes
 from engine.request import ImageRequest
 from models import accepting, api_keys, files, jobs, tenants
 from models.accepting import AcceptedRow, NewJob
@@ -225,7 +225,7 @@ WITH_A_PICTURE = (
 def options_of_the_command() -> set[str]:
     def command() -> None: ...
 
-    return {option.name for option in wish_options(command).__click_params__}
+    return {option.name for option in job_options(command).__click_params__}
 
 
 def listed_in_the_page_on_the_api() -> set[str]:
@@ -292,15 +292,15 @@ def test_every_place_knows_every_parameter_of_a_job(request):
             names_of(ImageRequest) - set(SET_BY_THE_WORKER) - set(NOT_OFFERED_YET),
             engine_fields,
         ),
-        "darkroom_client.Wish": lambda: (
+        "darkroom_client.JobFields": lambda: (
             asked - set(NOT_IN_WISH),
-            set(client_wishes.Wish.__annotations__),
+            set(client_fields.JobFields.__annotations__),
         ),
-        "darkroom_client.wishes.PICTURE_FIELDS": lambda: (
+        "darkroom_client.job_fields.PICTURE_FIELDS": lambda: (
             set(PICTURES),
-            set(client_wishes.PICTURE_FIELDS),
+            set(client_fields.PICTURE_FIELDS),
         ),
-        "cli.wishes": lambda: (asked - set(NOT_AN_OPTION), options_of_the_command()),
+        "cli.job_options": lambda: (asked - set(NOT_AN_OPTION), options_of_the_command()),
         "docs/api.md, Fields of a job": lambda: (asked, listed_in_the_page_on_the_api()),
         "docs/openai.md, extra_body": lambda: (extras | {"metadata"}, listed_as_extra_body()),
     }

@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from PIL import Image
 
 from cli.installation import Installation
+from cli.job_options import job_options
 from cli.jobs import _instant
 from cli.main import darkroom
-from cli.wishes import wish_options
 from darkroom_client import Client
 from tests.cli.terminal import Terminal, piped
 from tests.client.test_client import PNG
@@ -292,7 +292,7 @@ def test_a_picture_to_be_followed_is_sent_along(stack, tmp_path):
 )
 def test_adapters_are_said_with_or_without_their_strength(said, fields):
     asked = []
-    click.command()(wish_options(lambda **wish: asked.append(wish))).main(
+    click.command()(job_options(lambda **wish: asked.append(wish))).main(
         said, standalone_mode=False
     )
 

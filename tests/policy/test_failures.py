@@ -6,9 +6,9 @@ import pytest
 from click import Choice
 
 import cli.generate
+import cli.job_options
 import cli.jobs
 import cli.many
-import cli.wishes
 import darkroom_client.downloads
 import darkroom_client.jobs
 from edges.encoding import OPTIONS
@@ -81,7 +81,9 @@ def test_formats_are_the_same_to_the_encoder_the_client_and_the_command_line():
 
     assert list(OPTIONS) == list(FORMATS)
     assert extensions == darkroom_client.downloads._EXTENSIONS
-    assert {name: f".{kind.extension}" for name, kind in FORMATS.items()} == cli.wishes.EXTENSIONS
+    assert {
+        name: f".{kind.extension}" for name, kind in FORMATS.items()
+    } == cli.job_options.EXTENSIONS
     assert set(cli.generate.FORMATS.values()) == set(FORMATS)
     assert {f".{kind.extension}" for kind in FORMATS.values()} <= set(cli.generate.FORMATS)
 

@@ -1,4 +1,4 @@
-"""The fields of a wish beside its prompt, and those among them that hold pictures."""
+"""Define the fields of a job's request, and which of them hold pictures."""
 
 import uuid
 from collections.abc import Mapping, Sequence
@@ -10,8 +10,10 @@ PICTURE_FIELDS = ("init_image", "mask", "control_image")
 _REFERENCES = ("data:", "http://", "https://")
 
 
-class Wish(TypedDict, total=False):
-    """The fields of a job's request. The gateway chooses what is left out or None.
+class JobFields(TypedDict, total=False):
+    """The fields of a job's request, except for its prompt.
+
+    The gateway fills in a field that is left out or None.
 
     A picture may be bytes, a path, a data URL, or the id of an uploaded file. Bytes and paths are
     uploaded first.

@@ -109,8 +109,8 @@ _OPTIONS = [
 ]
 
 
-def wish_options(command: Command) -> Command:
-    """Give the command an option for each field of a wish, under the field's name."""
+def job_options(command: Command) -> Command:
+    """Give the command an option for each field of a job, under the field's name."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
