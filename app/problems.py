@@ -56,7 +56,7 @@ from typing import Any, Self, Unpack
 
 from app.schemas import problems as schemas
 from app.schemas.problems import FieldError, ProblemFacts
-from policy.catalog import InvalidWish
+from policy.catalog import InvalidParam
 
 MOST_NAMED = 5  # wrong fields in OpenAI's one message
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -422,6 +422,6 @@ class PartUnavailable(Problem):
     about = "A part of the installation cannot be reached now. Try the same request again later."
 
 
-def invalid_wish(error: InvalidWish) -> InvalidImageRequest:
+def invalid_param(error: InvalidParam) -> InvalidImageRequest:
     """Make the problem of a field that is of the right type and out of range."""
     return InvalidImageRequest.at(error.field, error.detail, accepted=error.accepted)

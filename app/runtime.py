@@ -31,7 +31,7 @@ from models.database import make_engine
 from policy import connections
 from policy.catalog import resolve
 from policy.fleet import Fleet
-from policy.params import Resolved, Wish
+from policy.params import RequestedParams, Resolved
 from settings import GatewaySettings
 
 
@@ -68,13 +68,13 @@ class Runtime:
     statuses: Statuses = field(default_factory=Statuses)
     watchers: Watchers = field(default_factory=Watchers)
 
-    def resolve(self, wish: Wish) -> Resolved:
-        """Resolve every parameter of the wish. Raises InvalidWish.
+    def resolve(self, requested: RequestedParams) -> Resolved:
+        """Resolve every requested parameter. Raises InvalidParam.
 
         A seed is drawn where none was asked for.
         """
         return resolve(
-            self.fleet, wish, default_seed=secrets.randbelow(2**32), draw=random.random()
+            self.fleet, requested, default_seed=secrets.randbelow(2**32), draw=random.random()
         )
 
 

@@ -30,7 +30,7 @@ KEPT_FOR_S = 30 * 86_400.0
 OVERDUE_S = 3600.0  # due for so long and not tried: its endpoint is disabled
 PENDING_COUNTED = 10_000  # with a receiver away for days there may be a million
 GONE = "gone"
-OWN_WISH = "by the tenant"
+DISABLED_BY_TENANT = "by the tenant"
 
 _IS_LIVE = (WebhookEndpoint.disabled_at.is_(None), WebhookEndpoint.deleted_at.is_(None))
 _IS_PENDING = WebhookDelivery.state == DeliveryState.PENDING
@@ -246,7 +246,7 @@ def change(
         endpoint.disabled_reason = None
     elif enabled is not None:
         endpoint.disabled_at = endpoint.disabled_at or session.scalar(select(statement_time()))
-        endpoint.disabled_reason = endpoint.disabled_reason or OWN_WISH
+        endpoint.disabled_reason = endpoint.disabled_reason or DISABLED_BY_TENANT
     values = {"url": url, "events": events, "description": description, "enabled": enabled}
     changed = [name for name, value in values.items() if value is not None]
     facts: dict[str, Any] = {"endpoint_id": str(endpoint.id), "changed": changed}

@@ -1,4 +1,4 @@
-"""Resolve a tenant's wish to complete parameters, before anything is written.
+"""Resolve the parameters of a request to complete parameters, before anything is written.
 
 Pure: no clock, no randomness of its own (the caller hands a seed and a draw), so a resolved job can
 be replayed from its row.
@@ -8,7 +8,7 @@ import math
 from typing import Any, TypeVar
 
 from policy.fleet import Fleet, Model, ModelTier, ModelVersion, parse_size
-from policy.params import PARAMS, PassThrough, Resolved, Wish
+from policy.params import PARAMS, PassThrough, RequestedParams, Resolved
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
 RANDOM_SEED = -1  # what other programs send for a seed that is drawn
@@ -20,7 +20,7 @@ Number = TypeVar("Number", int, float)
 Value = TypeVar("Value")
 
 
-class InvalidWish(Exception):
+class InvalidParam(Exception):
     """No worker could ever render the field; `accepted` says what would be accepted."""
 
     def __init__(self, field: str, detail: str, accepted: object = None) -> None:
@@ -30,25 +30,29 @@ class InvalidWish(Exception):
         self.accepted = accepted
 
 
-def resolve(fleet: Fleet, wish: Wish, *, default_seed: int, draw: float) -> Resolved:
+def resolve(
+    fleet: Fleet, requested: RequestedParams, *, default_seed: int, draw: float
+) -> Resolved:
     """Fill in what was not said and refuse what cannot be served.
 
-    default_seed: used when the wish names none.  draw: in [0, 1), picks the model version by
-    traffic weight.  Raises InvalidWish, which names the field.
+    default_seed: used when the request names none.  draw: in [0, 1), picks the model version by
+    traffic weight.  Raises InvalidParam, which names the field.
     """
-    model_name = _one_of("model", _first(wish.model, fleet.default_model()), tuple(fleet.model_ids))
+    model_name = _one_of(
+        "model", _first(requested.model, fleet.default_model()), tuple(fleet.model_ids)
+    )
     model_id = fleet.model_ids[model_name]
-    tier_id = _one_of("tier", _first(wish.tier, fleet.default_tier()), tuple(fleet.tiers))
+    tier_id = _one_of("tier", _first(requested.tier, fleet.default_tier()), tuple(fleet.tiers))
     model = fleet.models[model_id]
     tier = fleet.tiers[tier_id]
     own = model.tiers.get(tier_id, ModelTier())
-    _check_text(model, wish)
+    _check_text(model, requested)
     sizes = fleet.sizes_of(model_id, tier_id)
-    size = _one_of("size", _first(wish.size, sizes[0]), sizes)
+    size = _one_of("size", _first(requested.size, sizes[0]), sizes)
     width_px, height_px = parse_size(size)
-    num_images = _within("n", wish.n, 1, tier.max_images, f"tier {tier_id}")
-    steps = _first(wish.steps, fleet.default_steps(model_id, tier_id))
-    guidance = _first(wish.guidance, own.default_guidance, model.default_guidance)
+    num_images = _within("n", requested.n, 1, tier.max_images, f"tier {tier_id}")
+    steps = _first(requested.steps, fleet.default_steps(model_id, tier_id))
+    guidance = _first(requested.guidance, own.default_guidance, model.default_guidance)
     return Resolved(
         model=model_id,
         model_alias=model_name if model_name != model_id else None,
@@ -59,12 +63,14 @@ def resolve(fleet: Fleet, wish: Wish, *, default_seed: int, draw: float) -> Reso
         height_px=height_px,
         num_steps=_within("steps", steps, 1, tier.max_steps, f"tier {tier_id}"),
         guidance=_within("guidance", guidance, 0.0, model.max_guidance, f"model {model_id}"),
-        sampler=_one_of("sampler", _first(wish.sampler, model.default_sampler), model.samplers),
-        seed=_seed(wish, default_seed, num_images),
+        sampler=_one_of(
+            "sampler", _first(requested.sampler, model.default_sampler), model.samplers
+        ),
+        seed=_seed(requested, default_seed, num_images),
         num_images=num_images,
-        **_passed_through(model, model_id, wish),
-        strength=_strength(wish, steps),
-        adapters=_adapters(model, model_id, wish),
+        **_passed_through(model, model_id, requested),
+        strength=_strength(requested, steps),
+        adapters=_adapters(model, model_id, requested),
         precision=model.precision,
         determinism=tier.determinism,
         bucket_rows=own.bucket_rows[size] if tier.determinism == "reproducible" else None,
@@ -87,17 +93,20 @@ def checkpoint_name(model: str, version: str) -> str:
     return f"{model}@{version}"
 
 
-def _check_text(model: Model, wish: Wish) -> None:
-    for field, text in (("prompt", wish.prompt), ("negative_prompt", wish.negative_prompt)):
+def _check_text(model: Model, requested: RequestedParams) -> None:
+    for field, text in (
+        ("prompt", requested.prompt),
+        ("negative_prompt", requested.negative_prompt),
+    ):
         if len(text) > model.max_prompt_chars:
             most = model.max_prompt_chars
             detail = f"has {len(text)} characters; at most {most} are accepted"
-            raise InvalidWish(field, detail, {"max_chars": most})
+            raise InvalidParam(field, detail, {"max_chars": most})
         if "\x00" in text or not _is_unicode(text):
             detail = "contains a NUL character or an unpaired surrogate; send plain Unicode text"
-            raise InvalidWish(field, detail)
-    if not wish.prompt.strip() and wish.init_image is None:  # a picture may say it all
-        raise InvalidWish("prompt", "is empty; describe the image", {"min_chars": 1})
+            raise InvalidParam(field, detail)
+    if not requested.prompt.strip() and requested.init_image is None:  # a picture may say it all
+        raise InvalidParam("prompt", "is empty; describe the image", {"min_chars": 1})
 
 
 def _is_unicode(text: str) -> bool:
@@ -108,34 +117,36 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _seed(wish: Wish, default_seed: int, num_images: int) -> int:
+def _seed(requested: RequestedParams, default_seed: int, num_images: int) -> int:
     """Return the seed of image 0; RANDOM_SEED stands for one that is drawn."""
-    seed = default_seed if wish.seed is None or wish.seed == RANDOM_SEED else wish.seed
+    seed = (
+        default_seed if requested.seed is None or requested.seed == RANDOM_SEED else requested.seed
+    )
     most = MAX_SEED - num_images
     if not 0 <= seed <= most:
         detail = f"must be from 0 to {most}, or {RANDOM_SEED} for a random one"
-        raise InvalidWish("seed", detail, {"min": RANDOM_SEED, "max": most})
+        raise InvalidParam("seed", detail, {"min": RANDOM_SEED, "max": most})
     return seed
 
 
-def _strength(wish: Wish, num_steps: int) -> float | None:
+def _strength(requested: RequestedParams, num_steps: int) -> float | None:
     """Return how far from the picture that it starts with a job goes; None without a picture."""
-    if wish.init_image is None:
-        for field, said in (("mask", wish.mask), ("strength", wish.strength)):
+    if requested.init_image is None:
+        for field, said in (("mask", requested.mask), ("strength", requested.strength)):
             if said is not None:
-                raise InvalidWish(field, "needs an init_image")
+                raise InvalidParam(field, "needs an init_image")
         return None
-    strength = _first(wish.strength, DEFAULT_STRENGTH if wish.mask is None else 1.0)
+    strength = _first(requested.strength, DEFAULT_STRENGTH if requested.mask is None else 1.0)
     least = math.ceil(10_000 / num_steps) / 10_000  # below that no step is left
     return _within("strength", strength, least, 1.0, f"{num_steps} steps")
 
 
-def _passed_through(model: Model, model_id: str, wish: Wish) -> dict[str, Any]:
-    """Return the parameters that are taken from the wish as they are. Raises InvalidWish."""
+def _passed_through(model: Model, model_id: str, requested: RequestedParams) -> dict[str, Any]:
+    """Return the parameters that are taken from the request as they are. Raises InvalidParam."""
     taken = {}
     for param in PARAMS:
         if param.pass_through is not None and param.member is not None:
-            value = getattr(wish, param.member)
+            value = getattr(requested, param.member)
             if value is not None:
                 _check_rule(param.member, param.pass_through, value, model, model_id)
             taken[param.name] = value
@@ -144,7 +155,7 @@ def _passed_through(model: Model, model_id: str, wish: Wish) -> dict[str, Any]:
 
 def _check_rule(field: str, rule: PassThrough, value: Any, model: Model, model_id: str) -> None:
     if rule.families is not None and model.family not in rule.families:
-        raise InvalidWish(field, rule.unfit.format(model=model_id))
+        raise InvalidParam(field, rule.unfit.format(model=model_id))
     if rule.choices is not None:
         _one_of(field, value, rule.choices)
     _check_range(field, value, rule.low, rule.high)
@@ -156,24 +167,26 @@ def _check_range(field: str, value: Any, low: float | None, high: float | None) 
     if low is not None and high is not None:
         _within(field, value, low, high, by)
     elif low is not None and not value >= low:
-        raise InvalidWish(field, f"must be at least {low} ({by})", {"min": low})
+        raise InvalidParam(field, f"must be at least {low} ({by})", {"min": low})
     elif high is not None and not value <= high:
-        raise InvalidWish(field, f"must be at most {high} ({by})", {"max": high})
+        raise InvalidParam(field, f"must be at most {high} ({by})", {"max": high})
 
 
-def _adapters(model: Model, model_id: str, wish: Wish) -> list[dict[str, str | float]] | None:
-    if len(wish.adapters) > MAX_ADAPTERS:
-        detail = f"has {len(wish.adapters)} entries; at most {MAX_ADAPTERS} are accepted"
-        raise InvalidWish("adapters", detail, {"max": MAX_ADAPTERS})
-    for place, adapter in enumerate(wish.adapters):
+def _adapters(
+    model: Model, model_id: str, requested: RequestedParams
+) -> list[dict[str, str | float]] | None:
+    if len(requested.adapters) > MAX_ADAPTERS:
+        detail = f"has {len(requested.adapters)} entries; at most {MAX_ADAPTERS} are accepted"
+        raise InvalidParam("adapters", detail, {"max": MAX_ADAPTERS})
+    for place, adapter in enumerate(requested.adapters):
         if not model.adapters:
-            raise InvalidWish("adapters", f"are not offered by model {model_id}", [])
+            raise InvalidParam("adapters", f"are not offered by model {model_id}", [])
         _one_of(f"adapters/{place}/name", adapter.name, tuple(model.adapters))
         field = f"adapters/{place}/strength"
         most = MAX_ADAPTER_STRENGTH
         _within(field, adapter.strength, -most, most, "every adapter")
     chosen: list[dict[str, str | float]] = [
-        {"name": adapter.name, "strength": adapter.strength} for adapter in wish.adapters
+        {"name": adapter.name, "strength": adapter.strength} for adapter in requested.adapters
     ]
     return chosen or None
 
@@ -181,13 +194,13 @@ def _adapters(model: Model, model_id: str, wish: Wish) -> list[dict[str, str | f
 def _one_of(field: str, value: str, accepted: tuple[str, ...]) -> str:
     if value not in accepted:
         detail = f"{value[:64]!r} is not offered; accepted: {', '.join(accepted)}"
-        raise InvalidWish(field, detail, list(accepted))
+        raise InvalidParam(field, detail, list(accepted))
     return value
 
 
 def _within(field: str, value: Number, low: Number, high: Number, by: str) -> Number:
     if not low <= value <= high:
-        raise InvalidWish(field, f"must be from {low} to {high} ({by})", {"min": low, "max": high})
+        raise InvalidParam(field, f"must be from {low} to {high} ({by})", {"min": low, "max": high})
     return value
 
 

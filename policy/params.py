@@ -1,9 +1,9 @@
 """List every parameter of a job once: what a request may ask for, and what it becomes.
 
-`Wish` is what a tenant asked for and `Resolved` the complete parameters made from it. The note on
-each field of `Resolved` says what other rooms call it and where it shows. Request bodies, answers,
-columns, replays, OpenAI's extras and the engine's requests are made from this list. What is written
-by hand (client, command line, documents, the view `job_history`) is compared with it by
+`RequestedParams` is what a tenant asked for, `Resolved` the complete parameters made from it. The
+note on each field of `Resolved` says what other rooms call it and where it shows. Request bodies,
+answers, columns, replays, OpenAI's extras and the engine's requests are made from this list. What
+is written by hand (client, command line, documents, the view `job_history`) is compared with it by
 tests/test_params.py, which names whatever is missing anywhere.
 
 Pure values. Ranges that depend on a model or a tier are checked in policy/catalog.py.
@@ -25,7 +25,7 @@ PictureKind = Literal["image", "mask"]
 
 
 @dataclass(frozen=True)
-class AdapterWish:
+class RequestedAdapter:
     """One of the model's adapters, and how much of it; below 0 it works the other way."""
 
     name: str
@@ -33,7 +33,7 @@ class AdapterWish:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class RequestedParams:
     """A tenant's request for a job, types already right; None: not given."""
 
     prompt: str
@@ -53,12 +53,12 @@ class Wish:
     control_image: UUID | None = None
     strength: float | None = None
     clip_skip: int | None = None
-    adapters: tuple[AdapterWish, ...] = ()
+    adapters: tuple[RequestedAdapter, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class PassThrough:
-    """The rule of a parameter that is taken from the wish as it is, whatever the model or the tier.
+    """The rule of a parameter that is taken as it was requested, in any model and tier.
 
     choices: the values that are accepted.  low, high: the accepted range, both included; either may
     be without the other.  families: the model families that take it; None: all.  unfit: the error
@@ -86,12 +86,13 @@ class Use(Flag):
 class Param:
     """One resolved parameter.
 
-    member: its member in answers, and in requests if `Wish` has it; None: clients do not see it.
+    member: its member in answers, and in requests if `RequestedParams` has it; None: clients do not
+    see it.
     says: what it is, for clients.
     unit: of a number that has one.
     picture: what kind of picture it names the file of; `member` is then its role in the job.
     none_shown_as: what answers show where it is None.
-    as_asked: its rule, if it is what the wish says; None: policy/catalog.py decides.
+    as_asked: its rule, if it is what the request says; None: policy/catalog.py decides.
     name, kind: its field in `Resolved`, which is its column in `jobs`.
     """
 
@@ -283,7 +284,7 @@ def _listed() -> tuple[Param, ...]:
 
 PARAMS = _listed()
 NAMES = tuple(param.name for param in PARAMS)  # the columns of `jobs` that make it replayable
-ASKED = tuple(field.name for field in fields(Wish))  # fields of a request
+ASKED = tuple(field.name for field in fields(RequestedParams))  # fields of a request
 SHOWN = tuple(param for param in PARAMS if param.member is not None)
 OPENAI_REQUEST = tuple(param for param in PARAMS if Use.OPENAI_REQUEST in param.use)
 OPENAI_ANSWER = tuple(param for param in PARAMS if Use.OPENAI_ANSWER in param.use)

@@ -29,7 +29,7 @@ from models.leases import Lease, LeftSnapshot, RenderedWork
 from models.tables import Job, Tenant
 from policy.catalog import resolve
 from policy.fleet import Fleet, parse_fleet
-from policy.params import NAMES, Resolved, Wish
+from policy.params import NAMES, RequestedParams, Resolved
 from settings import AnySettings
 
 GONE = object()  # as the value of a change: the key is not in the file at all
@@ -201,13 +201,13 @@ def a_zone_of_another_day() -> str:
     return "Pacific/Kiritimati" if datetime.now(UTC).hour >= 10 else "Pacific/Niue"
 
 
-def a_wish(**fields: Any) -> Wish:
-    return Wish(**{"prompt": "a red circle", **fields})
+def some_params(**fields: Any) -> RequestedParams:
+    return RequestedParams(**{"prompt": "a red circle", **fields})
 
 
 def resolved(fleet: Fleet | None = None, **fields: Any) -> Resolved:
-    """What becomes of `a_wish(**fields)`."""
-    return resolve(fleet or a_fleet(), a_wish(**fields), default_seed=7, draw=0.0)
+    """What becomes of `some_params(**fields)`."""
+    return resolve(fleet or a_fleet(), some_params(**fields), default_seed=7, draw=0.0)
 
 
 def a_tenant(session: Session, *, weight: float = 1.0) -> Tenant:

@@ -15,17 +15,17 @@ import psycopg2
 import pytest
 from pydantic import BaseModel
 
-from app.problems import Problem, invalid_wish
+from app.problems import Problem, invalid_param
 from app.spec.operations import OPERATIONS
 from cli.main import darkroom
 from fleet.stack import Stack
 from policy import warnings
-from policy.catalog import InvalidWish, resolve
+from policy.catalog import InvalidParam, resolve
 from policy.cost import price
 from policy.failures import FailureCode
 from policy.fleet import Adapter, Fleet, Model, ModelTier, ModelVersion, Pool, Tier, parse_fleet
 from policy.limits import LIMITS, SCOPES
-from policy.params import Wish
+from policy.params import RequestedParams
 from policy.states import JobState
 from policy.webhooks import EVENTS
 from settings import REPO
@@ -205,10 +205,15 @@ def test_the_error_that_the_api_page_shows_is_what_the_gateway_answers():
     shown = next(json.loads(each.text) for each in of("json") if "/problems/" in each.text)
     shipped = parse_fleet(text_of("fleet.toml"))
 
-    with pytest.raises(InvalidWish) as refused:
-        resolve(shipped, Wish(prompt="a star", tier="fast", steps=900), default_seed=7, draw=0.0)
+    with pytest.raises(InvalidParam) as refused:
+        resolve(
+            shipped,
+            RequestedParams(prompt="a star", tier="fast", steps=900),
+            default_seed=7,
+            draw=0.0,
+        )
 
-    problem = invalid_wish(refused.value)
+    problem = invalid_param(refused.value)
     del shown["instance"]
     assert shown == json.loads(json.dumps({**problem.summary(), "error": problem.openai_error()}))
 

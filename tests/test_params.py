@@ -57,8 +57,8 @@ from policy.params import (
     PARAMS,
     PICTURES,
     SHOWN,
-    AdapterWish,
-    Wish,
+    RequestedAdapter,
+    RequestedParams,
     members_of,
     params_of,
 )
@@ -72,7 +72,7 @@ BESIDE = {"metadata", "start_deadline_s"}
 TOLD_TOGETHER = {"size": "the member of width_px and height_px together"}
 NOT_IN_ANSWERS = {"pool": "which workers serve a model is the operator's affair"}
 NOT_AN_OPTION = {"prompt": "the argument of the command"}
-NOT_IN_WISH = {"prompt": "an argument of the client's methods"}
+NOT_REQUESTED = {"prompt": "an argument of the client's methods"}
 NOT_AN_EXTRA = {
     "prompt": "OpenAI's own field",
     "model": "OpenAI's own field",
@@ -293,7 +293,7 @@ def test_every_place_knows_every_parameter_of_a_job(request):
             engine_fields,
         ),
         "darkroom_client.JobFields": lambda: (
-            asked - set(NOT_IN_WISH),
+            asked - set(NOT_REQUESTED),
             set(client_fields.JobFields.__annotations__),
         ),
         "darkroom_client.job_fields.PICTURE_FIELDS": lambda: (
@@ -354,11 +354,11 @@ def test_a_parameter_and_its_column_agree_on_none(param):
     assert Job.__table__.c[param.name].nullable == may_be_none(param.kind)
 
 
-def test_defaults_of_a_wish_are_those_of_a_body():
+def test_defaults_of_requested_params_are_those_of_a_body():
     body = JobBody(prompt="a red circle")
 
     assert {name: getattr(body, name) or None for name in ASKED} == {
-        name: getattr(Wish(prompt="a red circle"), name) or None for name in ASKED
+        name: getattr(RequestedParams(prompt="a red circle"), name) or None for name in ASKED
     }
 
 
@@ -372,7 +372,7 @@ def test_parameters_are_shown_in_types_of_json(full):
     assert members_of(resolved())["adapters"] == ()
 
 
-def test_a_body_becomes_the_wish_that_it_says():
+def test_a_body_becomes_the_params_that_it_names():
     said = dict.fromkeys(ASKED) | {
         "prompt": "a red circle",
         "negative_prompt": "blue",
@@ -396,8 +396,8 @@ def test_a_body_becomes_the_wish_that_it_says():
 
     asked = job_request(body)
 
-    said |= {"adapters": (AdapterWish("sepia", -0.5), AdapterWish("ink", 1.0))}
-    assert vars(asked.wish) == {**said, **dict.fromkeys(PICTURES)}
+    said |= {"adapters": (RequestedAdapter("sepia", -0.5), RequestedAdapter("ink", 1.0))}
+    assert vars(asked.requested) == {**said, **dict.fromkeys(PICTURES)}
     assert vars(asked.unseen()) == {**said, **dict.fromkeys(PICTURES, UNSEEN)}
     assert asked.pictures == dict.fromkeys(PICTURES, "data:,")
 

@@ -16,12 +16,12 @@ from app.http.body import job_request, parse_job, parse_shared, read_object
 from app.http.context import caller, runtime
 from app.http.idempotency import REPLAYED, read_idempotent
 from app.http.views import urls_view
-from app.problems import InvalidImageRequest, Problem, invalid_wish
+from app.problems import InvalidImageRequest, Problem, invalid_param
 from app.schemas import jobs as schemas
 from app.schemas.bodies import MAX_JOBS
 from app.services.batches import BatchAnswer, BatchJob, Item, submit_batch
 from app.services.submit import JobRequest
-from policy.catalog import InvalidWish
+from policy.catalog import InvalidParam
 
 bp = Blueprint("batches", __name__)
 bp.before_request(require_key)
@@ -46,7 +46,7 @@ def _asked(items: Sequence[Any], defaults: Mapping[str, Any]) -> Iterator[JobReq
     for item in items:
         try:
             if not isinstance(item, dict):
-                raise invalid_wish(InvalidWish("", "must be an object with the fields of a job"))
+                raise invalid_param(InvalidParam("", "must be an object with the fields of a job"))
             yield job_request(parse_job({**defaults, **item}))
         except Problem as problem:
             yield problem
@@ -88,14 +88,14 @@ def _read_batch(body: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     """Read the items, and the defaults for fields that they omit. Raises InvalidImageRequest."""
     for name in body:
         if name not in ("jobs", "defaults"):
-            wrong = InvalidWish(name[:64], "is not a field of a batch", ["jobs", "defaults"])
-            raise invalid_wish(wrong)
+            wrong = InvalidParam(name[:64], "is not a field of a batch", ["jobs", "defaults"])
+            raise invalid_param(wrong)
     items = body.get("jobs")
     defaults = body.get("defaults", {})
     if not isinstance(items, list) or not 1 <= len(items) <= MAX_JOBS:
         detail = f"must be a list of 1 to {MAX_JOBS} jobs"
-        raise invalid_wish(InvalidWish("jobs", detail, {"min": 1, "max": MAX_JOBS}))
+        raise invalid_param(InvalidParam("jobs", detail, {"min": 1, "max": MAX_JOBS}))
     if not isinstance(defaults, dict):
-        raise invalid_wish(InvalidWish("defaults", "must be an object with the fields of a job"))
+        raise invalid_param(InvalidParam("defaults", "must be an object with the fields of a job"))
     parse_shared(defaults)
     return items, defaults

@@ -1,4 +1,4 @@
-"""Parse the body of a request into a Wish, or a problem that points at every wrong field."""
+"""Parse the body of a request, or refuse it with a problem that points at every wrong field."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from app.problems import (
     MalformedBody,
     Problem,
     UnsupportedMediaType,
-    invalid_wish,
+    invalid_param,
 )
 from app.schemas.bodies import (
     MAX_METADATA_CHARS,
@@ -27,8 +27,8 @@ from app.schemas.bodies import (
     JobBody,
 )
 from app.services.submit import JobRequest
-from policy.catalog import InvalidWish
-from policy.params import ASKED, PICTURES, AdapterWish, Wish
+from policy.catalog import InvalidParam
+from policy.params import ASKED, PICTURES, RequestedAdapter, RequestedParams
 from policy.text import is_human
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -85,18 +85,20 @@ def parse_shared(fields: Mapping[str, Any]) -> None:
 def job_request(body: JobBody) -> JobRequest:
     """Convert a body to what `services.submit` takes."""
     return JobRequest(
-        wish=wish_of(body),
+        requested=requested_params(body),
         pictures=body.pictures,
         metadata=body.metadata,
         start_within_s=body.start_deadline_s,
     )
 
 
-def wish_of(body: JobBody) -> Wish:
-    """Convert a body to a wish, without its pictures."""
+def requested_params(body: JobBody) -> RequestedParams:
+    """Convert a body to requested parameters, without the pictures."""
     said: dict[str, Any] = {name: getattr(body, name) for name in ASKED if name not in PICTURES}
-    said["adapters"] = tuple(AdapterWish(each.name, each.strength) for each in said["adapters"])
-    return Wish(**said)
+    said["adapters"] = tuple(
+        RequestedAdapter(each.name, each.strength) for each in said["adapters"]
+    )
+    return RequestedParams(**said)
 
 
 def check_metadata(metadata: Mapping[str, str]) -> None:
@@ -113,10 +115,10 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
         is_short = 1 <= len(key) <= MAX_METADATA_KEY_CHARS and len(value) <= MAX_METADATA_CHARS
         if not is_short or not is_human(key + value):
             detail = f"has an entry that is too long or has control characters: {key[:64]!r}"
-            raise invalid_wish(InvalidWish("metadata", detail, accepted))
+            raise invalid_param(InvalidParam("metadata", detail, accepted))
     if len(metadata) > MAX_METADATA_KEYS:
         detail = f"has {len(metadata)} keys; at most {MAX_METADATA_KEYS} are accepted"
-        raise invalid_wish(InvalidWish("metadata", detail, accepted))
+        raise invalid_param(InvalidParam("metadata", detail, accepted))
 
 
 def read_wait_s(request: Request, max_wait_s: int) -> int:

@@ -37,7 +37,7 @@ def show_estimate() -> ResponseReturnValue:
         field: uuid.UUID(value) if value and _is_id(value) else None
         for field, value in body.pictures.items()
     }
-    if asked.wish.seed in (None, RANDOM_SEED):
+    if asked.requested.seed in (None, RANDOM_SEED):
         params["seed"] = None  # without a requested seed, the job will draw its own
     return answer(_estimate_view(expected, params, body.metadata))
 

@@ -1,4 +1,6 @@
-"""Translate OpenAI's image requests to wishes. Pure: it sees fields and fleet.toml, no pictures.
+"""Translate OpenAI's image requests to our parameters.
+
+Pure: it sees fields and fleet.toml, no pictures.
 
 How OpenAI's Python client 3.57 sends requests: every field of a multipart body is a string, also
 numbers and booleans. `extra_body` arrives as further fields; our own parameters come that way.
@@ -15,7 +17,7 @@ from app.http.body import check_bounds, check_metadata
 from app.problems import InvalidImageRequest, ModelNotFound, NotOffered
 from policy.fleet import Fleet, parse_size
 from policy.formats import FORMATS
-from policy.params import OPENAI_REQUEST, AdapterWish, Wish
+from policy.params import OPENAI_REQUEST, RequestedAdapter, RequestedParams
 from policy.text import is_human
 
 GENERATION = "image_generation"
@@ -46,13 +48,13 @@ _NOT_DONE = {
 
 @dataclass(frozen=True, kw_only=True)
 class ImageCall:
-    """A parsed image call; its `wish` has no pictures yet.
+    """A parsed image call; its `requested` has no pictures yet.
 
     keeps_running: do not cancel the job when the client leaves its stream.
     """
 
     kind: str
-    wish: Wish
+    requested: RequestedParams
     metadata: Mapping[str, str]
     as_url: bool
     streams: bool
@@ -87,7 +89,7 @@ def read(kind: str, fields: Mapping[str, Any], fleet: Fleet) -> ImageCall:
     default_format = "url" if answers_url else "b64_json"
     asked = ImageCall(
         kind=kind,
-        wish=_wish(kind, said, fleet, count, quality),
+        requested=_requested_params(kind, said, fleet, count, quality),
         metadata=_metadata(said),
         as_url=said.one_of("response_format", default_format, RESPONSE_FORMATS) == "url",
         streams=streams,
@@ -226,14 +228,17 @@ class _FormFields:
         return int(value)
 
     def plain(self, name: str, kind: Any) -> Any:
-        """Read a field as `kind`, a type of `Wish` without its None; None for a missing field."""
+        """Read a field as `kind`, a type of `RequestedParams` without its None.
+
+        None for a missing field.
+        """
         if name not in self._fields:
             return None
         if kind is int:
             return self._parsed(name, None, int, "a whole number")
         if kind is float:
             return self._parsed(name, None, float, "a number")
-        if kind == tuple[AdapterWish, ...]:
+        if kind == tuple[RequestedAdapter, ...]:
             entries = self.structure(name, list, [])
             return tuple(_adapter(place, entry) for place, entry in enumerate(entries))
         return self.text(name, None)
@@ -282,7 +287,7 @@ def _without_none(hint: Any) -> Any:
 
 
 _EXTRAS = {param.member for param in OPENAI_REQUEST if param.member is not None}
-_KINDS = {name: _without_none(hint) for name, hint in get_type_hints(Wish).items()}
+_KINDS = {name: _without_none(hint) for name, hint in get_type_hints(RequestedParams).items()}
 _OURS = _EXTRAS | {"metadata"}
 _THEIRS = {"prompt", "model", "n", "size", "quality", "output_format", "output_compression"}
 _THEIRS |= {"background", "moderation", "stream", "partial_images", "response_format", "style"}
@@ -324,7 +329,9 @@ def _check_formats(said: _FormFields) -> None:
     said.one_of("input_fidelity", "high", FIDELITIES)
 
 
-def _wish(kind: str, said: _FormFields, fleet: Fleet, count: int, quality: str) -> Wish:
+def _requested_params(
+    kind: str, said: _FormFields, fleet: Fleet, count: int, quality: str
+) -> RequestedParams:
     model = said.text("model", None)
     if model is not None and model not in fleet.model_ids:
         offered = list(fleet.model_ids)
@@ -343,7 +350,7 @@ def _wish(kind: str, said: _FormFields, fleet: Fleet, count: int, quality: str) 
             model_id = fleet.model_ids[model or fleet.default_model()]
             extras["steps"] = steps_of(quality, fleet, model_id)
     completed = _complete_extras(extras, kind, has_prompt=bool(said.get("prompt")))
-    return Wish(
+    return RequestedParams(
         prompt=said.text("prompt", "") or "",
         model=model,
         size=None if size == "auto" else size,
@@ -370,22 +377,22 @@ def _complete_extras(extras: dict[str, Any], kind: str, *, has_prompt: bool) -> 
 
 
 def _extras(said: _FormFields) -> dict[str, Any]:
-    """Read our own parameters, by the fields of `Wish`; a missing one gets its default there."""
+    """Read our own parameters by the fields of `RequestedParams`, with defaults for missing ones."""
     found: dict[str, Any] = {}
-    for field in fields(Wish):
+    for field in fields(RequestedParams):
         if field.name in _EXTRAS:
             value = said.plain(field.name, _KINDS[field.name])
             found[field.name] = field.default if value is None else value
     return found
 
 
-def _adapter(place: int, entry: Any) -> AdapterWish:
+def _adapter(place: int, entry: Any) -> RequestedAdapter:
     has_its_fields = isinstance(entry, dict) and entry.keys() <= {"name", "strength"}
     if not has_its_fields or not isinstance(entry.get("name"), str):
         raise InvalidImageRequest.at(f"adapters/{place}", 'must be {"name": …, "strength": …}')
     place_of_it = f"adapters/{place}/strength"
     strength = _FormFields({place_of_it: entry.get("strength", 1.0)}).plain(place_of_it, float)
-    return AdapterWish(entry["name"], 1.0 if strength is None else float(strength))
+    return RequestedAdapter(entry["name"], 1.0 if strength is None else float(strength))
 
 
 def _metadata(said: _FormFields) -> Mapping[str, str]:

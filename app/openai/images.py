@@ -44,7 +44,7 @@ from app.services.submit import Accepted, Prepared
 from edges.objectstore import StoreUnavailable
 from models.idempotency import IdempotentRequest
 from models.tables import Artifact, File, Job
-from policy.params import Wish
+from policy.params import RequestedParams
 
 bp = Blueprint("openai_images", __name__, url_prefix="/v1/images")
 bp.before_request(require_key)
@@ -113,29 +113,31 @@ class _SentPictures:
         self.image = ""
         self.mask = None
 
-    def unseen(self, wish: Wish) -> Wish:
-        """Return the wish with placeholders for its pictures, to check it before decoding them."""
+    def unseen(self, requested: RequestedParams) -> RequestedParams:
+        """Return the parameters with placeholders for the pictures, to check them first."""
         mask = inputs.UNSEEN if self.mask is not None else None
-        return replace(wish, init_image=inputs.UNSEEN, mask=mask)
+        return replace(requested, init_image=inputs.UNSEEN, mask=mask)
 
-    def bring(self, wish: Wish) -> Wish:
-        """Return the wish with its pictures stored; without a size it gets one near the picture's.
+    def bring(self, requested: RequestedParams) -> RequestedParams:
+        """Return the parameters with the pictures stored.
 
-        Raises as services.inputs does.
+        Without a size they get one near the picture's. Raises as services.inputs does.
         """
         asking = caller()
         intake = inputs.Intake(runtime(), asking)
         init = _brought(intake, self.image, "image")
-        wish = _sized(wish, init)
-        resolved = submit.resolve(runtime(), asking, replace(wish, init_image=init.id, mask=None))
+        requested = _sized(requested, init)
+        resolved = submit.resolve(
+            runtime(), asking, replace(requested, init_image=init.id, mask=None)
+        )
         size = (resolved.width_px, resolved.height_px)
         if self.mask is not None:
             mask = _brought(intake, self.mask, "mask")
             inputs.check_shapes(asking, init, mask)
             intake.check_mask(mask, *size)
-            return replace(wish, init_image=init.id, mask=mask.id)
+            return replace(requested, init_image=init.id, mask=mask.id)
         mask_id = init.id if intake.has_hole(init, *size) else None
-        return replace(wish, init_image=init.id, mask=mask_id)
+        return replace(requested, init_image=init.id, mask=mask_id)
 
 
 def _brought(intake: inputs.Intake, source: Source, field: str) -> File:
@@ -222,15 +224,15 @@ def _only(images: Sequence[Source], masks: Sequence[Source], wanted: str) -> _Se
     return _SentPictures(images[0], masks[0] if masks else None)
 
 
-def _sized(wish: Wish, picture: File) -> Wish:
+def _sized(requested: RequestedParams, picture: File) -> RequestedParams:
     """Replace size `auto` by the offered size that is nearest to the picture's."""
-    if wish.size is not None:
-        return wish
+    if requested.size is not None:
+        return requested
     fleet = runtime().fleet
-    model = fleet.model_ids[wish.model or fleet.default_model()]
-    tier = wish.tier if wish.tier in fleet.tiers else fleet.default_tier()
+    model = fleet.model_ids[requested.model or fleet.default_model()]
+    tier = requested.tier if requested.tier in fleet.tiers else fleet.default_tier()
     size = nearest_size(fleet.sizes_of(model, tier), picture.width_px, picture.height_px)
-    return replace(wish, size=size)
+    return replace(requested, size=size)
 
 
 def _serve(
@@ -283,15 +285,15 @@ def _accept(asked: ImageCall, sent: _SentPictures | None, asks_for: list[Any]) -
 def _prepare(asked: ImageCall, sent: _SentPictures | None) -> Prepared:
     """Resolve the call. Pictures are decoded last, and only if the job could be accepted."""
     metadata = dict(asked.metadata)
-    wish = asked.wish
+    requested = asked.requested
     if asked.user:
         metadata.setdefault("user", asked.user)
     if sent is not None:
-        unseen = submit.resolve(runtime(), caller(), sent.unseen(wish))
+        unseen = submit.resolve(runtime(), caller(), sent.unseen(requested))
         # Also for stored files: they are decoded to find out whether they have a transparent area.
         submit.foresee(runtime(), caller(), unseen)
-        wish = sent.bring(wish)
-    return Prepared(submit.resolve(runtime(), caller(), wish), metadata)
+        requested = sent.bring(requested)
+    return Prepared(submit.resolve(runtime(), caller(), requested), metadata)
 
 
 def _derived_key(asks_for: list[Any]) -> IdempotentRequest:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 from typing_extensions import TypedDict
 
 from app.schemas.base import described, says
-from policy.params import PICTURES, AdapterWish, Wish
+from policy.params import PICTURES, RequestedAdapter, RequestedParams
 
 MAX_METADATA_KEYS = 16
 MAX_METADATA_KEY_CHARS = 64
@@ -47,7 +47,7 @@ _JSON_TYPES: Mapping[Any, Any] = {
     Decimal: float,
     UUID: str,  # an id, a data URL or a URL; app/services/inputs.py makes files of them
     tuple[str, ...]: list[str],
-    tuple[AdapterWish, ...]: list[AdapterBody],
+    tuple[RequestedAdapter, ...]: list[AdapterBody],
 }
 
 
@@ -65,21 +65,21 @@ def json_type(hint: Any) -> Any:
     return _JSON_TYPES.get(hint, hint)
 
 
-def _fields_of_a_wish() -> dict[str, Any]:
-    """Return the fields of `Wish` as JSON bodies have them, each with its type and its default."""
-    hints = get_type_hints(Wish)
+def _requested_fields() -> dict[str, Any]:
+    """Return the type and the default of each field of `RequestedParams` in a JSON body."""
+    hints = get_type_hints(RequestedParams)
     found: dict[str, Any] = {}
-    for field in dataclasses.fields(Wish):
+    for field in dataclasses.fields(RequestedParams):
         default: Any = ... if field.default is dataclasses.MISSING else field.default
         found[field.name] = (json_type(hints[field.name]), [] if field.default == () else default)
     return found
 
 
-# The fields of `Wish`. No type checker sees them, so `job_request` reads them by their names.
-_WishBody: Any = create_model("_WishBody", __config__=STRICT, **_fields_of_a_wish())
+# No type checker sees these fields, so `job_request` reads them by their names.
+_ParamsBody: Any = create_model("_ParamsBody", __config__=STRICT, **_requested_fields())
 
 
-class JobBody(_WishBody):
+class JobBody(_ParamsBody):
     """The body of POST /v1/jobs. Ranges depend on model and tier: `policy.catalog` checks them."""
 
     metadata: dict[str, str] = {}

@@ -42,8 +42,8 @@ def estimate(runtime: Runtime, caller: Caller, asked: JobRequest) -> Estimate:
     Raises InvalidImageRequest, Forbidden.
     """
     fleet = runtime.fleet
-    wish = replace(asked.unseen(), **_known(runtime, caller, asked.pictures))
-    resolved = submit.resolve(runtime, caller, wish)
+    requested = replace(asked.unseen(), **_known(runtime, caller, asked.pictures))
+    resolved = submit.resolve(runtime, caller, requested)
     deadline_s = submit.start_deadline_s(
         asked.start_within_s, fleet.tiers[resolved.tier].start_within_s
     )

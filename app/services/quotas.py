@@ -15,14 +15,14 @@ from app.problems import (
     QuotaExceeded,
     StorageQuotaExceeded,
     TooManyJobs,
-    invalid_wish,
+    invalid_param,
 )
 from app.runtime import Runtime
 from edges import telemetry
 from edges.limits import BudgetResult
 from models import files, usage
 from models.database import transaction
-from policy.catalog import InvalidWish
+from policy.catalog import InvalidParam
 from policy.limits import Limits, UsageTotals, exceeded_stock
 from policy.params import Resolved
 
@@ -149,7 +149,7 @@ def check_stocks(session: Session, caller: Caller) -> None:
 def _check_burst(amount: Decimal, burst: float) -> None:
     if amount > Decimal(str(burst)):
         detail = f"make {amount} megapixel-steps; your budget never holds more than {burst:g}"
-        raise invalid_wish(InvalidWish("steps", detail, {"max_megapixel_steps": burst}))
+        raise invalid_param(InvalidParam("steps", detail, {"max_megapixel_steps": burst}))
 
 
 def _budget_spent(amount: Decimal, held: BudgetResult, per_minute: float) -> BudgetSpent:

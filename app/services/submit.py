@@ -25,7 +25,7 @@ from app.problems import (
     Problem,
     ReplayImpossible,
     TenantQueueFull,
-    invalid_wish,
+    invalid_param,
 )
 from app.runtime import Runtime
 from app.services import inputs, quotas
@@ -38,9 +38,9 @@ from models.files import FileGone
 from models.idempotency import IdempotentRequest, StoredAnswer
 from policy import warnings
 from policy.admission import Refusal
-from policy.catalog import InvalidWish
+from policy.catalog import InvalidParam
 from policy.cost import megapixel_steps
-from policy.params import PICTURES, Resolved, Wish
+from policy.params import PICTURES, RequestedParams, Resolved
 from policy.release import ReleaseHint, ReleaseLimits
 from policy.steps import denoising_of
 
@@ -51,21 +51,21 @@ log = structlog.get_logger(__name__)
 class JobRequest:
     """A caller's request for one job.
 
-    wish: without its pictures. pictures: by field, an id, a data URL or a URL. metadata: the
+    requested: without its pictures. pictures: by field, an id, a data URL or a URL. metadata: the
     tenant's own. start_within_s: its start deadline; None for the tier's.
     """
 
-    wish: Wish
+    requested: RequestedParams
     pictures: Mapping[str, str | None]
     metadata: Mapping[str, str]
     start_within_s: float | None = None
 
-    def unseen(self) -> Wish:
-        """Return the wish with a placeholder for each picture, since none is decoded yet."""
+    def unseen(self) -> RequestedParams:
+        """Return the parameters with a placeholder for each picture, since none is decoded yet."""
         stand_ins: dict[str, Any] = {
             field: UNSEEN for field, value in self.pictures.items() if value is not None
         }
-        return replace(self.wish, **stand_ins)
+        return replace(self.requested, **stand_ins)
 
 
 @dataclass(frozen=True)
@@ -157,15 +157,15 @@ def prepare(runtime: Runtime, caller: Caller, asked: JobRequest) -> Prepared:
     return Prepared(resolved, asked.metadata, asked.start_within_s)
 
 
-def resolve(runtime: Runtime, caller: Caller, wish: Wish) -> Resolved:
-    """Resolve every parameter of the wish.
+def resolve(runtime: Runtime, caller: Caller, requested: RequestedParams) -> Resolved:
+    """Resolve every requested parameter.
 
     Raises InvalidImageRequest, which names the field, and Forbidden.
     """
     try:
-        resolved = runtime.resolve(wish)
-    except InvalidWish as error:
-        raise invalid_wish(error) from None
+        resolved = runtime.resolve(requested)
+    except InvalidParam as error:
+        raise invalid_param(error) from None
     quotas.check_allowed(caller, resolved)
     return resolved
 
@@ -402,5 +402,5 @@ def start_deadline_s(asked_s: float | None, longest_s: float) -> float:
     if not (math.isfinite(asked_s) and 0 < asked_s <= longest_s):
         accepted = {"min": 0, "max": longest_s}
         detail = f"must be more than 0 and at most {longest_s} seconds"
-        raise invalid_wish(InvalidWish("start_deadline_s", detail, accepted))
+        raise invalid_param(InvalidParam("start_deadline_s", detail, accepted))
     return asked_s

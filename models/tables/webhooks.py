@@ -23,7 +23,7 @@ class WebhookEndpoint(Base):
     events: Mapped[list[str]]  # the types it wants
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
     disabled_at: Mapped[datetime | None]
-    # Gone (its receiver answered 410), or the tenant's own wish.
+    # Gone (its receiver answered 410), or the tenant's own choice.
     disabled_reason: Mapped[str | None]
     deleted_at: Mapped[datetime | None]
     # Its last attempt took long.

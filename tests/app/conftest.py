@@ -303,7 +303,7 @@ def elsewhere(stack) -> Callable[[str], dict[str, str]]:
     return settings.__getitem__
 
 
-WISH = {"prompt": "a red circle", "tier": "batch", "n": 8, "seed": 7}
+JOB_BODY = {"prompt": "a red circle", "tier": "batch", "n": 8, "seed": 7}
 
 
 class House:
@@ -345,7 +345,7 @@ class House:
             session.execute(delete(Worker).where(Worker.pool == self.pool))
 
     def tenant(self):
-        """POST a wish and GET a job, as a tenant that has nothing yet."""
+        """POST a job and GET it, as a tenant that has nothing yet."""
         return Tenant(self, bearer(self._new_key()))
 
     def runs(self, *, tier="batch", predicted_s):
@@ -382,9 +382,9 @@ class Tenant:
     def __init__(self, house, headers) -> None:
         self._http, self._headers = house.http, headers
 
-    def post(self, *, headers=None, **wish):
+    def post(self, *, headers=None, **job_body):
         return self._http.post(
-            "/v1/jobs", json={**WISH, **wish}, headers={**self._headers, **(headers or {})}
+            "/v1/jobs", json={**JOB_BODY, **job_body}, headers={**self._headers, **(headers or {})}
         )
 
     def get(self, job, what="self"):

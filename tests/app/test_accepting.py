@@ -83,7 +83,7 @@ def test_every_resolved_parameter_is_echoed(accepted):
 
 
 def test_parameters_that_were_asked_for_are_echoed_as_they_were(accepted):
-    wish = {
+    job_body = {
         "prompt": "ein roter Kreis, 赤い円 🔴",
         "negative_prompt": "blue",
         "model": "pocket",
@@ -97,11 +97,11 @@ def test_parameters_that_were_asked_for_are_echoed_as_they_were(accepted):
         "output_format": "webp",
     }
 
-    job = accepted(**wish).json()
+    job = accepted(**job_body).json()
 
-    assert {key: job[key] for key in wish} == wish
+    assert {key: job[key] for key in job_body} == job_body
     assert [image["seed"] for image in job["images"]] == [
-        wish["seed"] + index for index in range(4)
+        job_body["seed"] + index for index in range(4)
     ]
 
 
@@ -109,7 +109,7 @@ def test_a_seed_is_drawn_where_none_was_asked_for(accepted):
     assert len({accepted().json()["seed"] for _ in range(3)}) == 3
 
 
-WISH = (
+JOB_BODY = (
     "prompt",
     "negative_prompt",
     "model",
@@ -127,9 +127,9 @@ WISH = (
 def test_the_resolved_parameters_are_enough_to_ask_for_the_same_again(accepted):
     job = accepted(tier="quality").json()
 
-    again = accepted(**{key: job[key] for key in WISH}).json()
+    again = accepted(**{key: job[key] for key in JOB_BODY}).json()
 
-    for key in (*WISH, "model_version", "bucket_rows"):
+    for key in (*JOB_BODY, "model_version", "bucket_rows"):
         assert again[key] == job[key]
 
 

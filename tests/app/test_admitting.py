@@ -9,7 +9,7 @@ from sqlalchemy import text
 import app.live.forecast
 from models.database import transaction
 from models.tables import Job, Tenant
-from tests.app.conftest import WISH, of_this_moment
+from tests.app.conftest import JOB_BODY, of_this_moment
 from tests.app.problem import assert_problem
 from tests.builders import a_redis, until
 
@@ -67,8 +67,8 @@ def test_jobs_whose_pictures_do_not_come_are_before_no_job_that_needs_none(
     with transaction(stack_database) as session:
         session.execute(lacking, {"pool": house.pool, "id": job["id"]})
 
-    def ahead(**wish):
-        estimate = of_this_moment(lambda: tenant.send("/v1/estimate", {**WISH, **wish}))
+    def ahead(**job_body):
+        estimate = of_this_moment(lambda: tenant.send("/v1/estimate", {**JOB_BODY, **job_body}))
         return estimate.json["queue"]["jobs_ahead"]
 
     before = ahead()
@@ -91,7 +91,7 @@ def test_with_twice_the_workers_the_same_wait_is_shorter(a_house):
     assert of_this_moment(lambda: tenant.get(job)["queue"]["eta_p50_s"]) < 0.7 * before
 
 
-def test_the_answer_to_the_wish_itself_says_it_already(a_house):
+def test_the_answer_to_the_request_itself_says_it_already(a_house):
     house = a_house().with_workers()
     house.runs(predicted_s=60)
 

@@ -71,10 +71,10 @@ def house(stack, stack_database, witness):
         yield client
 
 
-def render(house, **wish) -> dict:
+def render(house, **job_body) -> dict:
     job = house.post(
         "/v1/jobs",
-        json={"prompt": PROMPT, "tier": "fast", "steps": 2, "seed": 7, **wish},
+        json={"prompt": PROMPT, "tier": "fast", "steps": 2, "seed": 7, **job_body},
         headers=WAIT,
     ).json()
     assert job["state"] == "succeeded", job
@@ -193,13 +193,13 @@ def test_an_event_of_a_job_that_waits_is_as_described(house, witness, a_house):
 
 @pytest.mark.parametrize("user", [{}, {"user": "somebody"}])
 def test_answers_in_the_words_of_openai_are_as_described(house, user):
-    wish = {"prompt": PROMPT, "size": "128x128", "steps": 2, "tier": "fast", **user}
+    job_body = {"prompt": PROMPT, "size": "128x128", "steps": 2, "tier": "fast", **user}
     for response_format in ("b64_json", "url"):
         house.post(
             "/v1/images/generations",
-            json={**wish, "response_format": response_format, "n": 2, "quality": "high"},
+            json={**job_body, "response_format": response_format, "n": 2, "quality": "high"},
         )
-    edited = house.post("/v1/images/edits", json={**wish, "images": [{"image_url": DOT}]})
+    edited = house.post("/v1/images/edits", json={**job_body, "images": [{"image_url": DOT}]})
     assert edited.json()["quality"] is None
     house.post(
         "/v1/images/variations",
@@ -213,7 +213,7 @@ def test_answers_in_the_words_of_openai_are_as_described(house, user):
     [("/v1/images/generations", {}), ("/v1/images/edits", {"images": [{"image_url": DOT}]})],
 )
 def test_events_in_the_words_of_openai_are_as_described(house, witness, path, picture, user):
-    wish = {
+    job_body = {
         "prompt": PROMPT,
         "steps": 20,
         "tier": "quality",
@@ -222,7 +222,7 @@ def test_events_in_the_words_of_openai_are_as_described(house, witness, path, pi
         **picture,
         **user,
     }
-    with house.stream("POST", path, json=wish) as answer:
+    with house.stream("POST", path, json=job_body) as answer:
         data = [
             line.removeprefix("data: ")
             for line in answer.iter_lines()

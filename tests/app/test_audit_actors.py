@@ -10,7 +10,7 @@ from sqlalchemy import text
 
 from models import api_keys, tenants
 from models.database import transaction
-from tests.app.conftest import WISH, bearer
+from tests.app.conftest import JOB_BODY, bearer
 from tests.pictures import a_picture, encoded
 
 ACCEPTED = ["job:request:accepted"]
@@ -96,18 +96,18 @@ def calls(a_house, stack, stack_database):
 
 
 def _call_tenants_routes(call: Calls) -> None:
-    wish = {"prompt": WISH["prompt"], "tier": "batch"}
-    call("POST", "/v1/estimate", json=wish, status=200)
-    job = call("POST", "/v1/jobs", json=wish, status=202)
-    call("POST", "/v1/jobs:batch", json={"jobs": [wish, {}, wish]}, status=200)
+    job_body = {"prompt": JOB_BODY["prompt"], "tier": "batch"}
+    call("POST", "/v1/estimate", json=job_body, status=200)
+    job = call("POST", "/v1/jobs", json=job_body, status=202)
+    call("POST", "/v1/jobs:batch", json={"jobs": [job_body, {}, job_body]}, status=200)
     call("POST", job["urls"]["replay"], status=202)
     call("POST", job["urls"]["cancel"], status=200)
     call("DELETE", job["urls"]["self"], status=204)
     file = call("POST", "/v1/files", data=PICTURE, content_type="image/png", status=201)
     call("DELETE", f"/v1/files/{file['id']}", status=204)
-    call("POST", "/v1/images/generations", json=wish, status=504)  # nobody renders here
+    call("POST", "/v1/images/generations", json=job_body, status=504)  # nobody renders here
     picture = {"image": [_data_url(PICTURE)]}
-    call("POST", "/v1/images/edits", json=wish | picture, status=504)
+    call("POST", "/v1/images/edits", json=job_body | picture, status=504)
     call("POST", "/v1/images/variations", json={"tier": "batch", **picture}, status=504)
     endpoint = call("POST", "/v1/webhooks", json={"url": "https://example.com/"}, status=201)
     own = endpoint["urls"]["self"]

@@ -44,13 +44,15 @@ def test_a_thousand_jobs_are_accepted_in_their_order_within_seconds(a_house, sta
 
 def test_a_batch_leaves_what_single_requests_would(a_house, stack_database):
     tenant = a_house().with_workers().tenant()
-    wishes = [
+    job_bodies = [
         {**BODY, "seed": 3, "n": 2, "metadata": {"a": "b"}, "start_deadline_s": 600},
         {**BODY, "tier": "quality", "seed": 4},
     ]
 
-    alone = [tenant.send("/v1/jobs", wish).json for wish in wishes]
-    together = [tenant.get(item["job"]) for item in tenant.send(URL, {"jobs": wishes}).json["data"]]
+    alone = [tenant.send("/v1/jobs", job_body).json for job_body in job_bodies]
+    together = [
+        tenant.get(item["job"]) for item in tenant.send(URL, {"jobs": job_bodies}).json["data"]
+    ]
 
     own = {"id", "urls", "created_at", "start_by", "queue", "images"}
     for one, other in zip(alone, together, strict=True):

@@ -54,8 +54,8 @@ def test_a_model_s_defaults_are_what_a_job_gets_that_says_nothing(gateway_with, 
 
     assert tiers["fast"]["default_guidance"] == guidance
     for tier, defaults in tiers.items():
-        wish = {"prompt": "a red circle", "model": "pocket", "tier": tier}
-        job = gateway.post("/v1/estimate", json=wish, headers=headers).json
+        job_body = {"prompt": "a red circle", "model": "pocket", "tier": tier}
+        job = gateway.post("/v1/estimate", json=job_body, headers=headers).json
         assert defaults == {"default_steps": job["steps"], "default_guidance": job["guidance"]}
 
 

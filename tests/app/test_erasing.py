@@ -27,7 +27,7 @@ from tests.builders import (
     until,
 )
 
-WISH = {
+JOB_BODY = {
     "prompt": "a secret circle",
     "negative_prompt": "a secret square",
     "metadata": {"secret": "yes"},
@@ -51,7 +51,9 @@ def events_of(owner, job) -> list[str]:
 
 
 def test_an_erased_job_is_empty_and_its_bill_and_digests_stay(api, stack_database, owner):
-    job = api.post("/v1/jobs", json={**WISH, "seed": 987_001}, headers={"Prefer": "wait=60"}).json()
+    job = api.post(
+        "/v1/jobs", json={**JOB_BODY, "seed": 987_001}, headers={"Prefer": "wait=60"}
+    ).json()
     assert job["state"] == "succeeded"
     object_url = api.get(job["images"][0]["url"]).headers["Location"]
     assert httpx.get(object_url, trust_env=False).status_code == 200
@@ -97,7 +99,7 @@ def test_an_erased_job_is_empty_and_its_bill_and_digests_stay(api, stack_databas
 
 
 def test_a_job_under_way_is_taken_back_first(api, owner):
-    job = api.post("/v1/jobs", json={**WISH, "tier": "batch", "steps": 60}).json()
+    job = api.post("/v1/jobs", json={**JOB_BODY, "tier": "batch", "steps": 60}).json()
 
     assert api.delete(job["urls"]["self"]).status_code == 204
 
@@ -109,14 +111,14 @@ def test_a_job_under_way_is_taken_back_first(api, owner):
 
 
 def test_an_image_that_another_job_made_too_stays(api):
-    """Images are kept by what they look like: the same wish twice is one object."""
-    wish = {"prompt": "a blue square", "tier": "quality", "steps": 5, "seed": 31_337}
+    """Images are kept by what they look like: the same job twice is one object."""
+    job_body = {"prompt": "a blue square", "tier": "quality", "steps": 5, "seed": 31_337}
     first, second = (
-        api.post("/v1/jobs", json=wish, headers={"Prefer": "wait=60"}).json() for _ in range(2)
+        api.post("/v1/jobs", json=job_body, headers={"Prefer": "wait=60"}).json() for _ in range(2)
     )
     assert first["images"][0]["content_sha256"] == second["images"][0]["content_sha256"]
     witness = api.post(
-        "/v1/jobs", json={**wish, "seed": 31_338}, headers={"Prefer": "wait=60"}
+        "/v1/jobs", json={**job_body, "seed": 31_338}, headers={"Prefer": "wait=60"}
     ).json()
     gone = api.get(witness["images"][0]["url"]).headers["Location"]
 
@@ -162,10 +164,10 @@ def test_an_object_is_let_go_when_its_last_name_is_erased(stack_database):
 
 def test_an_erased_job_that_was_accepted_under_a_key_comes_back_empty(api):
     key = {"Idempotency-Key": str(uuid.uuid4())}
-    job = api.post("/v1/jobs", json={**WISH, "tier": "batch"}, headers=key).json()
+    job = api.post("/v1/jobs", json={**JOB_BODY, "tier": "batch"}, headers=key).json()
     api.delete(job["urls"]["self"])
 
-    again = api.post("/v1/jobs", json={**WISH, "tier": "batch"}, headers=key).json()
+    again = api.post("/v1/jobs", json={**JOB_BODY, "tier": "batch"}, headers=key).json()
 
     assert (again["id"], again["prompt"], again["metadata"]) == (job["id"], None, {})
 
@@ -185,7 +187,7 @@ def test_an_erased_failure_is_not_tried_again(stack_database):
 def test_erasing_and_replaying_at_once_never_replays_nothing(gateway_with, new_key):
     own, app = bearer(new_key()), gateway_with().application
     made = [
-        app.test_client().post("/v1/jobs", json={**WISH, "tier": "batch"}, headers=own).json
+        app.test_client().post("/v1/jobs", json={**JOB_BODY, "tier": "batch"}, headers=own).json
         for _ in range(6)
     ]
 
@@ -201,7 +203,7 @@ def test_erasing_and_replaying_at_once_never_replays_nothing(gateway_with, new_k
     assert {answer.status_code for answer in answers} <= {202, 204, 409}
     for answer in answers:
         if answer.status_code == 202:
-            assert answer.json["prompt"] == WISH["prompt"]
+            assert answer.json["prompt"] == JOB_BODY["prompt"]
             app.test_client().delete(answer.json["urls"]["self"], headers=own)
 
 

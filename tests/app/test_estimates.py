@@ -41,9 +41,9 @@ def test_an_estimate_says_what_the_job_would_be_and_writes_nothing(a_house, coun
 
 
 def test_it_has_a_price_as_a_job_has_its_cost(api, finished_job):
-    wish = {"prompt": "a red circle", "n": 2, "steps": 2}
+    job_body = {"prompt": "a red circle", "n": 2, "steps": 2}
 
-    cost = api.post(URL, json=wish).json()["cost"]
+    cost = api.post(URL, json=job_body).json()["cost"]
 
     assert set(cost) == set(finished_job["cost"])
     assert cost["gpu_seconds"] > 0

@@ -275,12 +275,12 @@ def test_a_stream_that_nobody_reads_is_given_up_after_half_a_minute(
 ):
     http, stream = gateway_with(), {"prompt": "a red circle", "tier": "batch", "stream": True}
     headers = {"Authorization": api.headers["Authorization"]}
-    wishes = [
+    job_bodies = [
         ("GET", canceled_job["urls"]["events"], None),
         ("POST", "/v1/images/generations", stream),
     ]
 
-    for method, path, body in wishes:
+    for method, path, body in job_bodies:
         socket = Socket()
         answer = http.open(
             path,

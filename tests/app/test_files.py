@@ -281,8 +281,8 @@ def test_an_erased_picture_can_be_brought_again(tenant):
 
 def test_an_image_that_was_brought_back_as_a_picture_outlives_the_file(new_tenant):
     tenant = new_tenant()
-    wish = {"prompt": "a red circle", "steps": 1}
-    job = tenant.post("/v1/jobs", json=wish, headers={"Prefer": "wait=60"}).json()
+    job_body = {"prompt": "a red circle", "steps": 1}
+    job = tenant.post("/v1/jobs", json=job_body, headers={"Prefer": "wait=60"}).json()
     file = bring(tenant, fetched(tenant, job["images"][0]).content).json()
     assert file["content_sha256"] == job["images"][0]["content_sha256"], "one object for both"
 

@@ -8,7 +8,7 @@ from app.live.forecast import BookedJobs
 from models import leases, tenants
 from models.database import transaction
 from models.tables import Job, Tenant
-from policy.params import Wish
+from policy.params import RequestedParams
 from policy.release import ReleaseHint
 from tests.app.conftest import of_this_moment
 from tests.builders import a_job, a_tenant
@@ -21,7 +21,9 @@ def house(a_house, stack_database):
     parts = house.http.application.extensions["darkroom"]
 
     def hint(*, tenant_id=None, n=1, **fields):
-        resolved = parts.resolve(Wish(prompt="a red circle", tier="batch", n=n, **fields))
+        resolved = parts.resolve(
+            RequestedParams(prompt="a red circle", tier="batch", n=n, **fields)
+        )
         return of_this_moment(
             lambda: parts.forecaster.release_hint(resolved, tenant_id or uuid.uuid4())
         )[0]
@@ -40,7 +42,7 @@ def house(a_house, stack_database):
 
     def place(tenant, booked):
         """Where one more job of the tenant's would stand, behind what it books."""
-        resolved = parts.resolve(Wish(prompt="a red circle", tier="batch"))
+        resolved = parts.resolve(RequestedParams(prompt="a red circle", tier="batch"))
         expect = parts.forecaster.expect
         return of_this_moment(lambda: expect(resolved, tenant.id, booked)).place
 

@@ -282,8 +282,8 @@ def test_an_image_call_whose_store_is_away_says_so(gateway_with, elsewhere, api,
 
 
 def test_a_picture_that_the_store_has_lost_is_not_found(proxy, api, stack_database):
-    wish = {"prompt": "a green square", "steps": 2}
-    job = api.post("/v1/jobs", json=wish, headers={"Prefer": "wait=60"}).json()
+    job_body = {"prompt": "a green square", "steps": 2}
+    job = api.post("/v1/jobs", json=job_body, headers={"Prefer": "wait=60"}).json()
     with transaction(stack_database) as session:
         key = session.scalar(
             select(Artifact.object_key).where(Artifact.job_id == uuid.UUID(job["id"]))
@@ -299,9 +299,9 @@ def test_a_picture_that_the_store_has_lost_is_not_found(proxy, api, stack_databa
 def link(proxy, api) -> str:
     """A link to an image, as an answer of the OpenAI dialect brings it."""
     headers = bearer(api.headers["Authorization"].partition(" ")[2])
-    wish = {"prompt": "a red circle", "steps": 2, "response_format": "url"}
+    job_body = {"prompt": "a red circle", "steps": 2, "response_format": "url"}
     answer = proxy.post(
-        "/v1/images/generations", json=wish, headers={**headers, "Host": "images.example"}
+        "/v1/images/generations", json=job_body, headers={**headers, "Host": "images.example"}
     )
     return answer.json["data"][0]["url"]
 
@@ -365,7 +365,7 @@ def test_links_begin_with_the_public_address(gateway_with, api):
     headers = bearer(api.headers["Authorization"].partition(" ")[2])
     gateway = gateway_with(image_delivery="proxy", public_url="https://images.example/darkroom")
 
-    wish = {"prompt": "a red circle", "steps": 2, "response_format": "url"}
-    answer = gateway.post("/v1/images/generations", json=wish, headers=headers)
+    job_body = {"prompt": "a red circle", "steps": 2, "response_format": "url"}
+    answer = gateway.post("/v1/images/generations", json=job_body, headers=headers)
 
     assert answer.json["data"][0]["url"].startswith("https://images.example/darkroom/links/images/")

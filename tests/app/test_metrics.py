@@ -12,7 +12,7 @@ from models import tenants
 from models.database import transaction
 from models.tables import ApiKey
 from models.tables import Tenant as TenantRow
-from tests.app.conftest import WISH, House, Tenant, bearer, of_this_moment
+from tests.app.conftest import JOB_BODY, House, Tenant, bearer, of_this_moment
 from tests.builders import a_job, a_redis
 from tests.metrics import increases
 from tests.pictures import a_picture, encoded
@@ -20,7 +20,7 @@ from tests.pictures import a_picture, encoded
 PNG = encoded(a_picture(), "PNG")
 PICTURE = "data:image/png;base64," + base64.b64encode(PNG).decode()
 NO_PICTURE = "data:image/png;base64," + base64.b64encode(b"nothing of the kind").decode()
-COST = 0.016384 * 20 * 8  # megapixel-steps of WISH
+COST = 0.016384 * 20 * 8  # megapixel-steps of JOB_BODY
 ACCEPTED = 'jobs_accepted{tier="batch",model="pocket"}'
 
 Act = Callable[[], Any]
@@ -52,7 +52,7 @@ def accepts(scene: Scene) -> Act:
 
 
 def accepts_a_batch(scene: Scene) -> Act:
-    batch = {"jobs": [WISH, {"prompt": 5}, WISH]}
+    batch = {"jobs": [JOB_BODY, {"prompt": 5}, JOB_BODY]}
     return lambda: scene.tenant.send("/v1/jobs:batch", batch)
 
 
@@ -64,8 +64,8 @@ def answers_again(scene: Scene) -> Act:
 
 def answers_a_batch_again(scene: Scene) -> Act:
     key = {"Idempotency-Key": uuid.uuid4().hex}
-    scene.tenant.send("/v1/jobs:batch", {"jobs": [WISH]}, headers=key)
-    return lambda: scene.tenant.send("/v1/jobs:batch", {"jobs": [WISH]}, headers=key)
+    scene.tenant.send("/v1/jobs:batch", {"jobs": [JOB_BODY]}, headers=key)
+    return lambda: scene.tenant.send("/v1/jobs:batch", {"jobs": [JOB_BODY]}, headers=key)
 
 
 def replays(scene: Scene) -> Act:

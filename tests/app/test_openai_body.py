@@ -18,7 +18,7 @@ from app.problems import InvalidImageRequest, JobFailed, ModelNotFound, NotOffer
 from models.tables import Job
 from policy.failures import FailureCode
 from policy.fleet import parse_fleet, parse_size
-from policy.params import AdapterWish
+from policy.params import RequestedAdapter
 from policy.text import is_human
 from settings import REPO
 from tests.builders import a_fleet
@@ -129,7 +129,7 @@ def understood(read_it) -> ImageCall | None:
 def test_any_fields_at_all_are_understood_or_refused_with_a_problem_that_names_one(kind, fields):
     asked = understood(lambda: read(kind, {"prompt": "x", **fields}, FLEET))
 
-    assert asked is None or 1 <= asked.wish.n <= 10
+    assert asked is None or 1 <= asked.requested.n <= 10
     assert asked is None or 0 <= asked.partial_images <= 3
     assert asked is None or asked.user is None or is_human(asked.user)
 
@@ -186,9 +186,9 @@ def test_adapters_in_a_form_may_leave_out_their_strengths_all_or_none():
         "adapters[][strength]": ["0.5"],
     }
 
-    assert read(EDIT, bare, FLEET).wish.adapters == (
-        AdapterWish("sepia", 1.0),
-        AdapterWish("comic", 1.0),
+    assert read(EDIT, bare, FLEET).requested.adapters == (
+        RequestedAdapter("sepia", 1.0),
+        RequestedAdapter("comic", 1.0),
     )
     with pytest.raises(InvalidImageRequest, match="adapters"):
         gathered(mixed)
@@ -263,24 +263,24 @@ def test_a_background_that_is_a_boolean_is_ours_and_a_word_is_theirs():
     assert keeps == {True: True, "true": True, "auto": False, "opaque": False}
 
 
-def steps_of_wish(wish, fleet) -> int:
-    return wish.steps or fleet.default_steps(fleet.default_model(), wish.tier)
+def requested_steps(requested, fleet) -> int:
+    return requested.steps or fleet.default_steps(fleet.default_model(), requested.tier)
 
 
 @pytest.mark.parametrize(
     "fleet", [FLEET, parse_fleet((REPO / "fleet.toml").read_text())], ids=["of tests", "as shipped"]
 )
 def test_more_quality_has_more_steps(fleet):
-    wishes = [
-        read(GENERATION, {"prompt": "x", "quality": quality}, fleet).wish
+    all_requested = [
+        read(GENERATION, {"prompt": "x", "quality": quality}, fleet).requested
         for quality in ("low", "medium", "high")
     ]
 
-    assert [wish.tier for wish in wishes] == ["fast", "fast", "quality"]
-    assert [steps_of_wish(wish, fleet) for wish in wishes] == [4, 9, 20]
+    assert [requested.tier for requested in all_requested] == ["fast", "fast", "quality"]
+    assert [requested_steps(requested, fleet) for requested in all_requested] == [4, 9, 20]
     for older, newer in (("standard", "medium"), ("hd", "high")):
         same = [
-            read(GENERATION, {"prompt": "x", "quality": quality}, fleet).wish
+            read(GENERATION, {"prompt": "x", "quality": quality}, fleet).requested
             for quality in (older, newer)
         ]
         assert same[0] == same[1]
@@ -293,9 +293,9 @@ def test_a_quality_has_no_more_steps_than_its_tier(quality):
     fewer = {"tiers.fast.max_steps": 6, "models.large.tiers.fast.default_steps": 6}
     fleet = a_fleet(fewer)
 
-    wish = read(GENERATION, {"prompt": "x", "quality": quality}, fleet).wish
+    requested = read(GENERATION, {"prompt": "x", "quality": quality}, fleet).requested
 
-    assert steps_of_wish(wish, fleet) <= fleet.tiers[wish.tier].max_steps
+    assert requested_steps(requested, fleet) <= fleet.tiers[requested.tier].max_steps
 
 
 def test_each_quality_has_its_tier():
@@ -303,23 +303,26 @@ def test_each_quality_has_its_tier():
     tiers |= dict.fromkeys(("high", "xhigh", "max", "hd"), "quality")
 
     for quality, tier in tiers.items():
-        assert read(GENERATION, {"prompt": "x", "quality": quality}, FLEET).wish.tier == tier, (
-            quality
-        )
+        assert (
+            read(GENERATION, {"prompt": "x", "quality": quality}, FLEET).requested.tier == tier
+        ), quality
 
 
 def test_steps_and_a_tier_that_are_named_win_over_quality():
     for quality in ("low", "medium", "high"):
         assert (
-            read(GENERATION, {"prompt": "x", "quality": quality, "steps": 3}, FLEET).wish.steps == 3
+            read(GENERATION, {"prompt": "x", "quality": quality, "steps": 3}, FLEET).requested.steps
+            == 3
         )
         assert (
-            read(GENERATION, {"prompt": "x", "quality": quality, "tier": "batch"}, FLEET).wish.steps
+            read(
+                GENERATION, {"prompt": "x", "quality": quality, "tier": "batch"}, FLEET
+            ).requested.steps
             is None
         )
     for tier in FLEET.tiers:
         assert (
-            read(GENERATION, {"prompt": "x", "quality": "low", "tier": tier}, FLEET).wish.tier
+            read(GENERATION, {"prompt": "x", "quality": "low", "tier": tier}, FLEET).requested.tier
             == tier
         )
 
@@ -404,12 +407,12 @@ def test_a_failure_of_ours_is_a_server_error_and_one_of_the_request_s_is_not(
 )
 def test_a_request_for_dall_e_is_answered_with_urls_unless_it_says_otherwise(fields, is_url):
     fleet = a_fleet({"models.pocket.aliases": ["dall-e-2", "dall-e-3", "gpt-image-1"]})
-    wish = {"prompt": "x", **fields}
+    requested = {"prompt": "x", **fields}
 
-    assert read(GENERATION, wish, fleet).as_url is is_url
-    assert read(GENERATION, {**wish, "response_format": "b64_json"}, fleet).as_url is False
-    assert read(GENERATION, {**wish, "response_format": "url"}, fleet).as_url is True
-    assert read(GENERATION, {**wish, "stream": True}, fleet).as_url is False
+    assert read(GENERATION, requested, fleet).as_url is is_url
+    assert read(GENERATION, {**requested, "response_format": "b64_json"}, fleet).as_url is False
+    assert read(GENERATION, {**requested, "response_format": "url"}, fleet).as_url is True
+    assert read(GENERATION, {**requested, "stream": True}, fleet).as_url is False
 
 
 @pytest.mark.parametrize(
@@ -425,9 +428,9 @@ def test_a_request_for_dall_e_is_answered_with_urls_unless_it_says_otherwise(fie
 def test_guidance_and_strength_of_a_picture_are_as_asked_or_as_the_call_needs(
     kind, said, guidance, strength
 ):
-    wish = read(kind, said, FLEET).wish
+    requested = read(kind, said, FLEET).requested
 
-    assert (wish.guidance, wish.strength) == (guidance, strength)
+    assert (requested.guidance, requested.strength) == (guidance, strength)
 
 
 def test_a_generation_starts_from_no_picture_and_takes_no_strength():
@@ -436,7 +439,7 @@ def test_a_generation_starts_from_no_picture_and_takes_no_strength():
 
 
 @pytest.mark.parametrize("as_text", [False, True])
-def test_every_extra_reaches_the_wish(as_text):
+def test_every_extra_reaches_the_requested_parameters(as_text):
     said = {
         "seed": 7,
         "steps": 3,
@@ -455,8 +458,8 @@ def test_every_extra_reaches_the_wish(as_text):
         GENERATION, {"prompt": "x", "metadata": {"a": "b"}, **(fields if as_text else said)}, FLEET
     )
 
-    adapters = (AdapterWish("sepia", -0.5),)
-    assert {name: getattr(asked.wish, name) for name in said} == said | {"adapters": adapters}
+    adapters = (RequestedAdapter("sepia", -0.5),)
+    assert {name: getattr(asked.requested, name) for name in said} == said | {"adapters": adapters}
     assert asked.metadata == {"a": "b"}
 
 
@@ -476,8 +479,8 @@ def test_null_is_as_if_it_were_not_said():
         read(GENERATION, {"prompt": "x", **said}, FLEET) for said in (dict.fromkeys(extras), {})
     )
 
-    assert nothing.wish == bare.wish
-    assert (bare.wish.negative_prompt, bare.wish.adapters) == ("", ())
+    assert nothing.requested == bare.requested
+    assert (bare.requested.negative_prompt, bare.requested.adapters) == ("", ())
 
 
 @pytest.mark.parametrize("name", ["seed", "steps", "clip_skip"])

@@ -10,7 +10,7 @@ from flask import json
 from tests.app.conftest import bearer
 from tests.app.problem import assert_problem
 
-WISH = {"prompt": "a red circle", "tier": "batch", "steps": 2}
+JOB_BODY = {"prompt": "a red circle", "tier": "batch", "steps": 2}
 PUBLIC = {"public_url": "https://images.example/darkroom"}
 
 
@@ -38,9 +38,9 @@ def test_every_link_of_every_answer_begins_with_the_path_of_the_public_address(
 ):
     gateway = gateway_with(**PUBLIC)
 
-    answer = gateway.post("/v1/jobs", json=WISH, headers={**headers, "Prefer": "wait=60"})
+    answer = gateway.post("/v1/jobs", json=JOB_BODY, headers={**headers, "Prefer": "wait=60"})
     listed = gateway.get("/v1/jobs?limit=1", headers=headers)
-    gateway.post("/v1/jobs", json=WISH, headers=headers)
+    gateway.post("/v1/jobs", json=JOB_BODY, headers=headers)
     paged = gateway.get("/v1/jobs?limit=1", headers=headers)
     image = gateway.get(answer.json["images"][0]["url"], headers=headers)
 
@@ -64,7 +64,7 @@ def test_a_path_comes_to_the_same_route_with_the_prefix_and_without(gateway_with
 
 def test_two_prefixes_of_one_gateway_do_not_mix(gateway_with, headers):
     gateway = gateway_with(trust_forwarded_headers=True)
-    job_id = gateway.post("/v1/jobs", json=WISH, headers=headers).json["id"]
+    job_id = gateway.post("/v1/jobs", json=JOB_BODY, headers=headers).json["id"]
 
     for prefix in ("/a", "/b", "/a"):  # within the second for which a status is kept
         status = gateway.get(
@@ -78,12 +78,12 @@ def test_a_proxy_that_is_trusted_says_its_prefix_itself(gateway_with, headers):
     told = {**headers, "X-Forwarded-Prefix": "/a/b/"}
 
     assert (
-        gateway.post("/v1/jobs", json=WISH, headers=told)
+        gateway.post("/v1/jobs", json=JOB_BODY, headers=told)
         .headers["Location"]
         .startswith("/a/b/v1/jobs/")
     )
     assert (
-        gateway.post("/v1/jobs", json=WISH, headers=headers)
+        gateway.post("/v1/jobs", json=JOB_BODY, headers=headers)
         .headers["Location"]
         .startswith("/v1/jobs/")
     )
@@ -105,13 +105,15 @@ def test_a_proxy_that_is_trusted_says_its_prefix_itself(gateway_with, headers):
 def test_a_prefix_that_is_no_path_is_not_believed(gateway_with, headers, told):
     gateway = gateway_with(trust_forwarded_headers=True)
 
-    answer = gateway.post("/v1/jobs", json=WISH, headers={**headers, "X-Forwarded-Prefix": told})
+    answer = gateway.post(
+        "/v1/jobs", json=JOB_BODY, headers={**headers, "X-Forwarded-Prefix": told}
+    )
 
     assert answer.headers["Location"].startswith("/v1/jobs/")
 
 
 def test_by_default_nobody_is_believed(api):
-    answer = api.post("/v1/jobs", json=WISH, headers={"X-Forwarded-Prefix": "/a"})
+    answer = api.post("/v1/jobs", json=JOB_BODY, headers={"X-Forwarded-Prefix": "/a"})
 
     assert answer.headers["Location"].startswith("/v1/jobs/")
 

@@ -14,7 +14,7 @@ from tests.pictures import decoded, png
 
 pytestmark = pytest.mark.slow
 
-WISH = {
+JOB_BODY = {
     "prompt": "a large red circle in the center on a blue background",
     "tier": "quality",
     "steps": 20,
@@ -25,8 +25,11 @@ WISH = {
 @pytest.fixture(scope="module")
 def start(api) -> dict:
     """A picture of what the pocket model knows: the job that made it, its file, its pixels."""
-    wish = WISH | {"prompt": "a large green square in the center on a yellow background", "seed": 5}
-    job = done(api.post("/v1/jobs", json=wish, headers={"Prefer": "wait=60"}))
+    job_body = JOB_BODY | {
+        "prompt": "a large green square in the center on a yellow background",
+        "seed": 5,
+    }
+    job = done(api.post("/v1/jobs", json=job_body, headers={"Prefer": "wait=60"}))
     content = download(api, job)
     return {
         "file": api.post(
@@ -53,7 +56,7 @@ def pixels(content: bytes) -> np.ndarray:
 
 
 def render(api, **fields) -> tuple[dict, np.ndarray]:
-    job = done(api.post("/v1/jobs", json=WISH | fields, headers={"Prefer": "wait=60"}))
+    job = done(api.post("/v1/jobs", json=JOB_BODY | fields, headers={"Prefer": "wait=60"}))
     return job, pixels(download(api, job))
 
 
@@ -101,10 +104,10 @@ def test_only_what_the_mask_says_is_repainted(api, start):
 
 
 def test_the_same_job_again_gives_the_same_pixels(api, start):
-    wish = {"init_image": start["file"]["id"], "strength": 0.6, "n": 2}
+    job_body = {"init_image": start["file"]["id"], "strength": 0.6, "n": 2}
 
-    first, _ = render(api, **wish)
-    second, _ = render(api, **wish)
+    first, _ = render(api, **job_body)
+    second, _ = render(api, **job_body)
 
     assert [image["pixels_sha256"] for image in first["images"]] == [
         image["pixels_sha256"] for image in second["images"]
@@ -121,7 +124,7 @@ def test_skipped_steps_are_not_counted(api, start):
     assert (
         api.post(
             "/v1/estimate",
-            json=WISH | {"init_image": start["file"]["id"], "strength": 0.25, "n": 2},
+            json=JOB_BODY | {"init_image": start["file"]["id"], "strength": 0.25, "n": 2},
         ).json()["megapixel_steps"]
         == (job["megapixel_steps"])
     )

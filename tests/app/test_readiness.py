@@ -193,16 +193,16 @@ def test_a_database_that_has_no_connection_to_give_asks_clients_to_come_back(
 
 
 def test_a_read_only_database_asks_clients_to_come_back_and_is_used_again_by_itself(stack, api):
-    wish = {"prompt": "a red circle", "tier": "batch"}
-    assert api.post("/v1/jobs", json=wish).status_code == 202
+    job_body = {"prompt": "a red circle", "tier": "batch"}
+    assert api.post("/v1/jobs", json=job_body).status_code == 202
 
     with read_only_postgres(stack):
         for _ in range(3):
-            answer = until(lambda: refused(api, wish), what="a refusal")
+            answer = until(lambda: refused(api, job_body), what="a refusal")
             problem = assert_problem(answer, 503, "part-unavailable")
             assert (problem["part"], answer.headers["Retry-After"]) == ("database", "2")
 
-    until(lambda: api.post("/v1/jobs", json=wish).status_code == 202, what="the database")
+    until(lambda: api.post("/v1/jobs", json=job_body).status_code == 202, what="the database")
 
 
 @contextlib.contextmanager
@@ -226,12 +226,12 @@ def read_only_postgres(stack):
     server.dispose()
 
 
-def refused(api, wish):
+def refused(api, job_body):
     """The answer, once it is another than 202.
 
     The server takes a moment to reload its configuration.
     """
-    answer = api.post("/v1/jobs", json=wish)
+    answer = api.post("/v1/jobs", json=job_body)
     return answer if answer.status_code != 202 else None
 
 

@@ -41,8 +41,8 @@ def replay(client, job, **options):
 
 def test_a_replay_of_a_reproducible_job_has_the_same_pixels(api):
     # no seed: the one that was drawn is replayed
-    wish = {"prompt": "a green star", "tier": "quality", "steps": 6, "n": 2}
-    job = api.post("/v1/jobs", json=wish, headers={"Prefer": "wait=60"}).json()
+    job_body = {"prompt": "a green star", "tier": "quality", "steps": 6, "n": 2}
+    job = api.post("/v1/jobs", json=job_body, headers={"Prefer": "wait=60"}).json()
     assert (job["state"], job["determinism"]) == ("succeeded", "reproducible")
 
     again = replay(api, job, headers={"Prefer": "wait=60"})

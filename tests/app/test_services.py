@@ -38,7 +38,7 @@ from models import releasing
 from models.database import transaction
 from models.idempotency import IdempotentRequest
 from models.tables import Tenant
-from policy.params import Wish
+from policy.params import RequestedParams
 from policy.release import ReleaseHint
 from policy.states import JobState
 from policy.webhooks import ENDED_EVENTS
@@ -47,7 +47,9 @@ from tests.builders import a_lease, hand_off, settings_for, store, until
 from tests.pictures import png
 
 ASKED = JobRequest(
-    Wish(prompt="a red circle", tier="batch", steps=4), pictures={}, metadata={"page": "7"}
+    RequestedParams(prompt="a red circle", tier="batch", steps=4),
+    pictures={},
+    metadata={"page": "7"},
 )
 
 
@@ -97,7 +99,7 @@ CHANGES = {
 
 
 def test_an_accepted_job_is_told_as_its_row_has_it(runtime, caller):
-    asked = replace(ASKED, wish=replace(ASKED.wish, n=2), start_within_s=60.0)
+    asked = replace(ASKED, requested=replace(ASKED.requested, n=2), start_within_s=60.0)
     first = submit(runtime, caller, asked).job
     again = replay(runtime, caller, first.id).job
 
@@ -247,7 +249,7 @@ def test_an_accepted_job_goes_at_once_or_in_turn_or_waits_for_others(
 
 def test_a_batch_is_released_in_every_tier_that_it_asks_for(runtime, caller):
     releases = Releases()
-    other = replace(ASKED, wish=replace(ASKED.wish, tier="quality"))
+    other = replace(ASKED, requested=replace(ASKED.requested, tier="quality"))
 
     submit_batch(replace(runtime, release=releases), caller, iter([ASKED, other, ASKED]))
 

@@ -12,13 +12,13 @@ from tests.app.conftest import bearer
 
 KNOWN = "a large red circle in the center on a blue background"
 LONG = KNOWN + ", very detailed picture" * 20
-WISH = {"seed": 11, "steps": 2}
+JOB_BODY = {"seed": 11, "steps": 2}
 ROOM = 22  # tokens that the pocket model's encoder has for a text
 WAIT = {"Prefer": "wait=60"}
 
 
-def render(api, **wish) -> dict:
-    job = api.post("/v1/jobs", json={**WISH, **wish}, headers=WAIT).json()
+def render(api, **job_body) -> dict:
+    job = api.post("/v1/jobs", json={**JOB_BODY, **job_body}, headers=WAIT).json()
     assert job["state"] == "succeeded", job
     return job
 
@@ -52,10 +52,10 @@ def test_nothing_is_told_of_a_prompt_that_is_read(api):
 
 
 def test_a_negative_prompt_without_guidance_is_told_at_once_and_once(api):
-    wish = {**WISH, "prompt": KNOWN, "negative_prompt": "a green star", "guidance": 1.0}
+    job_body = {**JOB_BODY, "prompt": KNOWN, "negative_prompt": "a green star", "guidance": 1.0}
 
-    estimate = api.post("/v1/estimate", json=wish).json()
-    accepted = api.post("/v1/jobs", json=wish).json()
+    estimate = api.post("/v1/estimate", json=job_body).json()
+    accepted = api.post("/v1/jobs", json=job_body).json()
     ended = api.get(accepted["urls"]["self"], headers=WAIT).json()
 
     [warning] = accepted["warnings"]
@@ -77,15 +77,15 @@ def test_the_audit_log_says_how_much_was_read(api, stack_database):
 
 
 def test_openai_s_clients_are_told(client):
-    answer = client.images.generate(prompt=LONG, extra_body=WISH)
-    events = list(client.images.generate(prompt=LONG, stream=True, extra_body=WISH))
+    answer = client.images.generate(prompt=LONG, extra_body=JOB_BODY)
+    events = list(client.images.generate(prompt=LONG, stream=True, extra_body=JOB_BODY))
 
     assert answer.warnings[0]["code"] == "prompt_truncated"
     assert events[-1].warnings == answer.warnings
 
 
 def test_followers_are_told_with_the_end(api):
-    job = api.post("/v1/jobs", json={**WISH, "prompt": LONG}).json()
+    job = api.post("/v1/jobs", json={**JOB_BODY, "prompt": LONG}).json()
 
     with api.stream(
         "GET", job["urls"]["events"], headers=bearer(api.headers["Authorization"].partition(" ")[2])

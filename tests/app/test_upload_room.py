@@ -137,20 +137,20 @@ WAITS = [
 ]
 
 
-@pytest.mark.parametrize(("path", "wish", "headers"), WAITS)
+@pytest.mark.parametrize(("path", "job_body", "headers"), WAITS)
 def test_a_body_whose_job_is_waited_for_leaves_its_room_to_others(
     a_gateway,
     new_key,
     held_worker,  # noqa: F811
     path,
-    wish,
+    job_body,
     headers,
 ):
     gateway, key = a_gateway(gateway_max_uploads=1, gateway_threads=8), new_key()
     options = {"headers": bearer(key), "timeout": 60, "trust_env": False}
     with httpx.Client(base_url=gateway, **options) as client, ThreadPoolExecutor(1) as threads:
         waits = threads.submit(
-            client.post, path, json={"prompt": "a red circle", **wish}, headers=headers
+            client.post, path, json={"prompt": "a red circle", **job_body}, headers=headers
         )
         job = until(lambda: client.get("/v1/jobs").json()["data"], what="the job")[0]
 

@@ -26,7 +26,7 @@ FEW = {
     "gateway_max_uploads": 2,
     "event_heartbeat_s": 30,
 }
-WISH = {"prompt": "a red circle", "tier": "batch"}
+JOB_BODY = {"prompt": "a red circle", "tier": "batch"}
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def waiting_for(client, job, wait_s=20):
 
 def test_a_client_without_room_to_wait_is_answered_at_once(as_tenant, new_key):
     client = as_tenant(new_key())
-    job = client.post("/v1/jobs", json=WISH).json()
+    job = client.post("/v1/jobs", json=JOB_BODY).json()
 
     asking = Asking(waiting_for(client, job), 8)
     until(
@@ -130,7 +130,7 @@ def test_a_client_without_room_to_wait_is_answered_at_once(as_tenant, new_key):
 
 def test_a_new_job_is_accepted_without_room_to_wait_for_it(as_tenant, new_key):
     client = as_tenant(new_key())
-    job = client.post("/v1/jobs", json=WISH).json()
+    job = client.post("/v1/jobs", json=JOB_BODY).json()
     asking = Asking(waiting_for(client, job), 4)
     until(
         lambda: len(asking.answers) == 1,
@@ -138,7 +138,7 @@ def test_a_new_job_is_accepted_without_room_to_wait_for_it(as_tenant, new_key):
         what="answering the one for whom there is no room",
     )
 
-    answer = client.post("/v1/jobs", json=WISH, headers={"Prefer": "wait=20"})
+    answer = client.post("/v1/jobs", json=JOB_BODY, headers={"Prefer": "wait=20"})
 
     assert (answer.status_code, answer.headers["Preference-Applied"]) == (202, "wait=0")
     for each in (job, answer.json()):
@@ -148,11 +148,11 @@ def test_a_new_job_is_accepted_without_room_to_wait_for_it(as_tenant, new_key):
 
 def test_one_tenant_that_waits_leaves_room_to_another(as_tenant, new_key):
     greedy, other = as_tenant(new_key()), as_tenant(new_key())
-    job = greedy.post("/v1/jobs", json=WISH).json()
+    job = greedy.post("/v1/jobs", json=JOB_BODY).json()
     asking = Asking(waiting_for(greedy, job), 8)
     until(lambda: len(asking.answers) == 5, within_s=10, what="the greedy tenant's share")
 
-    answer = other.post("/v1/jobs", json=WISH, headers={"Prefer": "wait=1"})
+    answer = other.post("/v1/jobs", json=JOB_BODY, headers={"Prefer": "wait=1"})
 
     assert answer.headers["Preference-Applied"] == "wait=1"
     greedy.post(job["urls"]["cancel"])
@@ -161,7 +161,7 @@ def test_one_tenant_that_waits_leaves_room_to_another(as_tenant, new_key):
 
 def test_an_image_call_for_which_there_is_no_room_makes_no_job(as_tenant, new_key, count_jobs):
     client = as_tenant(new_key())
-    job = client.post("/v1/jobs", json=WISH).json()
+    job = client.post("/v1/jobs", json=JOB_BODY).json()
     asking = Asking(waiting_for(client, job), 4)
     until(
         lambda: len(asking.answers) == 1,
@@ -181,7 +181,7 @@ def test_an_image_call_for_which_there_is_no_room_makes_no_job(as_tenant, new_ke
 
 def test_an_image_stream_for_which_there_is_no_room_makes_no_job(as_tenant, new_key, count_jobs):
     client = as_tenant(new_key())
-    job = client.post("/v1/jobs", json=WISH).json()
+    job = client.post("/v1/jobs", json=JOB_BODY).json()
     with (
         following(client, job) as one,
         following(client, job) as two,
@@ -214,7 +214,7 @@ def test_an_image_stream_that_is_refused_leaves_its_place_to_the_next(as_tenant,
 
 def test_one_tenant_s_streams_leave_room_to_another(as_tenant, new_key):
     greedy, other = as_tenant(new_key()), as_tenant(new_key())
-    job, theirs = (client.post("/v1/jobs", json=WISH).json() for client in (greedy, other))
+    job, theirs = (client.post("/v1/jobs", json=JOB_BODY).json() for client in (greedy, other))
     with (
         following(greedy, job) as one,
         following(greedy, job) as two,
@@ -231,7 +231,7 @@ def test_one_tenant_s_streams_leave_room_to_another(as_tenant, new_key):
 def test_a_client_that_has_left_waits_no_longer(as_tenant, gateway, new_key):
     key = new_key()
     client = as_tenant(key)
-    job = client.post("/v1/jobs", json=WISH).json()
+    job = client.post("/v1/jobs", json=JOB_BODY).json()
     for _ in range(3):
         with (
             httpx.Client(
@@ -256,7 +256,7 @@ def test_a_client_that_has_left_waits_no_longer(as_tenant, gateway, new_key):
 def test_a_revoked_key_s_waits_end_with_it(as_tenant, a_key):
     key, revoke = a_key()
     client = as_tenant(key)
-    job = client.post("/v1/jobs", json=WISH).json()
+    job = client.post("/v1/jobs", json=JOB_BODY).json()
     asking = Asking(waiting_for(client, job, 60), 2)
     time.sleep(0.5)
 
@@ -271,7 +271,7 @@ def test_a_revoked_key_s_waits_end_with_it(as_tenant, a_key):
 def test_a_revoked_key_s_streams_end_with_it(as_tenant, a_key):
     key, revoke = a_key()
     client = as_tenant(key)
-    job = client.post("/v1/jobs", json=WISH).json()
+    job = client.post("/v1/jobs", json=JOB_BODY).json()
 
     with following(client, job) as stream:
         assert next(stream)[1] == "queued"
@@ -287,7 +287,7 @@ def test_a_revoked_key_s_streams_end_with_it(as_tenant, a_key):
 def test_an_expired_key_s_streams_end_with_it(as_tenant, a_key, stack, stack_database):
     key, _ = a_key()
     client = as_tenant(key)
-    job = client.post("/v1/jobs", json=WISH).json()
+    job = client.post("/v1/jobs", json=JOB_BODY).json()
 
     with following(client, job) as stream:
         with transaction(stack_database) as session:
@@ -300,8 +300,8 @@ def test_an_expired_key_s_streams_end_with_it(as_tenant, a_key, stack, stack_dat
 
 def test_a_revoked_key_s_image_stream_says_so_and_its_job_goes_on(as_tenant, a_key, stack_database):
     key, revoke = a_key()
-    wish = {"prompt": "a red circle", "stream": True}
-    with as_tenant(key).stream("POST", "/v1/images/generations", json=wish) as answer:
+    job_body = {"prompt": "a red circle", "stream": True}
+    with as_tenant(key).stream("POST", "/v1/images/generations", json=job_body) as answer:
         job_id = answer.headers["X-Darkroom-Job-Id"]
         lines = answer.iter_lines()
         next(lines)

@@ -621,7 +621,7 @@ def test_status_and_env_describe_the_running_stack(stack):
     assert env.stdout == Path(stack.env_path).read_text()
 
 
-def test_a_dead_letter_is_requeued_once_as_a_new_job_of_the_same_wish(stack, client):
+def test_a_dead_letter_is_requeued_once_as_a_new_job_of_the_same_parameters(stack, client):
     failed = client.wait(
         client.create_job("a green star on black", tier="batch", steps=4, seed=11).id
     )

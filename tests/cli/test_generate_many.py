@@ -75,13 +75,13 @@ def assert_all_is_there(tmp_path, jobs, prompts):
 
 
 def test_every_line_becomes_files_under_its_number_and_one_that_cannot_is_named(stack, tmp_path):
-    wishes = [
+    job_bodies = [
         "a red circle",
         "",
         '{"prompt": "a blue star", "n": 2, "seed": 40, "output_format": "webp"}',
         '{"prompt": "x", "steps": 9999}',
     ]
-    (tmp_path / "prompts.txt").write_text("\n".join(wishes))
+    (tmp_path / "prompts.txt").write_text("\n".join(job_bodies))
 
     code, out, err = run(stack, tmp_path, "--tier", "fast", "--seed", 7)
 
@@ -414,11 +414,11 @@ def test_a_prompt_may_begin_with_a_quotation():
 
 
 def test_fields_of_a_job_stand_in_a_list_too_and_a_refusal_names_the_field(stack, tmp_path):
-    wishes = [
+    job_bodies = [
         {"prompt": "a blue star", "seed": 40, "steps": 2},
         {"prompt": "x", "seed": "six", "stepz": 3},
     ]
-    (tmp_path / "prompts.txt").write_text(json.dumps(wishes), encoding="utf-8-sig")
+    (tmp_path / "prompts.txt").write_text(json.dumps(job_bodies), encoding="utf-8-sig")
 
     code, _, err = run(stack, tmp_path, "--tier", "fast")
 

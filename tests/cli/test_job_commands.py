@@ -292,7 +292,7 @@ def test_a_picture_to_be_followed_is_sent_along(stack, tmp_path):
 )
 def test_adapters_are_said_with_or_without_their_strength(said, fields):
     asked = []
-    click.command()(job_options(lambda **wish: asked.append(wish))).main(
+    click.command()(job_options(lambda **fields: asked.append(fields))).main(
         said, standalone_mode=False
     )
 

@@ -43,12 +43,12 @@ def old_job(own_database):
     return an_old_job(own_database)
 
 
-def an_old_job(own_database, **wish):
+def an_old_job(own_database, **fields):
     engine = make_engine(own_database.owner_url, pool_size=1)
     with transaction(engine) as session:
         tenant = a_tenant(session)
         job = jobs.cancel(
-            session, a_job(session, tenant=tenant, **wish).id, tenant_id=tenant.id, actor="tests"
+            session, a_job(session, tenant=tenant, **fields).id, tenant_id=tenant.id, actor="tests"
         )
         old_id = age(session, job)
     engine.dispose()

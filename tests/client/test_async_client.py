@@ -47,8 +47,10 @@ def test_a_dozen_jobs_at_once_end_as_files_with_the_right_bytes(with_client, tmp
 
 def test_the_same_key_is_the_same_job(with_client):
     async def ask(client):
-        wish = {"tier": "fast", "seed": 7, "idempotency_key": f"twice-{id(client)}"}
-        return await asyncio.gather(*(client.create_job("a red circle", **wish) for _ in range(5)))
+        fields = {"tier": "fast", "seed": 7, "idempotency_key": f"twice-{id(client)}"}
+        return await asyncio.gather(
+            *(client.create_job("a red circle", **fields) for _ in range(5))
+        )
 
     assert len({job.id for job in with_client(ask)}) == 1
 
@@ -111,13 +113,13 @@ def test_events_are_told_to_the_end(with_client):
     assert events[-1].data["state"] == "succeeded"
 
 
-def test_a_batch_tells_of_each_wish_what_became_of_it(with_client):
+def test_a_batch_tells_of_each_job_what_became_of_it(with_client):
     async def ask(client):
-        wishes = [
+        jobs = [
             {"prompt": "a red circle", "tier": "fast"},
             {"prompt": "x", "tier": "fast", "steps": 900},
         ]
-        submissions = await client.create_jobs(wishes)
+        submissions = await client.create_jobs(jobs)
         return submissions, await client.wait(submissions[0].job_id)
 
     (accepted, refused), job = with_client(ask)

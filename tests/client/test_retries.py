@@ -267,9 +267,7 @@ def test_a_download_is_whole_or_not_there_and_is_not_fetched_twice(either, serve
     assert [entry.name for entry in path.parent.iterdir()] == ["7-0.png"]
 
 
-def test_pictures_are_uploaded_before_the_wish_that_names_them_and_each_once(
-    either, server, tmp_path
-):
+def test_pictures_are_uploaded_once_before_the_request_that_names_them(either, server, tmp_path):
     (tmp_path / "cat.png").write_bytes(PNG)
 
     def answer(request):
@@ -300,7 +298,7 @@ def test_pictures_are_uploaded_before_the_wish_that_names_them_and_each_once(
     assert said["control_image"] == "data:image/png;base64,xx"
 
 
-def test_pictures_of_a_batch_are_uploaded_once_however_many_wishes_name_them(
+def test_pictures_of_a_batch_are_uploaded_once_however_many_jobs_name_them(
     either, server, tmp_path
 ):
     (tmp_path / "cat.png").write_bytes(PNG)
@@ -314,7 +312,7 @@ def test_pictures_of_a_batch_are_uploaded_once_however_many_wishes_name_them(
 
     server.will(answer)
 
-    wishes = [
+    jobs = [
         {"prompt": "a red circle", "init_image": tmp_path / "cat.png", "mask": b"mask bytes"},
         {
             "prompt": "a blue star",
@@ -322,7 +320,7 @@ def test_pictures_of_a_batch_are_uploaded_once_however_many_wishes_name_them(
             "control_image": b"mask bytes",
         },
     ]
-    made, refused = either.ask("create_jobs", wishes)
+    made, refused = either.ask("create_jobs", jobs)
 
     assert [request.path for request in server.requests] == [
         "/v1/files",

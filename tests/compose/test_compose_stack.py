@@ -24,7 +24,7 @@ from tests.compose.conftest import REPO
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(3600)]
 
-WISH = {"prompt": "a red circle on a blue background", "tier": "quality", "seed": 7}
+JOB_BODY = {"prompt": "a red circle on a blue background", "tier": "quality", "seed": 7}
 
 
 class Compose:
@@ -178,7 +178,7 @@ def test_our_processes_are_nobody_in_particular_and_write_nowhere(compose: Compo
 
 
 def test_the_command_line_works_in_its_container(compose: Compose, client: httpx.Client):
-    _finished(client, WISH)
+    _finished(client, JOB_BODY)
 
     assert "nothing is wrong" in compose.told(
         "run", "--rm", "-T", "api", "darkroom", "check", "gateway"
@@ -222,7 +222,7 @@ def test_only_the_worker_can_load_torch(compose: Compose):
 def test_a_prompt_becomes_an_image_at_a_presigned_url_and_a_row_in_the_audit_log(
     compose: Compose, client: httpx.Client
 ):
-    job = _finished(client, WISH)
+    job = _finished(client, JOB_BODY)
 
     shown = client.get(f"/v1/jobs/{job['id']}/images/0")
     image = httpx.get(shown.headers["Location"], trust_env=False)
@@ -235,7 +235,7 @@ def test_a_prompt_becomes_an_image_at_a_presigned_url_and_a_row_in_the_audit_log
 
 
 def test_an_image_is_shown_to_nobody_without_a_signature(compose: Compose, client: httpx.Client):
-    job = _finished(client, WISH)
+    job = _finished(client, JOB_BODY)
     signed = client.get(f"/v1/jobs/{job['id']}/images/0").headers["Location"]
 
     # stores differ in what they call it
@@ -259,7 +259,7 @@ def test_flower_asks_for_a_password_and_lists_the_workers(compose: Compose):
 def test_a_restart_keeps_everything_and_every_process_ends_in_good_order(
     compose: Compose, client: httpx.Client
 ):
-    before = _finished(client, WISH)
+    before = _finished(client, JOB_BODY)
 
     compose("stop")
     ended = {name: state["ExitCode"] for name, state in compose.states().items()}
@@ -276,13 +276,13 @@ def test_a_restart_keeps_everything_and_every_process_ends_in_good_order(
     )
     assert hashlib.sha256(image.content).hexdigest() == before["images"][0]["content_sha256"]
     assert (
-        _finished(client, WISH)["images"][0]["pixels_sha256"]
+        _finished(client, JOB_BODY)["images"][0]["pixels_sha256"]
         == before["images"][0]["pixels_sha256"]
     )
 
 
-def _finished(client: httpx.Client, wish: dict[str, Any]) -> dict[str, Any]:
-    answer = client.post("/v1/jobs", json=wish, headers={"Prefer": "wait=60"})
+def _finished(client: httpx.Client, job_body: dict[str, Any]) -> dict[str, Any]:
+    answer = client.post("/v1/jobs", json=job_body, headers={"Prefer": "wait=60"})
     job: dict[str, Any] = answer.json()
     assert job.get("state") == "succeeded", job
     return job

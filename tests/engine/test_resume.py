@@ -157,7 +157,7 @@ def test_a_snapshot_is_refused_where_a_bit_could_differ(engine, checkpoint):
         other.restore(blobs[1])
 
 
-def test_a_snapshot_is_refused_for_another_wish(engine, elsewhere):
+def test_a_snapshot_is_refused_for_another_request(engine, elsewhere):
     _, blobs = snapshots_at_every_step(engine, reproducible("a", num_steps=3))
 
     with pytest.raises(SnapshotRefused, match="another request"):

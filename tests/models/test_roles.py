@@ -199,7 +199,7 @@ def test_a_worker_s_searches_are_still_answered_by_an_index(as_process, conditio
     assert found_by in plan, plan
 
 
-def test_a_results_worker_stores_what_it_cannot_read_the_wish_of(as_process, database):
+def test_a_results_worker_stores_images_whose_prompts_it_cannot_read(as_process, database):
     with Session(database.app, expire_on_commit=False) as session, session.begin():
         lease = a_lease(session)
         hand_off(session, lease)

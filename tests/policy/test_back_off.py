@@ -25,7 +25,7 @@ def test_three_days_hold_more_than_a_dozen_attempts():
     draw=st.floats(0, 1, exclude_max=True),
     retry_after_s=st.none() | st.floats(0, 1e9),
 )
-def test_a_receiver_s_wish_is_granted_within_bounds_and_never_shortens_the_wait(
+def test_a_receiver_s_retry_after_is_granted_within_bounds_and_never_shortens_the_wait(
     attempts, draw, retry_after_s
 ):
     wait_s = next_try_s(attempts, draw=draw, retry_after_s=retry_after_s)

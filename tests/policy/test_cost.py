@@ -41,7 +41,7 @@ def test_a_price_fits_its_column_and_is_within_half_a_millionth(device_seconds):
 
 
 @pytest.mark.parametrize(
-    ("factor", "wish", "counts"),
+    ("factor", "params", "counts"),
     [
         (1.0, {}, "0.065536"),  # 128 x 128 pixels, 4 steps
         (1.0, {"n": 3}, "0.196608"),
@@ -53,10 +53,10 @@ def test_a_price_fits_its_column_and_is_within_half_a_millionth(device_seconds):
         (0.0000001, {}, "0.000001"),
     ],
 )
-def test_megapixel_steps_are_all_that_a_job_asks_for_rounded_up(factor, wish, counts):
+def test_megapixel_steps_are_all_that_a_job_asks_for_rounded_up(factor, params, counts):
     fleet = a_fleet({"models.pocket.cost_factor": factor})
 
-    assert str(megapixel_steps(fleet, resolved(fleet, tier="fast", **wish))) == counts
+    assert str(megapixel_steps(fleet, resolved(fleet, tier="fast", **params))) == counts
 
 
 def test_a_price_is_rounded_half_up_and_never_to_even():

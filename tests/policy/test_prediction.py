@@ -31,13 +31,13 @@ FLOWS = st.lists(
 
 
 def cost_of(cost=None, **changes) -> float:
-    wish = {
+    params = {
         "width_px": 1000,
         "height_px": 1000,
         "denoising": Denoising(steps=20, rows=1),
         "num_images": 1,
     }
-    return predicted_s(cost, **{**wish, **changes})
+    return predicted_s(cost, **{**params, **changes})
 
 
 def share_below(ratios: list[float], quantile: float) -> float:

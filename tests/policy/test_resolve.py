@@ -1,4 +1,4 @@
-"""From a wish to parameters that say everything, or a refusal that names the field and what is
+"""From a request to parameters that say everything, or a refusal that names the field and what is
 accepted.
 """
 
@@ -9,20 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policy import catalog
-from policy.catalog import MAX_SEED, RANDOM_SEED, InvalidWish, pick_version, resolve
+from policy.catalog import MAX_SEED, RANDOM_SEED, InvalidParam, pick_version, resolve
 from policy.fleet import parse_size
 from policy.params import PassThrough, pictures_of
-from tests.builders import a_fleet, a_wish, resolved
+from tests.builders import a_fleet, resolved, some_params
 
 
-def refusal_of(**fields) -> InvalidWish:
-    with pytest.raises(InvalidWish) as refusal:
+def refusal_of(**fields) -> InvalidParam:
+    with pytest.raises(InvalidParam) as refusal:
         resolved(**fields)
     return refusal.value
 
 
 def test_a_bare_prompt_gets_every_parameter():
-    job = resolve(a_fleet(), a_wish(prompt="a red circle"), default_seed=7, draw=0.0)
+    job = resolve(a_fleet(), some_params(prompt="a red circle"), default_seed=7, draw=0.0)
 
     assert (job.model, job.model_version, job.pool, job.tier) == ("pocket", "1", "local", "fast")
     assert (job.width_px, job.height_px, job.num_steps, job.guidance, job.sampler) == (
@@ -125,12 +125,14 @@ def test_a_tier_accepts_no_size_above_its_megapixels():
         }
     )
 
-    with pytest.raises(InvalidWish) as refusal:
-        resolve(fleet, a_wish(size="128x192"), default_seed=7, draw=0.0)
+    with pytest.raises(InvalidParam) as refusal:
+        resolve(fleet, some_params(size="128x192"), default_seed=7, draw=0.0)
 
     assert (refusal.value.field, refusal.value.accepted) == ("size", ["128x128"])
     assert (
-        resolve(fleet, a_wish(size="128x192", tier="batch"), default_seed=7, draw=0.0).height_px
+        resolve(
+            fleet, some_params(size="128x192", tier="batch"), default_seed=7, draw=0.0
+        ).height_px
         == 192
     )
 
@@ -184,18 +186,18 @@ def test_a_version_without_weight_gets_no_new_jobs(weights, draw):
     seed=st.none() | st.integers(-5, 2**64),
     n=st.integers(-2, 10),
 )
-def test_a_wish_is_resolved_within_all_limits_or_refused_by_field(**fields):
-    fleet, wish = a_fleet(), a_wish(**fields)
+def test_a_request_is_resolved_within_all_limits_or_refused_by_field(**fields):
+    fleet, requested = a_fleet(), some_params(**fields)
 
     try:
-        job = resolve(fleet, wish, default_seed=7, draw=0.5)
-    except InvalidWish as refusal:
+        job = resolve(fleet, requested, default_seed=7, draw=0.5)
+    except InvalidParam as refusal:
         assert refusal.field in fields  # noqa: PT017 - either end is right
         return
 
     tier, model = fleet.tiers[job.tier], fleet.models[job.model]
     assert f"{job.width_px}x{job.height_px}" in model.sizes
-    assert parse_size(wish.size or model.sizes[0]) == (job.width_px, job.height_px)
+    assert parse_size(requested.size or model.sizes[0]) == (job.width_px, job.height_px)
     assert 1 <= job.num_steps <= tier.max_steps
     assert 1 <= job.num_images <= tier.max_images
     assert 0 <= job.guidance <= model.max_guidance
@@ -215,11 +217,11 @@ def test_an_alias_is_its_model_and_stays_on_record():
     )
 
     for alias in fleet.models["large"].aliases:
-        job = resolve(fleet, a_wish(model=alias), default_seed=7, draw=0.0)
+        job = resolve(fleet, some_params(model=alias), default_seed=7, draw=0.0)
         assert (job.model, job.model_alias, job.pool) == ("large", alias, "big")
-    assert resolve(fleet, a_wish(model="large"), default_seed=7, draw=0.0).model_alias is None
-    with pytest.raises(InvalidWish) as refusal:
-        resolve(fleet, a_wish(model="gpt-image-9"), default_seed=7, draw=0.0)
+    assert resolve(fleet, some_params(model="large"), default_seed=7, draw=0.0).model_alias is None
+    with pytest.raises(InvalidParam) as refusal:
+        resolve(fleet, some_params(model="gpt-image-9"), default_seed=7, draw=0.0)
     assert refusal.value.accepted == ["pocket", "large", *fleet.models["large"].aliases]
 
 
@@ -229,7 +231,7 @@ def test_a_parameter_that_is_as_asked_is_kept_in_its_range(family):
 
     assert [resolved(fleet, clip_skip=skip).clip_skip for skip in (None, 0, 12)] == [None, 0, 12]
     for skip in (-1, 13):
-        with pytest.raises(InvalidWish) as refusal:
+        with pytest.raises(InvalidParam) as refusal:
             resolved(fleet, clip_skip=skip)
         assert (refusal.value.field, refusal.value.accepted) == ("clip_skip", {"min": 0, "max": 12})
 
@@ -251,7 +253,7 @@ def test_a_rule_holds_each_end_of_its_range_by_itself(rule, taken, refused, acce
     for value in taken:
         catalog._check_rule("vigour", rule, value, model, "pocket")
     for value in refused:
-        with pytest.raises(InvalidWish, match="vigour: must be") as refusal:
+        with pytest.raises(InvalidParam, match="vigour: must be") as refusal:
             catalog._check_rule("vigour", rule, value, model, "pocket")
         assert (refusal.value.field, refusal.value.accepted) == ("vigour", accepted)
 
@@ -265,7 +267,7 @@ def test_a_rule_holds_each_end_of_its_range_by_itself(rule, taken, refused, acce
     ],
 )
 def test_a_parameter_that_the_family_has_not_is_refused_by_name(family, field, value):
-    with pytest.raises(InvalidWish, match="by model pocket") as refusal:
+    with pytest.raises(InvalidParam, match="by model pocket") as refusal:
         resolved(a_fleet({"models.pocket.family": family}), **{field: value})
 
     assert refusal.value.field == field
@@ -273,12 +275,12 @@ def test_a_parameter_that_the_family_has_not_is_refused_by_name(family, field, v
 
 def test_pictures_become_the_files_of_their_roles():
     fleet = a_fleet({"models.pocket.family": "pipeline"})
-    wish = {"init_image": UUID(int=1), "mask": UUID(int=2), "control_image": UUID(int=3)}
+    requested = {"init_image": UUID(int=1), "mask": UUID(int=2), "control_image": UUID(int=3)}
 
-    job = resolved(fleet, **wish)
+    job = resolved(fleet, **requested)
 
-    assert (job.init_file_id, job.mask_file_id, job.control_file_id) == tuple(wish.values())
-    assert pictures_of(job) == wish
+    assert (job.init_file_id, job.mask_file_id, job.control_file_id) == tuple(requested.values())
+    assert pictures_of(job) == requested
 
 
 def test_no_output_format_but_those_of_the_list_is_accepted():

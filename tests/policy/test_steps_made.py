@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policy import warnings
-from policy.catalog import InvalidWish
+from policy.catalog import InvalidParam
 from policy.cost import megapixel_steps
 from policy.fleet import Family, FleetInvalid
 from policy.steps import Denoising, denoising_of, image_steps, rows_taken, steps_made
@@ -67,7 +67,7 @@ def test_steps_are_at_least_one_and_never_more_than_were_asked_for(family, num_s
 @given(num_steps=st.integers(1, 200))
 def test_the_least_strength_that_is_accepted_leaves_one_step(family, num_steps):
     fleet = a_fleet({"tiers.quality.max_steps": 200})
-    with pytest.raises(InvalidWish) as refused:
+    with pytest.raises(InvalidParam) as refused:
         resolved(fleet, **PICTURE, steps=num_steps, strength=0.0)
 
     least = resolved(

@@ -88,7 +88,7 @@ def test_a_burst_of_large_jobs_never_takes_more_slots_than_its_tiers_have(
 
     The last job of each may stick out by 7 images.
     """
-    wishes = [
+    job_bodies = [
         {
             "prompt": SHAPES[n % 3],
             "tier": ("batch", "quality")[n % 2],
@@ -98,7 +98,7 @@ def test_a_burst_of_large_jobs_never_takes_more_slots_than_its_tiers_have(
         }
         for n in range(12)
     ]
-    burst = [submission.job_id for submission in client.create_jobs(wishes)]
+    burst = [submission.job_id for submission in client.create_jobs(job_bodies)]
     held: list[dict[str, int]] = []
 
     def took_what_it_may() -> bool:
@@ -129,14 +129,14 @@ def test_a_burst_of_large_jobs_never_takes_more_slots_than_its_tiers_have(
 
 
 def test_a_reproducible_image_is_the_same_alone_and_in_company(client, sql):
-    wish = {"prompt": SHAPES[0], "tier": "quality", "seed": 77, "steps": 12}
-    alone = finished(client, client.create_job(**wish))
+    fields = {"prompt": SHAPES[0], "tier": "quality", "seed": 77, "steps": 12}
+    alone = finished(client, client.create_job(**fields))
 
     crowd = [
         client.create_job(SHAPES[n % 3], tier="quality", seed=n, steps=9 + n, guidance=2.0 + n)
         for n in range(6)
     ]
-    together = finished(client, client.create_job(**wish))
+    together = finished(client, client.create_job(**fields))
     for job in crowd:
         finished(client, job)
 
@@ -286,11 +286,11 @@ def test_jobs_that_wait_for_their_pictures_are_in_nobody_s_way(
     client, second_tenant, sql, stack, part
 ):
     file = client.upload(png(a_picture(128, 128)))
-    wish = {"tier": "quality", "steps": 4, "init_image": file.id}
+    fields = {"tier": "quality", "steps": 4, "init_image": file.id}
     stack.stop(part)
     try:
         waiting = client.create_jobs(
-            [{"prompt": SHAPES[n % 3], "seed": n, **wish} for n in range(40)]
+            [{"prompt": SHAPES[n % 3], "seed": n, **fields} for n in range(40)]
         )
         waiting_ids = [uuid.UUID(submission.job_id) for submission in waiting]
         for tenant in (client, second_tenant.client):

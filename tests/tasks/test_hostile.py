@@ -123,7 +123,7 @@ def test_a_job_that_was_there_when_its_worker_died_twice_runs_alone(here):
     first = here.render(other)
     until(lambda: here.keeper.all_held(), what="the other's lease")
     second = here.render(suspect)
-    until(lambda: here.keeper.is_reserved(), what="the wish to be alone")
+    until(lambda: here.keeper.is_reserved(), what="the worker to be reserved")
     for thread in (first, second):
         thread.join(timeout=60)
 
@@ -143,7 +143,7 @@ def test_a_job_that_comes_where_another_wants_to_be_alone_is_given_back_uncounte
         ids = {"ids": [suspect.id, another.id]}
         session.execute(text("UPDATE jobs SET counted_attempts = 2 WHERE id = ANY(:ids)"), ids)
     first = here.render(suspect)
-    until(here.keeper.is_reserved, what="the wish to be alone")
+    until(here.keeper.is_reserved, what="the worker to be reserved")
 
     rows = ended(here, another, plain)
     first.join(timeout=60)

@@ -23,7 +23,12 @@ from tests.pictures import a_picture, png
 
 # shorter than an operator's, for the sake of the suite
 LEASE = {"LEASE_TTL_S": "6", "LEASE_RENEW_S": "2", "LEASE_STOP_S": "5"}
-WISH = {"prompt": "a large red circle on a blue background", "tier": "quality", "steps": 60, "n": 4}
+JOB_BODY = {
+    "prompt": "a large red circle on a blue background",
+    "tier": "quality",
+    "steps": 60,
+    "n": 4,
+}
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +93,11 @@ def progressed(tenant, job, steps: int):
     )
 
 
-def asked_for(pair, wish) -> str:
+def asked_for(pair, job_body) -> str:
     """The id of a new job with fields that the client does not know."""
     headers = {"Authorization": f"Bearer {pair.env['DARKROOM_API_KEY']}"}
     return httpx.post(
-        f"{pair.env['DARKROOM_URL']}/v1/jobs", json=wish, headers=headers, trust_env=False
+        f"{pair.env['DARKROOM_URL']}/v1/jobs", json=job_body, headers=headers, trust_env=False
     ).json()["id"]
 
 
@@ -111,8 +116,8 @@ def process_of(worker: str) -> str:
 def test_a_worker_with_a_notice_gives_its_jobs_up_and_another_goes_on_at_the_very_step(
     pair, tenant, sql, folder
 ):
-    undisturbed = tenant.wait(tenant.create_job(**WISH, seed=31).id)
-    job = tenant.create_job(**WISH, seed=31)
+    undisturbed = tenant.wait(tenant.create_job(**JOB_BODY, seed=31).id)
+    job = tenant.create_job(**JOB_BODY, seed=31)
     progressed(tenant, job, 40)
     worker = name_of(sql, job)
 
@@ -142,9 +147,13 @@ def test_a_worker_with_a_notice_gives_its_jobs_up_and_another_goes_on_at_the_ver
 @pytest.mark.slow
 def test_a_job_that_starts_from_a_picture_goes_on_at_the_very_step_too(pair, tenant, sql, folder):
     picture = base64.b64encode(png(a_picture(128, 128))).decode()
-    wish = WISH | {"seed": 35, "init_image": f"data:image/png;base64,{picture}", "strength": 0.9}
-    undisturbed = tenant.wait(asked_for(pair, wish))
-    job = tenant.job(asked_for(pair, wish))
+    job_body = JOB_BODY | {
+        "seed": 35,
+        "init_image": f"data:image/png;base64,{picture}",
+        "strength": 0.9,
+    }
+    undisturbed = tenant.wait(asked_for(pair, job_body))
+    job = tenant.job(asked_for(pair, job_body))
     progressed(tenant, job, 40)
     worker = name_of(sql, job)
 
@@ -162,7 +171,7 @@ def test_a_job_that_starts_from_a_picture_goes_on_at_the_very_step_too(pair, ten
 
 
 def test_sigterm_is_a_notice_and_what_can_be_finished_is(pair, tenant, sql):
-    long = tenant.create_job(**WISH, seed=32)
+    long = tenant.create_job(**JOB_BODY, seed=32)
     progressed(tenant, long, 8)
     worker = psutil.Process(pair.pid(process_of(name_of(sql, long))))
 
@@ -175,8 +184,8 @@ def test_sigterm_is_a_notice_and_what_can_be_finished_is(pair, tenant, sql):
 
 
 def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_at_most(pair, tenant, sql):
-    undisturbed = tenant.wait(tenant.create_job(**WISH, seed=33).id)
-    job = tenant.create_job(**WISH, seed=33)
+    undisturbed = tenant.wait(tenant.create_job(**JOB_BODY, seed=33).id)
+    job = tenant.create_job(**JOB_BODY, seed=33)
     progressed(tenant, job, 100)
     worker = name_of(sql, job)
 
@@ -196,7 +205,7 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_at_most(pair,
 
 
 def test_a_zombie_that_wakes_up_after_its_lease_writes_nothing(pair, tenant, sql):
-    job = tenant.create_job(**WISH, seed=34)
+    job = tenant.create_job(**JOB_BODY, seed=34)
     progressed(tenant, job, 8)
     worker = process_of(name_of(sql, job))
 

@@ -146,7 +146,7 @@ def _forecast(queue: Queue, _: Session) -> None:
         refresher,
         worker_silence_s=15,
     )
-    forecaster.expect(queue.wish, queue.bulk)
+    forecaster.expect(queue.params, queue.bulk)
 
 
 def _sweep_part(name: str) -> Callable[[Queue, Session], None]:

@@ -18,7 +18,7 @@ from models.database import transaction
 from models.tables import Job
 from policy.catalog import resolve
 from policy.fleet import Fleet, parse_fleet
-from policy.params import Resolved, Wish
+from policy.params import RequestedParams, Resolved
 from policy.states import JobState
 from settings import REPO, Settings
 from tasks.roles.maintenance import build
@@ -44,7 +44,7 @@ class Queue:
     owner: Engine
     fleet: Fleet
     bulk: uuid.UUID
-    wish: Resolved
+    params: Resolved
     sweeper: Sweeper
     gauge: Gauge
     in_hand: int = 0  # images of TIER
@@ -62,7 +62,7 @@ class Queue:
     def accept(self, session: Session) -> Job:
         """Accept another job of the bulk tenant."""
         new_job = jobs.NewJob(
-            params=self.wish,
+            params=self.params,
             start_within_s=A_DAY_S,
             run_within_s=600.0,
             predicted_s=0.5,
@@ -116,14 +116,16 @@ def fill(
     with transaction(sweeper.database) as session:
         ids = [tenants.create(session, name=f"tenant-{place}").id for place in range(TENANTS)]
     _load(owner, rows, ids, list(fleet.tiers))
-    wish = Wish(prompt="a large red circle in the center on a blue background", tier=DRAWN_TIER)
+    requested = RequestedParams(
+        prompt="a large red circle in the center on a blue background", tier=DRAWN_TIER
+    )
     return Queue(
         rows=rows,
         app=sweeper.database,
         owner=owner,
         fleet=fleet,
         bulk=ids[0],
-        wish=resolve(fleet, wish, default_seed=7, draw=0.0),
+        params=resolve(fleet, requested, default_seed=7, draw=0.0),
         sweeper=sweeper,
         gauge=Gauge(settings.handoff_url),
     )
