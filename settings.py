@@ -11,7 +11,7 @@ FleetSettings                fleet.toml
         ├── WorkerSettings   + those of the device
         ├── WebhookSettings  + the private networks it may reach (webhooks)
         └── StoreSettings    + the object store (results worker)
-            └── GatewaySettings  + the API key pepper and the limits of the door
+            └── GatewaySettings  + the API key pepper and the limits of requests
 StreamSettings               the threads of a gateway process, by use (also the gateway's)
 └── ServerSettings           + how gunicorn listens
 OutboundSettings             private networks that outgoing requests may reach (gateway, webhooks)

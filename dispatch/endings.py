@@ -102,7 +102,7 @@ class EndedJobs:
             self.snapshots.drop([job_id])
             self.inputs.drop([job_id])
         except (SnapshotsUnavailable, HandoffUnavailable) as error:
-            log.info("not_dropped", job_id=str(job_id), reason=str(error))
+            log.info("snapshots_not_dropped", job_id=str(job_id), reason=str(error))
 
 
 def lose_hand_off(

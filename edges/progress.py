@@ -261,7 +261,7 @@ class JobSignals:
         try:
             pipe.execute()
         except redis.RedisError as error:
-            log.info("news_not_sent", what=what, reason=type(error).__name__)
+            log.info("signal_not_sent", what=what, reason=type(error).__name__)
 
 
 class Listener:
@@ -304,12 +304,14 @@ class Listener:
         try:
             job_id = uuid.UUID(str(json.loads(message["data"])["job_id"]))
         except (ValueError, KeyError, TypeError):
-            log.warning("news_not_understood", channel=self._channel)
+            log.warning("signal_not_understood", channel=self._channel)
             return
         try:
             self._hear(job_id)
         except Exception as error:  # one bad ending must not make us deaf to all others
-            log.error("news_not_handled", channel=self._channel, job_id=str(job_id), exc_info=error)
+            log.error(
+                "signal_not_handled", channel=self._channel, job_id=str(job_id), exc_info=error
+            )
 
 
 LOOK_EVERY_S = 2.0

@@ -35,12 +35,14 @@ HTTP_REQUESTS = Counter(
     "darkroom_http_requests_total", "Answers of the gateway", ["method", "route", "status"]
 )
 HTTP_SECONDS = Histogram(
-    "darkroom_http_request_seconds", "Time to answer, waiting clients excluded", ["method", "route"]
+    "darkroom_http_request_seconds",
+    "Time to answer a request, without the wait for a job's end",
+    ["method", "route"],
 )
 JOBS_ACCEPTED = Counter("darkroom_jobs_accepted_total", "Jobs written", ["tier", "model"])
-JOBS_ERASED = Counter("darkroom_jobs_erased_total", "Requests to delete what a job was about")
+JOBS_ERASED = Counter("darkroom_jobs_erased_total", "Jobs whose content was erased")
 REQUESTS_REPLAYED = Counter(
-    "darkroom_requests_replayed_total", "Requests that came again under their Idempotency-Key"
+    "darkroom_requests_replayed_total", "Requests repeated with the same Idempotency-Key"
 )
 IMAGES_RENDERED = Counter("darkroom_images_rendered_total", "Images handed off", ["tier", "model"])
 DEVICE_SECONDS = Counter(
@@ -48,23 +50,26 @@ DEVICE_SECONDS = Counter(
 )
 TEXTS_UNREAD = Counter(
     "darkroom_texts_unread_total",
-    "Jobs of whose texts the model did not read all",
+    "Jobs with a text of which the model did not read all",
     ["model", "code"],
 )
 RENDER_ERRORS = Counter("darkroom_render_errors_total", "Attempts that ended in an error", ["kind"])
-LEASES_LOST = Counter("darkroom_leases_lost_total", "Leases that a worker found gone")
+LEASES_LOST = Counter("darkroom_leases_lost_total", "Leases that a worker has lost")
 PREEMPTED = Counter(
-    "darkroom_jobs_preempted_total", "Jobs given up with snapshots because the worker had to go"
+    "darkroom_jobs_preempted_total", "Jobs handed to other workers because the worker had to stop"
 )
-NOTICES = Counter("darkroom_notices_total", "Notices that the worker has to go", ["source"])
+NOTICES = Counter(
+    "darkroom_notices_total", "Notices that the worker's machine will be taken away", ["source"]
+)
 UNFIT = Counter(
-    "darkroom_workers_unfit_total", "Times that this worker left because it could not go on"
+    "darkroom_workers_unfit_total", "Times that this worker stopped because it could not go on"
 )
 CHECKPOINTS = Counter("darkroom_checkpoints_total", "Snapshots kept while rendering")
 SNAPSHOTS_REFUSED = Counter(
-    "darkroom_snapshots_refused_total", "Snapshots that did not fit, so that an image began again"
+    "darkroom_snapshots_refused_total",
+    "Snapshots that could not be used, so that an image began again",
 )
-STEPS_RESUMED = Counter("darkroom_steps_resumed_total", "Denoise steps that snapshots spared")
+STEPS_RESUMED = Counter("darkroom_steps_resumed_total", "Denoise steps that snapshots saved")
 STEPS_LOST = Counter(
     "darkroom_steps_lost_total",
     "Denoise steps done again, by the outcome of the attempt that had done them",
@@ -72,58 +77,58 @@ STEPS_LOST = Counter(
 )
 PICTURES_KEPT = Counter(
     "darkroom_pictures_kept_total",
-    "Pictures that tenants brought, encoded again and stored or there already",
+    "Pictures that tenants sent and that were stored, or were stored already",
     ["way"],
 )
 PICTURES_REFUSED = Counter(
-    "darkroom_pictures_refused_total", "Pictures that tenants brought and that cannot be used"
+    "darkroom_pictures_refused_total", "Pictures that tenants sent and that cannot be used"
 )
 DECODERS_DIED = Counter(
-    "darkroom_decoders_died_total", "Pictures that were the end of the process that decoded them"
+    "darkroom_decoders_died_total", "Pictures that killed the process that decoded them"
 )
 PICTURE_SECONDS = Histogram(
     "darkroom_picture_seconds",
-    "Time to check a tenant's picture and encode it again, waiting for a turn included",
+    "Time to check and encode a picture of a tenant, including the wait for a decoder",
 )
 INPUTS_BROUGHT = Counter(
     "darkroom_inputs_brought_total",
-    "Pictures brought to the hand-off for jobs that start from them",
+    "Pictures copied to the hand-off for jobs that start from them",
 )
 INPUTS_GONE = Counter(
     "darkroom_inputs_gone_total", "Pictures that a job starts from and that are not in the store"
 )
 INPUT_WAIT_SECONDS = Histogram(
     "darkroom_input_wait_seconds",
-    "From asking for the pictures of a job to having them in the hand-off",
+    "From requesting the pictures of a job until they are in the hand-off",
 )
 JOBS_LACKING_INPUTS = Gauge(
     "darkroom_jobs_lacking_inputs",
-    "Jobs whose pictures were asked for and have not come",
+    "Jobs whose pictures were requested and have not arrived",
     ["pool", "tier"],
 )
 PREVIEWS_DROPPED = Counter(
-    "darkroom_previews_dropped_total", "Previews not kept, for the hand-off was half full"
+    "darkroom_previews_dropped_total", "Previews dropped because the hand-off was half full"
 )
 IMAGES_STORED = Counter("darkroom_images_stored_total", "Artifacts committed", ["tier", "format"])
 STORED_BYTES = Counter("darkroom_stored_bytes_total", "Bytes of committed artifacts")
 LAST_TURN = Gauge(
     "darkroom_last_turn_timestamp_seconds",
-    "When a loop of this process last moved, in Unix time",
+    "When a loop of this process last ran, in Unix time",
     ["loop"],
 )
 AWAY_SECONDS = Gauge(
     "darkroom_away_seconds",
-    "How long a part has not taken what is written to it, as the sweeper sees it",
+    "How long the sweeper could not write to a part",
     ["part"],
 )
 DUPLICATES = Counter(
-    "darkroom_duplicate_messages_total", "Messages that found nothing to do", ["task"]
+    "darkroom_duplicate_messages_total", "Messages for which there was nothing to do", ["task"]
 )
 SWEPT = Counter("darkroom_swept_total", "Rows the sweeper acted on", ["why"])
 SHED = Counter(
     "darkroom_shed_total", "Requests refused although they could be rendered", ["reason"]
 )
-EVENT_STREAMS = Gauge("darkroom_event_streams", "Followers of jobs", multiprocess_mode="livesum")
+EVENT_STREAMS = Gauge("darkroom_event_streams", "Open event streams", multiprocess_mode="livesum")
 WAITS = Gauge(
     "darkroom_waiting_clients",
     "Clients whose request waits for a job's end",
@@ -131,17 +136,17 @@ WAITS = Gauge(
 )
 UPLOADS = Gauge(
     "darkroom_uploads_in_progress",
-    "Bodies over 64 KiB that are coming in or in use",
+    "Request bodies over 64 KiB that are being received or used",
     multiprocess_mode="livesum",
 )
 SPOOLED_BYTES = Gauge(
     "darkroom_upload_spool_reserved_bytes",
-    "Of the temporary folder, for these",
+    "Bytes of the temporary folder that are reserved for uploads",
     multiprocess_mode="livesum",
 )
-EVENTS_SENT = Counter("darkroom_events_sent_total", "Events given to followers", ["kind"])
+EVENTS_SENT = Counter("darkroom_events_sent_total", "Events sent to event streams", ["kind"])
 EVENTS_DROPPED = Counter(
-    "darkroom_events_dropped_total", "Events that a follower was too slow for", ["kind"]
+    "darkroom_events_dropped_total", "Events dropped because a client read too slowly", ["kind"]
 )
 WEBHOOK_ATTEMPTS = Counter(
     "darkroom_webhook_attempts_total",
@@ -149,18 +154,19 @@ WEBHOOK_ATTEMPTS = Counter(
     ["outcome"],
 )
 WEBHOOK_SECONDS = Histogram(
-    "darkroom_webhook_attempt_seconds", "Until a receiver answered, or did not"
+    "darkroom_webhook_attempt_seconds",
+    "Time until a receiver answered, or the attempt was given up",
 )
 WEBHOOKS_DEFERRED = Counter(
     "darkroom_webhooks_deferred_total",
-    "Deliveries put off: enough of their endpoint, tenant or of slow endpoints is under way",
+    "Deliveries deferred because of the limits for an endpoint, a tenant or slow endpoints",
 )
 WEBHOOKS_PENDING = Gauge(
-    "darkroom_webhooks_pending", "Deliveries that are not over; 10,000 stands for that many or more"
+    "darkroom_webhooks_pending", "Deliveries that have not ended; 10,000 means 10,000 or more"
 )
 AUDIT_MONTHS_AHEAD = Gauge(
     "darkroom_audit_months_ahead",
-    "Months to come for which the audit log has its partition: 12, or fewer for a while",
+    "Coming months for which the audit log has a partition; normally 12",
 )
 AUTH_FAILURES = Counter(
     "darkroom_auth_failures_total",
@@ -169,12 +175,12 @@ AUTH_FAILURES = Counter(
 )
 CONFLICTED = Counter(
     "darkroom_transaction_conflicts_total",
-    "Transactions begun again, for another was in their way",
+    "Transactions repeated after a conflict with another one",
     ["kind"],
 )
 LIMITS_LOCAL = Counter(
     "darkroom_limits_local_total",
-    "Limits counted in one process or not at all, for Redis was away",
+    "Limits counted in one process only, or not at all, because Redis could not be reached",
     ["limit"],
 )
 HANDOFF_FILL = Gauge(
@@ -186,18 +192,22 @@ QUEUE_JOBS = Gauge("darkroom_queue_jobs", "Unfinished jobs", ["pool", "tier", "s
 OLDEST_WAIT = Gauge(
     "darkroom_queue_oldest_wait_seconds", "Age of the oldest queued job", ["pool", "tier"]
 )
-LIVE_WORKERS = Gauge("darkroom_live_workers", "Workers heard of within a lease", ["pool"])
+LIVE_WORKERS = Gauge(
+    "darkroom_live_workers", "Workers that sent a heartbeat within a lease", ["pool"]
+)
 INFLIGHT = Gauge("darkroom_engine_inflight_images", "Images resident on the device")
 FORWARDS = Gauge("darkroom_engine_forwards", "Denoiser forwards since start")
 MEAN_ROWS = Gauge("darkroom_engine_mean_rows", "Mean rows of a denoiser forward since start")
-PARKED = Gauge("darkroom_engine_parked_images", "Images whose seat a better rank has taken")
+PARKED = Gauge(
+    "darkroom_engine_parked_images", "Images that are parked for images of a better rank"
+)
 ENGINE_SECONDS = Gauge("darkroom_engine_seconds", "Device time since start", ["stage"])
 CACHE_LOOKUPS = Gauge(
     "darkroom_engine_cache_lookups",
     "Lookups since start; hits / (hits + misses) is the hit rate",
     ["cache", "outcome"],
 )
-CACHE_BYTES = Gauge("darkroom_engine_cache_bytes", "What a cache holds", ["cache"])
+CACHE_BYTES = Gauge("darkroom_engine_cache_bytes", "Bytes that a cache holds", ["cache"])
 
 # Libraries that say too much below a warning.
 _TALKATIVE = (

@@ -132,9 +132,11 @@ class Checkpoints:
                     LeftSnapshot(index, step, place(lease.job_id, index), len(blob), device_s)
                 )
             except (EngineError, TimeoutError) as error:
-                log.warning("not_kept", index=index, reason=f"{type(error).__name__}: {error}")
+                log.warning(
+                    "snapshot_not_kept", index=index, reason=f"{type(error).__name__}: {error}"
+                )
             except SnapshotsUnavailable as error:
-                log.warning("not_kept", index=index, reason=str(error))
+                log.warning("snapshot_not_kept", index=index, reason=str(error))
                 break  # the others would fail as well, and the notice leaves no time to try
         return left
 

@@ -560,5 +560,5 @@ def _passes(check: Callable[[], None]) -> bool:
         check()
         return True
     except (BrokerUnavailable, HandoffUnavailable) as error:
-        log.warning("part_away", reason=str(error)[:300])
+        log.warning("part_not_reached", reason=str(error)[:300])
         return False

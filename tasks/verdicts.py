@@ -133,6 +133,6 @@ def persist(
         except passing as error:
             if is_vain():
                 raise
-            log.warning("tried_again", reason=type(error).__name__)
+            log.warning("write_tried_again", reason=type(error).__name__)
             time.sleep(wait_s)
     return act()

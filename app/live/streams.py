@@ -237,7 +237,7 @@ class JobEventStreams:
         try:
             found = self._find(job.id, job.tenant_id)
         except SQLAlchemyError as error:
-            log.warning("ending_not_seen", job_id=str(job.id), reason=type(error).__name__)
+            log.warning("end_of_job_not_read", job_id=str(job.id), reason=type(error).__name__)
             return None
         return found if found is not None and found.state in FINAL_STATES else None
 
@@ -261,7 +261,7 @@ class JobEventStreams:
                 if watched := self._fanout.watched_jobs():
                     self._signals.publish_watched(watched)
             except SQLAlchemyError as error:
-                log.warning("endings_not_looked_for", reason=type(error).__name__)
+                log.warning("ends_of_jobs_not_read", reason=type(error).__name__)
 
     def _check_keys(self) -> None:
         """End the streams whose key is no longer live."""

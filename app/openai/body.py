@@ -377,7 +377,7 @@ def _complete_extras(extras: dict[str, Any], kind: str, *, has_prompt: bool) -> 
 
 
 def _extras(said: _FormFields) -> dict[str, Any]:
-    """Read our own parameters by the fields of `RequestedParams`, with defaults for missing ones."""
+    """Read our own parameters, the fields of `RequestedParams`, with defaults for missing ones."""
     found: dict[str, Any] = {}
     for field in fields(RequestedParams):
         if field.name in _EXTRAS:

@@ -117,7 +117,7 @@ def test_only_who_has_to_reaches_other_machines(services: dict[str, Any], compos
 
     open_to = {name for name, service in services.items() if set(service["networks"]) - closed}
 
-    assert closed == {"house", "storage"}
+    assert closed == {"backend", "storage"}
     assert open_to == {"api", "webhooks", "flower", "objectstore"}
     assert {name for name, service in services.items() if "ports" in service} <= open_to
 
