@@ -12,7 +12,7 @@ from typing import Any
 
 _LINE_ENDS = re.compile(r"\r\n|\n|\r")  # and no others: Unicode's may stand in a prompt
 _NO_FIELDS = ("self", "idempotency_key")  # words of the client that asks, not of a job
-_HINT = 'A prompt that begins so is written {"prompt": "…"}.'
+_HINT = 'A prompt that begins like this is written {"prompt": "…"}.'
 
 
 class BadLine(Exception):
@@ -68,7 +68,8 @@ def _whole(text: str) -> list[Any] | None:
             return None
         number = getattr(error, "lineno", 1)
         raise BadLine(
-            f"line {number}: the file begins as a JSON list does and is none: {error}. {_HINT}"
+            f"line {number}: the file begins like a JSON list but cannot be read as one: {error}."
+            f" {_HINT}"
         ) from None
     except RecursionError:
         raise BadLine("line 1: the file is nested too deeply") from None
@@ -85,7 +86,9 @@ def _parsed(number: int, line: str) -> Any:
     except (ValueError, RecursionError) as error:
         if is_string:  # "this" and "that"
             return line
-        raise BadLine(f"line {number} begins as JSON does and is none: {error}. {_HINT}") from None
+        raise BadLine(
+            f"line {number} begins like JSON but cannot be read: {error}. {_HINT}"
+        ) from None
 
 
 def _line(number: int, place: str, said: Any) -> PromptLine:
@@ -98,5 +101,5 @@ def _line(number: int, place: str, said: Any) -> PromptLine:
     if not isinstance(prompt, str):
         raise BadLine(f'{place} has no "prompt"')
     if unknown := [name for name in _NO_FIELDS if name in fields]:
-        raise BadLine(f'{place}: "{unknown[0]}" is no field of a job')
+        raise BadLine(f'{place}: "{unknown[0]}" is not a field of a job')
     return PromptLine(number, prompt, fields)

@@ -20,14 +20,11 @@ room is taken, so it looks at everything and finds nothing. Autovacuum runs as i
 --explain prints the plan of every statement of these acts in the large database.
 """
 
-import argparse
-import random
 import sys
 
 from benchmarks.lib.queue import comparison
-from benchmarks.lib.queue.database import check, fill, settle
+from benchmarks.lib.queue.database import fill
 from benchmarks.lib.stack import running_services, temporary_folder
-from edges import telemetry
 
 SMALL = 1_000
 # The worst ratio of each group of acts, at most.
@@ -36,30 +33,12 @@ MOST = {"claim": 1.5, "release": 1.5, "sweep": 1.5, "list": 1.5}
 
 def main() -> int:
     """Measure, print a table and one line of JSON; 1 if a target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="100,000 rows and fewer rounds; ends within a minute",
-    )
-    parser.add_argument(
-        "--explain",
-        action="store_true",
-        help="print the plans of the statements, in the large database",
-    )
-    options = parser.parse_args()
-    telemetry.configure_logs("ERROR")
-    random.seed(7)
+    options = comparison.read_options(__doc__, explained="in the large database")
     sizes = (SMALL, 100_000 if options.quick else 1_000_000)
     rounds = 40 if options.quick else 300
     with temporary_folder() as folder, running_services(folder) as env:
         queues = [fill(env, rows, number) for number, rows in enumerate(sizes, start=1)]
-        settle(queues)
-        times = comparison.measure(queues, rounds)
-        for queue in queues:
-            check(queue)
-        if options.explain:
-            comparison.explain(queues[-1])
+        times = comparison.compare(queues, rounds, explains=options.explain)
         for queue in queues:
             queue.close()
     labels = [f"{rows:,} rows" for rows in sizes]

@@ -85,6 +85,19 @@ _TINY_VAE = {"widths": (8, 8, 8, 8), "layers": 1, "groups": 4}
 _SHIFTED = {"use_quant_conv": False, "use_post_quant_conv": False}
 
 
+def _unet(
+    widths: tuple[int, int], heads: tuple[int, int], groups: int, **more: Any
+) -> dict[str, Any]:
+    return {
+        "sample_size": 32,
+        "block_out_channels": widths,
+        "layers_per_block": 1,
+        "attention_head_dim": heads,  # by the class's old name; it counts heads
+        "norm_num_groups": groups,
+        **more,
+    }
+
+
 def _sd(
     widths: tuple[int, int],
     heads: tuple[int, int],
@@ -93,16 +106,14 @@ def _sd(
     vae: dict[str, Any],
 ) -> dict[str, Any]:
     return {
-        "unet": {
-            "sample_size": 32,
-            "block_out_channels": widths,
-            "layers_per_block": 1,
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-            "cross_attention_dim": text_width,
-            "attention_head_dim": heads,  # by the class's old name; it counts heads
-            "norm_num_groups": groups,
-        },
+        "unet": _unet(
+            widths,
+            heads,
+            groups,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=text_width,
+        ),
         "text_encoder": _clip(text_width, 2),
         "vae": _vae(**vae, latent_channels=4),
         "scheduler": _BETAS,
@@ -117,21 +128,19 @@ def _sdxl(
     vae: dict[str, Any],
 ) -> dict[str, Any]:
     return {
-        "unet": {
-            "sample_size": 32,
-            "block_out_channels": widths,
-            "layers_per_block": 1,
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-            "transformer_layers_per_block": (1, 2),
-            "use_linear_projection": True,
-            "cross_attention_dim": 2 * text_width,
-            "attention_head_dim": heads,
-            "norm_num_groups": groups,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 32,
-            "projection_class_embeddings_input_dim": 6 * 32 + text_width,
-        },
+        "unet": _unet(
+            widths,
+            heads,
+            groups,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2),
+            use_linear_projection=True,
+            cross_attention_dim=2 * text_width,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=32,
+            projection_class_embeddings_input_dim=6 * 32 + text_width,
+        ),
         "text_encoder": _clip(text_width, 2),
         "text_encoder_2": _clip(text_width, 2, projection_dim=text_width),
         "vae": _vae(**vae, latent_channels=4, scaling_factor=0.13025, force_upcast=True),

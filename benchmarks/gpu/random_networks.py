@@ -45,6 +45,10 @@ CLIP_TOKENS = 77
 # Of 512 tokens; the others are words.
 START = 510
 END = 511
+# Of a pipeline that is called with embeddings.
+_NO_TEXT: dict[str, Any] = dict.fromkeys(
+    ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+)
 
 
 class Words:
@@ -109,13 +113,17 @@ def _made(network_class: Any, config: dict[str, Any]) -> Any:
     return network_class.from_config(config)
 
 
-class DrawnStableDiffusion(StableDiffusion):
-    """SD 1.x with weights drawn at random."""
+class _Drawn:
+    """The files of a checkpoint whose networks are drawn at random."""
 
     @classmethod
     def folders(cls, path: Path) -> tuple[str, ...]:
         """See the contract."""
         return (FOLDER,)
+
+
+class DrawnStableDiffusion(_Drawn, StableDiffusion):
+    """SD 1.x with weights drawn at random."""
 
     @classmethod
     def load(
@@ -131,13 +139,8 @@ class DrawnStableDiffusion(StableDiffusion):
         return cls(tokenizer=Words(), sampler_config=scheduler, device=device, **networks)
 
 
-class DrawnStableDiffusionXL(StableDiffusionXL):
+class DrawnStableDiffusionXL(_Drawn, StableDiffusionXL):
     """SDXL with weights drawn at random."""
-
-    @classmethod
-    def folders(cls, path: Path) -> tuple[str, ...]:
-        """See the contract."""
-        return (FOLDER,)
 
     @classmethod
     def load(
@@ -163,12 +166,9 @@ class DrawnStableDiffusionXL(StableDiffusionXL):
     def pipeline(self) -> Any:
         """Make diffusers' own pipeline over the same networks."""
         pipe = StableDiffusionXLPipeline(
+            **_NO_TEXT,
             unet=self._unet,
             vae=self._vae,
-            text_encoder=None,
-            text_encoder_2=None,
-            tokenizer=None,
-            tokenizer_2=None,
             scheduler=EulerDiscreteScheduler.from_config(self._sampler_config),
             add_watermarker=False,
         )
@@ -189,12 +189,7 @@ class DrawnStableDiffusionXL(StableDiffusionXL):
         }
 
 
-class _DrawnFlow(FlowFamily):
-    @classmethod
-    def folders(cls, path: Path) -> tuple[str, ...]:
-        """See the contract."""
-        return (FOLDER,)
-
+class _DrawnFlow(_Drawn, FlowFamily):
     @classmethod
     def load(cls, spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.device) -> Any:
         """See the contract; nothing but configs is read."""
@@ -220,12 +215,9 @@ class DrawnFlux(_DrawnFlow, Flux):
     def pipeline(self) -> Any:
         """Make diffusers' own pipeline over the same networks."""
         pipe = FluxPipeline(
+            **_NO_TEXT,
             transformer=self._transformer,
             vae=self._vae,
-            text_encoder=None,
-            text_encoder_2=None,
-            tokenizer=None,
-            tokenizer_2=None,
             scheduler=FlowMatchEulerDiscreteScheduler.from_config(self._sampler_config),
         )
         pipe.set_progress_bar_config(disable=True)

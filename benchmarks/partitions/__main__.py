@@ -15,14 +15,10 @@ how long that takes, table by table, and how long the longest claim took.
 It decides nothing, and ends with 0 whatever the ratios are: docs/partitions.md says what followed.
 """
 
-import argparse
-import random
-
 from benchmarks.lib.queue import comparison
-from benchmarks.lib.queue.database import check, fill, settle
+from benchmarks.lib.queue.database import fill
 from benchmarks.lib.stack import running_services, temporary_folder
 from benchmarks.partitions.partitioning import PARTS, detach_oldest, make_partitioned
-from edges import telemetry
 
 # Times the unpartitioned.
 MOST = {"claim": 1.15, "release": 1.15, "sweep": 1.15, "list": 1.15}
@@ -30,30 +26,12 @@ MOST = {"claim": 1.15, "release": 1.15, "sweep": 1.15, "list": 1.15}
 
 def main() -> None:
     """Measure, print a table and one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="100,000 rows and fewer rounds; ends within a minute",
-    )
-    parser.add_argument(
-        "--explain",
-        action="store_true",
-        help="print the plans of the statements, with partitions",
-    )
-    options = parser.parse_args()
-    telemetry.configure_logs("ERROR")
-    random.seed(7)
+    options = comparison.read_options(__doc__, explained="with partitions")
     rows = 100_000 if options.quick else 1_000_000
     rounds = 40 if options.quick else 60
     with temporary_folder() as folder, running_services(folder) as env:
         queues = [fill(env, rows, 1), fill(env, rows, 2, make_tables=make_partitioned)]
-        settle(queues)
-        times = comparison.measure(queues, rounds)
-        for queue in queues:
-            check(queue)
-        if options.explain:
-            comparison.explain(queues[1])
+        times = comparison.compare(queues, rounds, explains=options.explain)
         detached = detach_oldest(queues[1])
         for queue in queues:
             queue.close()

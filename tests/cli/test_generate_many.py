@@ -43,10 +43,16 @@ def jobs_of(client: Client):
     return jobs_of
 
 
+GENERATE = ("generate", "--from", "prompts.txt", "-o", "images")
+
+
+def started(stack, tmp_path, *options, on=piped):
+    """The command over the file of prompts, in a process of its own."""
+    return on(stack.data_dir, *GENERATE, *options, cwd=tmp_path)
+
+
 def run(stack, tmp_path, *options):
-    process = piped(
-        stack.data_dir, "generate", "--from", "prompts.txt", "-o", "images", *options, cwd=tmp_path
-    )
+    process = started(stack, tmp_path, *options)
     out, err = process.communicate(timeout=240)
     return process.returncode, out, err
 
@@ -92,18 +98,7 @@ def test_every_line_becomes_files_under_its_number_and_one_that_cannot_is_named(
 
 
 def test_interrupted_and_run_again_nothing_is_asked_for_twice(stack, tmp_path, prompts, jobs_of):
-    arguments = [
-        "generate",
-        "--from",
-        "prompts.txt",
-        "-o",
-        "images",
-        "--tier",
-        "batch",
-        "--parallel",
-        3,
-    ]
-    process = piped(stack.data_dir, *arguments, cwd=tmp_path)
+    process = started(stack, tmp_path, "--tier", "batch", "--parallel", 3)
     until(lambda: len(noted(tmp_path)) >= 3, within_s=60)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
@@ -123,19 +118,7 @@ def test_killed_at_any_instant_and_run_again_nothing_is_asked_for_twice(
     stack, tmp_path, prompts, jobs_of
 ):
     for _ in range(3):
-        process = piped(
-            stack.data_dir,
-            "generate",
-            "--from",
-            "prompts.txt",
-            "-o",
-            "images",
-            "--tier",
-            "fast",
-            "--parallel",
-            2,
-            cwd=tmp_path,
-        )
+        process = started(stack, tmp_path, "--tier", "fast", "--parallel", 2)
         before = len(jobs_of(prompts))
         until(lambda: len(jobs_of(prompts)) > before or process.poll() is not None, within_s=60)  # noqa: B023
         process.kill()
@@ -180,20 +163,8 @@ def test_a_folder_keeps_to_its_prompts_and_options_until_told_otherwise(
 def test_on_a_terminal_jobs_are_seen_under_way_and_a_second_ctrl_c_cancels_them(
     stack, tmp_path, prompts, jobs_of
 ):
-    arguments = [
-        "generate",
-        "--from",
-        "prompts.txt",
-        "-o",
-        "images",
-        "--tier",
-        "batch",
-        "--steps",
-        60,
-        "--parallel",
-        2,
-    ]
-    terminal = Terminal(stack.data_dir, *arguments, cwd=tmp_path)
+    options = ["--tier", "batch", "--steps", 60, "--parallel", 2]
+    terminal = started(stack, tmp_path, *options, on=Terminal)
     terminal.read_until("0 of 6 done", "2 under way", prompts[0][:30])
     until(lambda: len(jobs_of(prompts)) == 2)
     terminal.press_ctrl_c()
@@ -208,19 +179,7 @@ def test_on_a_terminal_jobs_are_seen_under_way_and_a_second_ctrl_c_cancels_them(
 
 
 def test_on_a_terminal_one_ctrl_c_leaves_the_jobs_to_go_on(stack, tmp_path, prompts, jobs_of):
-    terminal = Terminal(
-        stack.data_dir,
-        "generate",
-        "--from",
-        "prompts.txt",
-        "-o",
-        "images",
-        "--tier",
-        "fast",
-        "--parallel",
-        2,
-        cwd=tmp_path,
-    )
+    terminal = started(stack, tmp_path, "--tier", "fast", "--parallel", 2, on=Terminal)
     terminal.read_until("2 under way")
     until(lambda: len(noted(tmp_path)) >= 2)
     terminal.press_ctrl_c()
@@ -292,6 +251,12 @@ def test_a_run_knows_the_pictures_it_starts_from_by_their_content(tmp_path):
         )
 
 
+def a_runner(tmp_path, wait):
+    """One without lines, whose board shows with `wait` why no job is accepted."""
+    board = SimpleNamespace(wait=wait)
+    return PromptRunner(None, None, [], {}, tmp_path, board, retry_failed=False)
+
+
 def a_refusal(status, retry_after_s=None):
     return ProblemError(status=status, type="t", title="No", retry_after_s=retry_after_s)
 
@@ -320,9 +285,7 @@ def test_a_run_waits_for_what_time_cures_and_says_why(tmp_path, monkeypatch, err
         pauses.append(seconds)
 
     monkeypatch.setattr("cli.many.asyncio.sleep", sleep)
-    many = PromptRunner(
-        None, None, [], {}, tmp_path, SimpleNamespace(wait=told.append), retry_failed=False
-    )
+    many = a_runner(tmp_path, told.append)
 
     if pause_s is None:
         with pytest.raises(ProblemError):
@@ -344,9 +307,7 @@ def test_a_run_ends_when_its_gateway_is_away_for_too_long(tmp_path, monkeypatch)
 
     monkeypatch.setattr("cli.many.asyncio.sleep", sleep)
     monkeypatch.setattr("cli.many.time", SimpleNamespace(monotonic=lambda: now))
-    many = PromptRunner(
-        None, None, [], {}, tmp_path, SimpleNamespace(wait=lambda why: None), retry_failed=False
-    )
+    many = a_runner(tmp_path, lambda why: None)
 
     with pytest.raises(Unreachable):
         asyncio.run(many._patiently(nobody))
@@ -357,12 +318,15 @@ def test_a_run_ends_when_its_gateway_is_away_for_too_long(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ('{"prompt": ', "line 1 begins as JSON does and is none"),
+        ('{"prompt": ', "line 1 begins like JSON but cannot be read"),
         ('ok\n{"steps": 3}', 'line 2 has no "prompt"'),
-        ('["a red circle",\n"a blue', "line 2: the file begins as a JSON list does and is none"),
-        ("a red circle\n[a blue star]", "line 2 begins as JSON does and is none"),
+        (
+            '["a red circle",\n"a blue',
+            "line 2: the file begins like a JSON list but cannot be read",
+        ),
+        ("a red circle\n[a blue star]", "line 2 begins like JSON but cannot be read"),
         ('["a red circle", 7]', "entry 2 is neither a text nor an object"),
-        ('{"prompt": "x", "idempotency_key": "k"}', '"idempotency_key" is no field of a job'),
+        ('{"prompt": "x", "idempotency_key": "k"}', '"idempotency_key" is not a field of a job'),
         (b"\xff", "decode"),
         ("a red circle".encode("utf-16"), "line 1 is not UTF-8"),
     ],

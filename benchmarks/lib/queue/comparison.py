@@ -1,6 +1,8 @@
 """Time every act in two databases in turns, and compare."""
 
+import argparse
 import gc
+import random
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -9,16 +11,53 @@ from typing import Any
 from sqlalchemy import event
 
 from benchmarks.lib.queue.acts import ACTS, Act
-from benchmarks.lib.queue.database import TENANTS, Queue
+from benchmarks.lib.queue.database import TENANTS, Queue, check, settle
 from benchmarks.lib.statistics import percentile
 from benchmarks.lib.tables import WIDTH, make_table, show
 from benchmarks.lib.verdict import Target, report
+from edges import telemetry
 
 STRETCHES = 5
 WARM_UP = 3  # rounds, for connections and caches
 
 # By act and place of its database, one pair a round: up to the end of the transaction, and with it.
 Times = dict[tuple[str, int], list[tuple[float, float]]]
+
+
+def read_options(about: str, *, explained: str) -> argparse.Namespace:
+    """Read the options of a benchmark of two databases, and prepare logs and random numbers.
+
+    explained: in which database --explain shows the plans.
+    """
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="100,000 rows and fewer rounds; ends within a minute",
+    )
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help=f"print the plans of the statements, {explained}",
+    )
+    options = parser.parse_args()
+    telemetry.configure_logs("ERROR")
+    random.seed(7)
+    return options
+
+
+def compare(queues: Sequence[Queue], rounds: int, *, explains: bool) -> Times:
+    """Time every act in both databases, and check that these are as they were.
+
+    explains: print the plans in the last one, too.
+    """
+    settle(queues)
+    times = measure(queues, rounds)
+    for queue in queues:
+        check(queue)
+    if explains:
+        explain(queues[-1])
+    return times
 
 
 def measure(queues: Sequence[Queue], rounds: int) -> Times:
