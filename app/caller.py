@@ -9,7 +9,7 @@ from policy.limits import Limits
 
 @dataclass
 class LimitsUse:
-    """What one request has used of the limits that its answer's headers report.
+    """The use of limits by one request, as the headers of its answer report it.
 
     requests: of this minute. budget: megapixel-steps. None: the limit was not checked.
     """

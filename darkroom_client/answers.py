@@ -133,7 +133,7 @@ def read_object(answer: httpx.Response) -> dict[str, Any]:
     except ValueError:
         members = None
     if not isinstance(members, dict):
-        raise UnexpectedAnswer(f"{answered} with something that is no JSON object")
+        raise UnexpectedAnswer(f"{answered} with something that is not a JSON object")
     if answer.is_success:
         return members
     if "title" not in members:
@@ -178,5 +178,5 @@ def _read(answer: httpx.Response, what: str, read: Callable[[dict[str, Any]], Re
         return read(members)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UnexpectedAnswer(
-            f"{answer.request.url} answered with something that is no {what} ({error!r})"
+            f"{answer.request.url} answered with something that is not a valid {what} ({error!r})"
         ) from error

@@ -3,11 +3,11 @@
 DarkroomError
 ├── Unreachable        no answer to any try: wrong address, or the gateway is down; try later
 ├── ProblemError       the gateway refused, and says why (problem+json, RFC 9457)
-├── UnexpectedAnswer   something answered that does not speak this API: a proxy, another service
-├── ImageNotStored     that image is not there (yet): look at the job's state
+├── UnexpectedAnswer   the answer is not of this API: a proxy or another service sent it
+├── ImageNotStored     the image is not stored (yet): look at the job's state
 ├── DigestMismatch     the downloaded bytes are not those that were stored; trying again may help
 ├── WaitTimeout        the job was not finished in time; it goes on, so wait for it again
-└── NotConfigured      the URL or the API key is missing; the message tells how to set it
+└── NotConfigured      the URL or the API key is missing; the message says how to set it
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ _MOST_FIELDS = 5  # in one line
 
 
 class DarkroomError(Exception):
-    """The root: catch this to catch all of them."""
+    """The base of all errors of this client."""
 
 
 class Unreachable(DarkroomError):
@@ -100,11 +100,11 @@ def _accepted(accepted: Any) -> str:
 
 
 class UnexpectedAnswer(DarkroomError):
-    """Something answered that does not speak this API."""
+    """The answer is not one of this API."""
 
 
 class ImageNotStored(DarkroomError):
-    """That image of the job has no stored bytes."""
+    """The image of the job is not stored."""
 
 
 class DigestMismatch(DarkroomError):
@@ -112,7 +112,7 @@ class DigestMismatch(DarkroomError):
 
 
 class WaitTimeout(DarkroomError):
-    """The job was not finished in time; `job` is how it was last seen."""
+    """The job did not end in time; `job` is its last known state."""
 
     def __init__(self, message: str, job: Any) -> None:
         super().__init__(message)

@@ -68,7 +68,7 @@ class EventStream:
             read_object(answer)
             raise UnexpectedAnswer(
                 f"{answer.request.url} answered {answer.status_code} "
-                "with something that is no event stream"
+                "with something that is not an event stream"
             )
         return pause_s
 
@@ -79,9 +79,9 @@ class EventStream:
         """
         pause_s = None if error and is_hopeless(error) else self._retries.pause_s(self._tries)
         if pause_s is None:
-            why = str(error or "") or (type(error).__name__ if error else "the stream ends early")
+            why = str(error or "") or (type(error).__name__ if error else "the stream ended early")
             raise Unreachable(
-                f"the events of job {self._job_id} do not come, after {self._tries} tries: {why}"
+                f"the events of job {self._job_id} cannot be read, after {self._tries} tries: {why}"
             ) from error
         return pause_s
 

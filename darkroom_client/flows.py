@@ -218,7 +218,7 @@ class Flows:
             try:
                 answer: httpx.Response = yield step
             except httpx.InvalidURL as error:
-                raise Unreachable(f"{self._where(step)} is no address: {error}") from error
+                raise Unreachable(f"{self._where(step)} is not a valid address: {error}") from error
             except httpx.TransportError as error:
                 pause_s = None if is_hopeless(error) else self._retries.pause_s(attempt)
                 if pause_s is None:

@@ -14,7 +14,7 @@ FINAL_STATES = frozenset({"succeeded", "failed", "rejected", "canceled", "expire
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """Why a job failed or was rejected: a stable code and a sentence."""
+    """The reason why a job failed or was rejected: a stable code and a sentence."""
 
     code: str
     detail: str | None
@@ -47,7 +47,7 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Where the time went, in seconds; None while that part has not ended."""
+    """Seconds of each part of the job; None for a part that has not ended."""
 
     queue_s: float | None
     render_s: float | None
@@ -57,7 +57,7 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What the job cost so far. amount: as text, for it is exact."""
+    """The cost of the job so far. amount: a decimal number as text, because it is exact."""
 
     gpu_seconds: float
     amount: str

@@ -18,11 +18,11 @@ _HOPELESS = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)
 
 @dataclass(frozen=True, kw_only=True)
 class Retries:
-    """How often and when a client tries again. attempts=1: every request is sent once.
+    """The rules by which a client repeats requests. attempts=1: every request is sent once.
 
     Pauses double from `initial_backoff_s` to `max_backoff_s`, with full jitter. A Retry-After takes
-    precedence. One that is longer than `max_retry_after_s` ends the tries; the ProblemError then
-    tells when to come back.
+    precedence. After one that is longer than `max_retry_after_s` the client gives up; the
+    ProblemError then says when to try again.
     """
 
     attempts: int = 4

@@ -442,7 +442,7 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no type
         ]
         for conn in late:
             if conn.state == State.READING and conn.received and not force:
-                detail = "The request did not come in time."
+                detail = "The request arrived too slowly."
                 self._refuse(conn, 408, "request-timeout", "Request timeout", detail)
             elif conn.state != State.WORKING:
                 self._drop(conn)

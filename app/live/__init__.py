@@ -1,1 +1,1 @@
-"""What one gateway process keeps in memory."""
+"""Hold the state that one gateway process keeps in memory."""

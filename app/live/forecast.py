@@ -88,7 +88,7 @@ NOTHING: Mapping[str, BookedJobs] = {}
 
 @dataclass(frozen=True)
 class _PoolState:
-    """What was read about a pool.
+    """A pool as it was read from the database.
 
     flows: by tier and tenant. sharing: by tier, the tenants with outstanding or waiting jobs.
     lacking_inputs: tiers with jobs that wait for their pictures, not for workers.

@@ -425,7 +425,7 @@ def test_events_are_the_same_however_the_bytes_are_cut(monkeypatch):
 def test_events_that_never_come_end_in_an_error(either, server):
     server.will(lambda request: request.reset())
 
-    with pytest.raises(Unreachable, match="the events of job j1 do not come, after 4 tries"):
+    with pytest.raises(Unreachable, match="the events of job j1 cannot be read, after 4 tries"):
         either.ask("events", "j1")
 
 
