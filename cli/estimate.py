@@ -49,7 +49,7 @@ def estimate(
             screen.warn(warning.detail)
     if not found.can_be_served:
         why = f": {found.refusal.detail}" if found.refusal else ""
-        screen.complain(f"It would not be let in now{why}")
+        screen.complain(f"It would be refused now{why}")
         ctx.exit(1)
 
 

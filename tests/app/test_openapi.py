@@ -102,7 +102,7 @@ def test_another_document_has_another_tag_and_says_what_this_gateway_does(gatewa
     assert answers[0].headers["ETag"] != answers[1].headers["ETag"]
     told = [answer.json["paths"]["/v1/jobs"]["post"]["parameters"][1] for answer in answers]
     assert [each["name"] for each in told] == ["Prefer", "Prefer"]
-    assert ["more than 7 count as 7" in told[0]["description"], "8" in told[1]["description"]] == [
+    assert ["at most 7" in told[0]["description"], "8" in told[1]["description"]] == [
         True,
         True,
     ]
@@ -399,7 +399,7 @@ def test_a_limit_in_the_document_stays_as_clients_know_it(spec):
     assert most == {"n": 10, "partial_images": 3}
     assert bounds(spec, "GenerationBody.user")["maxLength"] == 512
     assert key["maxLength"] == 512
-    assert "At most 367 days" in spec["paths"]["/v1/usage"]["get"]["description"]
+    assert "at most 367 days" in spec["paths"]["/v1/usage"]["get"]["description"]
 
 
 PICTURES = ["/v1/jobs/{job_id}/images/{index}", "/v1/files/{file_id}/content"]

@@ -69,7 +69,7 @@ def test_a_field_that_is_there_twice_is_refused_and_not_passed_over(api, name):
 
     answer = api.post(EDIT, files=[*files, (name, (None, "1")), (name, (None, "2"))])
 
-    assert "is there 2 times" in refusal(answer, name)
+    assert "is given 2 times" in refusal(answer, name)
 
 
 @pytest.mark.parametrize("name", ["mask", "image[]"])

@@ -232,9 +232,9 @@ UNSERVED = {
     ("refusal", "code", "told"),
     [
         (None, 0, ""),
-        (UNSERVED, 1, "It would not be let in now: No worker serves pocket."),
+        (UNSERVED, 1, "It would be refused now: No worker serves pocket."),
     ],
-    ids=["let in", "refused"],
+    ids=["accepted", "refused"],
 )
 def test_an_estimate_ends_with_1_and_says_why_when_its_job_would_be_refused(
     gateway, options, refusal, code, told

@@ -272,7 +272,7 @@ def test_a_key_rotated_without_grace_is_refused_within_a_second(stack, tenant, a
     assert (as_key(old, "jobs").exit_code, as_key(new, "jobs").exit_code) == (4, 0)
     for gone in (old_id, NOBODY):
         again = run(stack, "keys", "rotate", gone)
-        assert (again.exit_code, f"no live key with the id {gone}" in again.stderr) == (2, True)
+        assert (again.exit_code, f"no valid key with the id {gone}" in again.stderr) == (2, True)
 
 
 def used(stack, *options) -> dict[str, list[str]]:

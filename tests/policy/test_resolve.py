@@ -267,7 +267,7 @@ def test_a_rule_holds_each_end_of_its_range_by_itself(rule, taken, refused, acce
     ],
 )
 def test_a_parameter_that_the_family_has_not_is_refused_by_name(family, field, value):
-    with pytest.raises(InvalidParam, match="by model pocket") as refusal:
+    with pytest.raises(InvalidParam, match="cannot be used with model pocket") as refusal:
         resolved(a_fleet({"models.pocket.family": family}), **{field: value})
 
     assert refusal.value.field == field
