@@ -35,6 +35,7 @@ from darkroom_client.jobs import (
     Timing,
 )
 from darkroom_client.retries import Retries
+from darkroom_client.version import VERSION as __version__
 from darkroom_client.wishes import Wish
 
 __all__ = [
@@ -66,4 +67,5 @@ __all__ = [
     "Usage",
     "WaitTimeout",
     "Wish",
+    "__version__",
 ]
