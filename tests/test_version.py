@@ -15,11 +15,16 @@ NUMBER = r"\d+\.\d+\.\d+"
 # Of a release, and of what comes before one.
 SHAPE = re.compile(rf"(?P<release>{NUMBER})(?P<later>\.dev0)?")
 IMAGES = {"deploy/api.Dockerfile": "darkroom-api", "deploy/worker.Dockerfile": "darkroom-worker"}
+HEADING = rf"^## \[({NUMBER})\] - \d{{4}}-\d{{2}}-\d{{2}}$"
 
 
 def found(name: str, pattern: str) -> list[str]:
     """What the pattern's group matches in a file."""
     return re.findall(pattern, text_of(name), re.MULTILINE)
+
+
+def sorted_by(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
 
 
 def labels_of(dockerfile: str) -> dict[str, str]:
@@ -77,3 +82,16 @@ def test_images_are_tagged_with_the_version(place, pattern, times):
 
 def test_messages_to_receivers_say_the_version():
     assert f"Darkroom/{VERSION}" == outbound.USER_AGENT
+
+
+def test_the_changelog_ends_with_this_release_or_one_before_what_is_on_the_way():
+    releases = found("CHANGELOG.md", HEADING)
+    said = SHAPE.fullmatch(VERSION)
+
+    assert len(found("CHANGELOG.md", "^## (.*)$")) == 1 + len(releases)
+    assert found("CHANGELOG.md", "^## (.*)$")[0] == "[Unreleased]"
+    assert releases == sorted(releases, key=sorted_by, reverse=True)
+    if said["later"]:
+        assert sorted_by(releases[0]) < sorted_by(said["release"])
+    else:
+        assert releases[0] == VERSION
