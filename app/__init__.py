@@ -12,6 +12,7 @@ from flask import Flask, Response, g, request
 from flask.json.provider import DefaultJSONProvider
 
 from app.http import (
+    about,
     account,
     admin,
     batches,
@@ -51,6 +52,7 @@ BLUEPRINTS = (
     catalog.bp,
     openapi.bp,
     links.bp,
+    about.bp,
     health.bp,
 )
 # The methods of RFC 9110 and 5789.

@@ -21,6 +21,7 @@ import click
 from cli import screen
 from cli.installation import Installation, NoInstallation
 from darkroom_client import DarkroomError, ProblemError, Unreachable
+from policy.version import VERSION
 
 REPO = Path(__file__).resolve().parent.parent
 BAD_ANSWER = 1
@@ -181,6 +182,7 @@ def describe(problem: ProblemError) -> str:
     envvar="FLEET_FILE",
     help="The models, tiers and pools to serve.  [default: fleet.toml beside the program]",
 )
+@click.version_option(VERSION, prog_name="darkroom", message="%(prog)s %(version)s")
 @click.pass_context
 def darkroom(ctx: click.Context, data_dir: Path, fleet_file: Path | None) -> None:
     """Run Darkroom on this machine, make images with it, and inspect it."""

@@ -36,6 +36,7 @@ from darkroom_client.jobs import (
     Timing,
 )
 from darkroom_client.retries import Retries
+from darkroom_client.version import VERSION as __version__
 
 __all__ = [
     "FINAL_STATES",
@@ -66,4 +67,5 @@ __all__ = [
     "Unreachable",
     "Usage",
     "WaitTimeout",
+    "__version__",
 ]

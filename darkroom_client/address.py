@@ -9,6 +9,9 @@ from typing import Any
 import httpx
 
 from darkroom_client.errors import NotConfigured
+from darkroom_client.version import VERSION
+
+USER_AGENT = f"darkroom-client/{VERSION} python-httpx/{httpx.__version__}"
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,11 @@ class GatewayAddress:
     @property
     def headers(self) -> dict[str, str]:
         """Return the headers of every request to the gateway."""
-        return {"Authorization": f"Bearer {self.api_key}", "Accept": "application/json"}
+        return {
+            "Authorization": f"Bearer {self.api_key}",
+            "Accept": "application/json",
+            "User-Agent": USER_AGENT,
+        }
 
 
 @functools.cache

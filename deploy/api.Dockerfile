@@ -36,5 +36,13 @@ RUN printf '#!/bin/sh\nPYTHONPATH=/app exec python -P -m cli "$@"\n' > /usr/loca
 # A checkout with a strict umask must not become an image that its own user cannot read.
 RUN chmod -R a+rX /app && PYTHONDONTWRITEBYTECODE= python -m compileall -q /app
 
+# Where whoever builds it keeps its source: a URL, empty if nobody says one.
+ARG SOURCE_URL=
+LABEL org.opencontainers.image.title="darkroom-api" \
+      org.opencontainers.image.description="Gateway, results, sweeper, webhooks, Flower, migrations and command line of Darkroom" \
+      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.source="${SOURCE_URL}" \
+      org.opencontainers.image.licenses="Apache-2.0"
+
 USER 10001:10001
 CMD ["python", "-m", "gunicorn", "-c", "deploy/gunicorn.conf.py", "app.wsgi:application"]

@@ -2,7 +2,7 @@
 
 Pages outside of docs/ become pages of the site. Other files of the repository that a page links to
 are copied beside the pages, sources as text. Info strings such as ```sh no-run: reason lose all
-but their language, which is all that mkdocs reads.
+but their language, which is all that mkdocs reads. Every page ends with the version.
 """
 
 import os
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+
+from policy.version import VERSION
 
 REPO = Path(__file__).resolve().parent.parent
 # Pages outside of docs/, and their names in the site.
@@ -25,6 +27,11 @@ _SOURCES = {name: source for source, name in PAGES.items()}
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[(?P<text>[^\[\]]*)\]\((?P<target>[^)\s]+)\)")
 _PICTURES = (".png", ".svg")
+
+
+def on_config(config: Any) -> None:
+    """Say at the end of every page which release it is about."""
+    config.copyright = f"Darkroom {VERSION}"
 
 
 def on_files(files: Files, config: Any) -> Files:

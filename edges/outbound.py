@@ -27,8 +27,9 @@ from urllib3.connection import HTTPConnection
 from urllib3.exceptions import HTTPError
 
 from edges.errors import wrap
+from policy.version import VERSION
 
-USER_AGENT = "Darkroom/0.1"
+USER_AGENT = f"Darkroom/{VERSION}"
 PORTS = (443, 8443)
 MAX_URL_CHARS = 2048
 TOO_LONG = "it took too long"

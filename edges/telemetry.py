@@ -28,9 +28,17 @@ from sqlalchemy import Engine, event
 from sqlalchemy.engine import ExceptionContext
 
 from models.database import CONFLICTS
+from policy.version import VERSION
 
 log = structlog.get_logger(__name__)
 
+BUILD_INFO = Gauge(
+    "darkroom_build_info",
+    "1, with the version that this process runs",
+    ["version"],
+    multiprocess_mode="livemax",
+)
+BUILD_INFO.labels(VERSION).set(1)
 HTTP_REQUESTS = Counter(
     "darkroom_http_requests_total", "Answers of the gateway", ["method", "route", "status"]
 )

@@ -232,7 +232,7 @@ def test_the_prices_that_the_page_on_cost_shows_are_those_of_the_shipped_file():
 # --- Links -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", [*PAGES, REPO / "CHANGELOG.md"], ids=name_of)
 def test_every_link_and_anchor_leads_somewhere(page):
     broken = []
     for target in links_of(page):

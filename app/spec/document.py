@@ -24,9 +24,9 @@ from app.spec.operations import OPERATIONS
 from app.spec.operations.webhooks import MESSAGES
 from policy.fleet import Fleet
 from policy.formats import FORMATS
+from policy.version import VERSION
 from settings import GatewaySettings
 
-VERSION = "1.0.0"
 PROBLEM = "application/problem+json"
 ABOUT = """Image generation as jobs. Send your API key as `Authorization: Bearer dr_…`. A refused
 request is answered with an `application/problem+json` document, which names the wrong fields and
@@ -43,6 +43,7 @@ TAGS = {  # blueprint -> the heading of its operations, in the order in which th
     "webhooks": "Webhooks",
     "account": "Your key and usage",
     "admin": "Administration",
+    "about": "The gateway itself",
     "health": "The gateway itself",
     "explain": "The gateway itself",
 }

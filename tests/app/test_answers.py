@@ -320,6 +320,7 @@ def test_answers_about_what_there_is_and_was_used_are_as_described(house):
     usage = house.get("/v1/usage", params=days).json()
     assert usage["data"]
     assert {name: usage[name] for name in days} == days
+    house.get("/v1")
     house.get("/healthz")
     house.get("/readyz")
     assert house.get("/problems/not-found").json()["about"]

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from deploy.connections import STALE_AFTER_S
+from policy.version import VERSION
 from settings import REPO, ServerSettings
 from tests.app.conftest import bearer
 from tests.builders import a_closed_port, until
@@ -444,6 +445,9 @@ def test_every_process_is_in_the_metrics_whichever_answers(a_gateway):
 
     counted = [_counted(port, route="unknown") for _ in range(5)]
     assert counted == [30] * 5
+    assert [line for line in _scraped(port) if line.startswith("darkroom_build_info")] == [
+        f'darkroom_build_info{{version="{VERSION}"}} 1.0'
+    ]
 
 
 def test_no_client_chooses_what_a_metric_is_called(a_gateway, key):
@@ -496,17 +500,19 @@ def _odd_requests(url, key, word):
         client.post("/v1/files", content=word.encode(), headers={"Content-Type": f"image/{word}"})
 
 
+def _scraped(port):
+    return httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text.splitlines()
+
+
 def _series(port):
     """Names and labels of everything in the metrics, but for buckets' and values."""
-    lines = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text.splitlines()
-    return {line.rpartition(" ")[0] for line in lines if not line.startswith("#")}
+    return {line.rpartition(" ")[0] for line in _scraped(port) if not line.startswith("#")}
 
 
 def _counted(port, *, route):
-    lines = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text.splitlines()
     return sum(
         float(line.rpartition(" ")[2])
-        for line in lines
+        for line in _scraped(port)
         if line.startswith("darkroom_http_requests_total{") and f'"{route}"' in line
     )
 

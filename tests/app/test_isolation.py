@@ -15,6 +15,7 @@ from models.database import transaction
 from tests.app.conftest import bearer
 
 OPEN = {
+    "/v1",
     "/healthz",
     "/readyz",
     "/problems/<slug>",

@@ -24,6 +24,7 @@ from app.spec.operations import OPERATIONS
 from models import api_keys, tenants
 from models.database import transaction
 from policy.params import Param, PassThrough
+from policy.version import VERSION
 from policy.webhooks import EVENTS, TEST_EVENT
 from settings import REPO
 from tests.app.conftest import bearer
@@ -68,6 +69,7 @@ def everything(stack, stack_database):
 def test_it_is_a_valid_document_of_openapi_3_1(spec):
     validate(spec)
     assert spec["openapi"] == "3.1.0"
+    assert spec["info"]["version"] == VERSION
 
 
 def test_every_route_is_in_it_and_nothing_else(gateway_with):
@@ -567,9 +569,24 @@ def test_only_what_needs_no_key_is_said_to_need_none(spec, nobody):
         if described.get("security") == []
     }
 
-    assert free == {"/healthz", "/readyz", "/problems/{slug}"}
+    assert free == {"/v1", "/healthz", "/readyz", "/problems/{slug}"}
     for path in free:
         assert nobody.get(path.format(slug="not-found")).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1", "/v1/"])
+def test_the_gateway_tells_its_version_and_where_it_is_described(nobody, path):
+    answer = nobody.get(path)
+
+    assert answer.status_code == 200
+    assert answer.json() == {
+        "name": "Darkroom",
+        "version": VERSION,
+        "api_version": "v1",
+        "urls": {"openapi": "/openapi.json", "docs": "/docs"},
+    }
+    for url in answer.json()["urls"].values():
+        assert nobody.get(url).status_code == 200
 
 
 def test_webhooks_are_described_with_what_signs_them(spec):

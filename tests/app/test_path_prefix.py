@@ -52,6 +52,15 @@ def test_every_link_of_every_answer_begins_with_the_path_of_the_public_address(
     assert image.status_code == 302
 
 
+def test_the_documents_are_found_below_the_path(gateway_with):
+    gateway = gateway_with(**PUBLIC)
+
+    urls = gateway.get("/darkroom/v1").json["urls"]
+
+    assert urls == {"openapi": "/darkroom/openapi.json", "docs": "/darkroom/docs"}
+    assert {gateway.get(url).status_code for url in urls.values()} == {200}
+
+
 def test_a_path_comes_to_the_same_route_with_the_prefix_and_without(gateway_with, headers):
     gateway = gateway_with(**PUBLIC)
 

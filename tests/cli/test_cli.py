@@ -27,6 +27,7 @@ from cli.stack import _readiness
 from darkroom_client import FieldError, ProblemError
 from fleet.addresses import Addresses, write_env
 from fleet.stack import Stack, StackError
+from policy.version import VERSION
 from settings import REPO
 from tests.models.conftest import a_database
 from tests.test_settings import ENOUGH
@@ -59,6 +60,10 @@ def test_help_names_every_command_and_exit_code():
     assert set(re.findall(r"^  (\w+)", listed, re.MULTILINE)) == set(COMMANDS)
     assert len(codes) == 7
     assert re.findall(r"^  (\d+) ", shown, re.MULTILINE) == codes
+
+
+def test_the_version_is_told_without_a_stack(tmp_path):
+    assert run(tmp_path, "--version").output == f"darkroom {VERSION}\n"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from darkroom_client import (
     UnexpectedAnswer,
     Unreachable,
     WaitTimeout,
+    __version__,
 )
 
 PNG = b"\x89PNG and so on"
@@ -97,6 +98,7 @@ def test_a_job_is_asked_for_with_what_was_said_and_nothing_else():
     request = client.seen[0]
     assert (request.method, request.url.path) == ("POST", "/v1/jobs")
     assert request.headers["Authorization"] == "Bearer dr_key"
+    assert request.headers["User-Agent"].startswith(f"darkroom-client/{__version__} ")
     assert request.read() == b'{"prompt":"a red circle","tier":"fast","seed":7}'
     assert (job.id, job.state, job.is_finished, job.cost.amount) == (
         "j1",

@@ -52,6 +52,7 @@ HISTOGRAMS = {
 GAUGES = {
     "darkroom_audit_months_ahead": (),
     "darkroom_away_seconds": ("part",),
+    "darkroom_build_info": ("version",),
     "darkroom_engine_cache_bytes": ("cache",),
     "darkroom_engine_cache_lookups": ("cache", "outcome"),
     "darkroom_engine_forwards": (),
@@ -73,6 +74,7 @@ GAUGES = {
 }
 # What several gateway processes say together; the others' gauges are of one process each.
 OF_ALL_PROCESSES = {
+    "darkroom_build_info": "livemax",
     "darkroom_event_streams": "livesum",
     "darkroom_handoff_fill_ratio": "livemax",
     "darkroom_upload_spool_reserved_bytes": "livesum",

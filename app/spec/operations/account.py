@@ -1,6 +1,7 @@
 """Describe the operations of models, tiers, /v1/key and /v1/usage, and of the gateway itself."""
 
 from app.http.account import MOST_DAYS
+from app.schemas.about import About
 from app.schemas.account import OwnKey, OwnUsage
 from app.schemas.catalog import Model, ModelAlias, Models, Tiers
 from app.schemas.health import Health, Readiness
@@ -36,6 +37,13 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         f" {MOST_DAYS + 1} days, with your limits and how much of them is used now.",
         answers=(OwnUsage,),
         parameters=DAYS,
+    ),
+    ("GET", "/v1"): Operation(
+        summary="Show which version answers",
+        description="The release that this gateway runs, the version of its API, and where the"
+        " API is described. It touches no database.",
+        answers=(About,),
+        needs_key=False,
     ),
     ("GET", "/healthz"): Operation(
         summary="Check that the gateway is running",
