@@ -36,7 +36,9 @@ REPO = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def elsewhere(checkpoint):
     """Another engine, as on another worker of the same kind."""
-    with Engine(EngineConfig(growth_ceiling=ALWAYS), [a_spec(checkpoint)]) as engine:
+    with Engine(
+        EngineConfig(growth_ceiling=ALWAYS, max_batch_rows=8), [a_spec(checkpoint)]
+    ) as engine:
         yield engine
 
 
@@ -63,7 +65,7 @@ def snapshots_at_every_step(engine, request):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_an_image_goes_on_elsewhere_at_any_step_with_the_same_bits(engine, elsewhere, sampler):
-    request = reproducible("moved", sampler=sampler, num_steps=5)
+    request = reproducible("moved", sampler=sampler, num_steps=4)
     expected, blobs = snapshots_at_every_step(engine, request)
 
     resumed = {
@@ -71,12 +73,12 @@ def test_an_image_goes_on_elsewhere_at_any_step_with_the_same_bits(engine, elsew
         for step, blob in blobs.items()
     }
 
-    assert sorted(resumed) == [0, 1, 2, 3, 4, 5]
+    assert sorted(resumed) == [0, 1, 2, 3, 4]
     assert [
         step for step, image in resumed.items() if not np.array_equal(image.pixels, expected.pixels)
     ] == []
     # nothing is denoised twice
-    assert [image.record.forwards for image in resumed.values()] == [5, 4, 3, 2, 1, 0]
+    assert [image.record.forwards for image in resumed.values()] == [4, 3, 2, 1, 0]
 
 
 def test_a_fresh_process_resumes_every_sampler_at_every_step_with_the_same_bits(
