@@ -27,7 +27,9 @@ telemetry.configure_logs()
 
 
 # No deadlines: the machine that runs tests also runs a stack.
-hypothesis.settings.register_profile("the same examples", deadline=None, derandomize=True)
+hypothesis.settings.register_profile(
+    "the same examples", deadline=None, derandomize=True, max_examples=50
+)
 hypothesis.settings.register_profile("other examples", deadline=None)
 
 

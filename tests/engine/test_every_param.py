@@ -85,7 +85,7 @@ def engine(checkpoint, tmp_path_factory):
     sizes = {"sizes": ((32, 32), (96, 32), (32, 96))}
     for family in OPEN_FAMILIES:
         specs.append(replace(a_pipeline_spec("sd", text, family=family, **sizes), name=family))
-        from_a_picture = a_pipeline_spec("sd-img2img", picture, family=family, **sizes)
+        from_a_picture = a_pipeline_spec("sd-img2img", picture, family=family)
         specs.append(replace(from_a_picture, name=f"{family} with a picture"))
     with Engine(
         EngineConfig(max_batch_rows=2), [_with_adapter(spec, folder) for spec in specs]
