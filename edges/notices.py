@@ -30,6 +30,7 @@ log = structlog.get_logger(__name__)
 LINK_LOCAL = "http://169.254.169.254"
 _TIMEOUT_S = 2.0
 _SLOW_FIRST_ANSWER_S = 10.0
+_CLOSE_WITHIN_S = 1.0
 _LARGEST_ANSWER_BYTES = 256 * 1024
 # Date headers have whole seconds: at another poll the same end may look up to a second earlier.
 _SAME_END_S = 1.0
@@ -90,7 +91,7 @@ class NoticeWatch:
     def close(self) -> None:
         """Stop calling `on_notice`. Waits up to a second for polls under way; drops longer ones."""
         self._stop.set()
-        deadline = time.monotonic() + 1
+        deadline = time.monotonic() + _CLOSE_WITHIN_S
         for thread in self._threads:
             if thread is not threading.current_thread():  # on_notice may close the watch
                 thread.join(timeout=max(0.0, deadline - time.monotonic()))
@@ -419,9 +420,11 @@ class _MetadataServer:
         headers: Mapping[str, str],
         *,
         expected: tuple[int, ...] = (200,),
-        timeout_s: float = _TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> _Answer:
         """Send one request and return the answer.
+
+        timeout_s: None means the usual one.
 
         Raises NoticeSourceUnavailable unless an `expected` status comes in time.
         """
@@ -429,7 +432,8 @@ class _MetadataServer:
         connection = http.client.HTTPConnection(self._netloc, timeout=_TIMEOUT_S)
         with closing(connection), wrap((OSError, http.client.HTTPException), _unavailable(what)):
             connection.connect()
-            connection.sock.settimeout(timeout_s)  # only the answer may take longer
+            # only the answer may take longer
+            connection.sock.settimeout(_TIMEOUT_S if timeout_s is None else timeout_s)
             connection.request(method, path, headers=dict(headers))
             response = connection.getresponse()
             body = response.read(_LARGEST_ANSWER_BYTES + 1)

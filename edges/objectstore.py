@@ -62,15 +62,13 @@ class ObjectStore:
     def __init__(self, settings: StoreSettings) -> None:
         self._bucket = settings.s3_bucket
         self._presign_ttl_s = settings.presign_ttl_s
-        self._client = _client(settings, settings.s3_endpoint_url)
-        self._hasty = _client(settings, settings.s3_endpoint_url, read_timeout_s=3, retries=0)
+        session = boto3.session.Session()  # one, which reads S3's model once
+        own = settings.s3_endpoint_url
         public = settings.s3_public_endpoint_url
-        self._probe = _client(settings, settings.s3_endpoint_url, read_timeout_s=1, retries=0)
-        self._public = (
-            self._client
-            if public in (None, settings.s3_endpoint_url)
-            else _client(settings, public)
-        )
+        self._client = _client(session, settings, own)
+        self._hasty = _client(session, settings, own, read_timeout_s=3, retries=0)
+        self._probe = _client(session, settings, own, read_timeout_s=1, retries=0)
+        self._public = self._client if public in (None, own) else _client(session, settings, public)
 
     def put(self, key: str, content: bytes, *, content_type: str) -> None:
         """Store `content` under `key`. Raises StoreUnavailable."""
@@ -157,6 +155,7 @@ def content_sha256(content: bytes) -> str:
 
 
 def _client(
+    session: boto3.session.Session,
     settings: StoreSettings,
     endpoint_url: str | None,
     *,
@@ -174,7 +173,7 @@ def _client(
         retries={"mode": "standard", "max_attempts": retries},
         max_pool_connections=32,
     )
-    return boto3.session.Session().client(
+    return session.client(
         "s3",
         endpoint_url=endpoint_url,
         region_name=settings.s3_region,

@@ -31,6 +31,7 @@ FLUSH_WITHIN_S = 0.2
 _KEEP_S = 600
 _WATCHED_FOR_S = 30  # followers renew it every few seconds
 _MOST_REMEMBERED = 256  # images
+_LISTENERS_LOOK_EVERY_S = 0.2  # whether they are closed: a process that stops waits for them
 
 
 @dataclass(frozen=True)
@@ -292,7 +293,7 @@ class Listener:
                     pubsub.subscribe(self._channel)
                     while not self._stop.is_set():
                         self._note_turn()
-                        self._dispatch(pubsub.get_message(timeout=1.0))
+                        self._dispatch(pubsub.get_message(timeout=_LISTENERS_LOOK_EVERY_S))
             except redis.RedisError as error:
                 log.info("listener_reconnects", channel=self._channel, reason=type(error).__name__)
                 self._note_turn()

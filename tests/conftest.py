@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import pytest
 from sqlalchemy import Engine, event
 
@@ -23,6 +24,19 @@ from fleet.stack import Stack
 os.environ["OUTBOUND_ALLOWED_NETWORKS"] = "127.0.0.1/32"
 # to standard error, as in every process of the house: a test reads only its own standard output
 telemetry.configure_logs()
+
+
+# No deadlines: the machine that runs tests also runs a stack.
+hypothesis.settings.register_profile(
+    "the same examples", deadline=None, derandomize=True, max_examples=50
+)
+hypothesis.settings.register_profile("other examples", deadline=None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let `make test` try the same examples each time, and `make test-all` others."""
+    runs_everything = not config.option.markexpr
+    hypothesis.settings.load_profile("other examples" if runs_everything else "the same examples")
 
 
 class SecondTenant(NamedTuple):

@@ -267,6 +267,7 @@ def test_only_settings_read_the_environment(room):
 APPENDS = {"audit.append", "audit.append_of_attempt", "cancel_locked"}
 
 
+@functools.cache
 def writers() -> set[str]:
     """Functions of `models` that append to the audit log, as callers name them.
 
@@ -363,13 +364,16 @@ def test_whoever_ends_a_job_goes_through_one_place(tells):
 def test_every_dispatched_name_is_a_registered_task(stack):
     fleet = parse_fleet((REPO / "fleet.toml").read_text())
     celery = make_celery(BrokerSettings(broker_url=stack.env["BROKER_URL"]), fleet)
+    names = dispatched()
+    registered: set[str] = set()
 
-    def registered() -> set[str]:
+    def all_are_registered() -> bool:
         # of those who answer in time
-        answers = celery.control.inspect(timeout=2).registered() or {}
-        return {name.partition(" ")[0] for tasks in answers.values() for name in tasks}
+        answers = celery.control.inspect(timeout=0.3).registered() or {}
+        registered.update(name.partition(" ")[0] for tasks in answers.values() for name in tasks)
+        return names <= registered
 
-    until(lambda: dispatched() <= registered(), within_s=30)
+    until(all_are_registered, within_s=60)
 
 
 def test_every_name_that_is_announced_has_a_verb():
@@ -412,7 +416,7 @@ def loaded() -> dict[str, set[str]]:
         )
         for role, code in LOADED.items()
     }
-    printed = {role: process.communicate(timeout=120)[0] for role, process in started.items()}
+    printed = {role: process.communicate(timeout=240)[0] for role, process in started.items()}
     return {role: set(json.loads(lines.splitlines()[-1])) for role, lines in printed.items()}
 
 

@@ -41,6 +41,11 @@ def is_private(name: str) -> bool:
     return re.fullmatch(r"_[A-Za-z]\w*", name) is not None
 
 
+def name_of(node: ast.AST) -> str:
+    """A plain name; empty for any other expression."""
+    return node.id if isinstance(node, ast.Name) else ""
+
+
 def ours(tree: ast.AST) -> set[str]:
     """Private names that a module defines: functions, classes, variables, fields, attributes."""
     found = set()
@@ -49,7 +54,7 @@ def ours(tree: ast.AST) -> set[str]:
             found.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             found.add(node.id)
-        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "sampler"):
+        elif isinstance(node, ast.Attribute) and name_of(node.value) in ("self", "sampler"):
             found |= {node.attr} if isinstance(node.ctx, ast.Store) else set()
     return {name for name in found if is_private(name)}
 
@@ -58,9 +63,9 @@ def used(tree: ast.AST) -> set[str]:
     """Private names that a module reads, imports or looks up on anything but `self`."""
     found = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) != "self":
+        if isinstance(node, ast.Attribute) and name_of(node.value) != "self":
             found.add(node.attr)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in LOOKS:
+        elif isinstance(node, ast.Call) and name_of(node.func) in LOOKS:
             found |= {str(each.value) for each in node.args[1:2] if isinstance(each, ast.Constant)}
         elif isinstance(node, ast.ImportFrom):
             found |= {*(node.module or "").split("."), *(alias.name for alias in node.names)}

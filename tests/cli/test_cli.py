@@ -430,7 +430,7 @@ def test_check_names_what_would_lose_messages_in_a_redis(monkeypatch, says, find
 
 
 def test_check_names_a_postgres_that_takes_no_writes_and_one_without_tables(stack):
-    with a_database(stack.env, migrated_to=None) as empty:
+    with a_database(stack.env, is_migrated=False) as empty:
         url = (
             make_url(stack.env["DATABASE_URL"])
             .set(database=make_url(empty.owner_url).database)

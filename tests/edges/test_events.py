@@ -50,7 +50,7 @@ def step(redis, job_id, number) -> str:
 
 def heard(subscription, count) -> list[JobEvent]:
     """The next `count` events, which come within seconds."""
-    events = [subscription.get(5) for _ in range(count)]
+    events = [subscription.get(60) for _ in range(count)]
     assert None not in events
     return events
 
@@ -101,11 +101,11 @@ def test_an_id_of_a_time_to_come_is_waited_for_in_vain_but_not_the_end(fanout, h
 
 
 def test_nothing_is_lost_or_told_twice_while_others_come_and_events_pour_in(fanout, handoff_redis):
-    job_id, last = uuid.uuid4(), 400
+    job_id, last = uuid.uuid4(), 200
     told: dict[int, list[int]] = {}
 
     def follow(number: int) -> None:
-        time.sleep(number * 0.05)
+        time.sleep(number * 0.02)
         subscription, earlier = fanout.subscribe(job_id, wants_previews=False)
         told[number] = steps_of(earlier)
         while told[number][-1:] != [last]:
@@ -118,7 +118,7 @@ def test_nothing_is_lost_or_told_twice_while_others_come_and_events_pour_in(fano
         step(handoff_redis, job_id, number)
         time.sleep(0.001)
     for follower in followers:
-        follower.join(timeout=20)
+        follower.join(timeout=60)
 
     assert told == {key: list(range(1, last + 1)) for key in range(8)}
 
@@ -177,11 +177,11 @@ def test_a_slow_follower_loses_steps_but_no_stored_image_and_not_the_end(
     subscription = subscribe(fanout, handoff_redis, job_id)
     for number in range(1, 601):
         step(handoff_redis, job_id, number)
-    until(lambda: subscription._unread.qsize() >= 256)
+    until(lambda: subscription._unread.qsize() >= 256, within_s=60)
 
     signals.publish_stored(job_id, {"index": 0})
     signals.publish_ending(job_id)
-    until(lambda: subscription._unread.qsize() >= 258)
+    until(lambda: subscription._unread.qsize() >= 258, within_s=60)
 
     events = heard(subscription, 258)
     assert steps_of(events[:256]) == list(range(1, 257))
@@ -213,8 +213,7 @@ def test_of_each_image_only_the_newest_previews_are_kept(writer, signals, handof
     for number in range(1, 6):
         for index in (0, 1):
             writer.show(job_id, Preview(index, number, 20, a_jpeg()))
-        until(lambda: handoff_redis.xrevrange(eventlog.key(job_id), count=1), what="the preview")
-        time.sleep(0.15)
+        writer.flush(within_s=60)
 
     kept = [eventlog.parse(*entry) for entry in handoff_redis.xrange(eventlog.key(job_id))]
     assert sorted((event.data["index"], event.data["step"]) for event in kept) == [
@@ -254,7 +253,7 @@ def test_flush_tells_of_a_step_before_whatever_is_told_next(writer, signals, han
 
     for number in range(20):
         writer.note(job_id, Step(0, number, 20))
-        writer.flush()
+        writer.flush(within_s=60)
         signals.publish_stored(job_id, {"index": number})
 
     kinds = [fields[b"kind"].decode() for _, fields in handoff_redis.xrange(eventlog.key(job_id))]
@@ -269,22 +268,23 @@ def test_flush_waits_no_longer_than_it_is_told_for_a_redis_that_hangs():
         began_at = time.monotonic()
 
         for _ in range(4):
-            writer.flush(within_s=0.1)
+            writer.flush(within_s=0.05)
 
-        assert 0.3 < time.monotonic() - began_at < 3
-        writer.close()
+        # without the limit it would take the 5 s of its connection
+        assert 0.15 < time.monotonic() - began_at < 4
+    writer.close()  # now that what it waits for has gone away
 
 
 def test_steps_are_told_ten_times_a_second_at_most(writer, handoff_redis):
-    job_id, until_s = uuid.uuid4(), time.monotonic() + 1.0
+    job_id, began_at = uuid.uuid4(), time.monotonic()
     number = 0
-    while time.monotonic() < until_s:
+    while number < 100 or time.monotonic() < began_at + 0.5:
         number += 1
         writer.note(job_id, Step(0, number, 9999))
         time.sleep(0.002)
 
-    assert number > 100
-    assert handoff_redis.xlen(eventlog.key(job_id)) <= 11
+    told = handoff_redis.xlen(eventlog.key(job_id))
+    assert 1 <= told <= 10 * (time.monotonic() - began_at) + 1
 
 
 def test_a_worker_learns_that_somebody_watches_and_that_nobody_does_any_more(
@@ -299,13 +299,14 @@ def test_a_worker_learns_that_somebody_watches_and_that_nobody_does_any_more(
 
     until(lambda: signals.publish_watched([job_id]) or woken.wait(0.1), what="the news")
     writer.show(job_id, Preview(0, 1, 20, a_jpeg()))
+    writer.flush(within_s=60)
 
     assert writer.is_watched(job_id)
-    assert not unwatched.wait(0.4)
+    assert not unwatched.is_set()
     # as it is half a minute after the last follower has gone
     handoff_redis.delete(f"watch:{job_id}")
     writer.show(job_id, Preview(0, 2, 20, a_jpeg()))
-    assert unwatched.wait(5)
+    assert unwatched.wait(60)
     listener.close()
 
 
@@ -339,7 +340,7 @@ def test_a_reader_that_closes_sends_everybody_away(fanout):
 
     fanout.close()
 
-    assert subscription.get(1) is SHUTDOWN
+    assert subscription.get(60) is SHUTDOWN
     with pytest.raises(TooManySubscribers):
         fanout.subscribe(uuid.uuid4(), wants_previews=False)
 

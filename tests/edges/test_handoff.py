@@ -1,6 +1,8 @@
 """Decoded pixels on their way to storage: what was put comes back, or is known to be gone."""
 
+import time
 import uuid
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import redis
 
 from benchmarks.lib.refusals import REPLIES
 from edges.handoff import Gauge, Handoff, HandoffCorrupt, HandoffUnavailable, pixels_sha256
-from tests.builders import a_closed_port, a_redis, some_pixels, until
+from tests.builders import a_closed_port, a_redis, some_pixels
 
 
 @pytest.fixture
@@ -205,18 +207,30 @@ def test_a_hand_off_that_was_demoted_is_left_for_the_one_that_took_over_and_no_w
         assert redis.Redis.from_url(successor).dbsize() == 1
 
 
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """The gauge's clock, which a test turns on."""
+    clock = [time.monotonic()]
+    monkeypatch.setattr("edges.handoff.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    return clock
+
+
 def test_one_that_takes_nothing_counts_as_full_for_whoever_trusts_its_last_answer_only_so_long(
-    settings, handoff_redis, proxied
+    settings, handoff_redis, proxied, clock
 ):
     proxy, url = proxied(settings.handoff_url)
-    gauge = Gauge(url, trusted_for_s=1.0)
+    gauge = Gauge(url, trusted_for_s=2.0)
     assert gauge.fill() < 0.9
 
     proxy.refuse(REPLIES["READONLY"])
-    until(lambda: gauge.fill() == 1.0)
+    clock[0] += 1.9
+    assert gauge.fill() < 0.9
+    clock[0] += 1.1
+    assert gauge.fill() == 1.0
 
     proxy.relent()
-    until(lambda: gauge.fill() < 0.9)
+    clock[0] += 1.1
+    assert gauge.fill() < 0.9
 
 
 def test_how_full_the_hand_off_is_is_the_memory_in_use_of_what_may_be_used(
@@ -236,10 +250,8 @@ def test_a_hand_off_without_a_limit_is_never_full(tmp_path):
 
 
 def test_the_gauge_is_read_once_a_second_and_holds_its_last_answer_while_nobody_answers(
-    tmp_path, monkeypatch
+    tmp_path, clock
 ):
-    clock = [100.0]
-    monkeypatch.setattr("edges.handoff.time.monotonic", lambda: clock[0])
     with a_redis(tmp_path, maxmemory="100mb") as url:
         gauge, redis_there = Gauge(url), redis.Redis.from_url(url)
         before = gauge.fill()

@@ -76,12 +76,16 @@ def test_a_job_of_which_nothing_is_kept_has_none(snapshots, job_id):
 
 
 def test_snapshots_are_gone_when_their_time_is_over(settings, handoff_redis, job_id):
-    brief = Snapshots(settings.handoff_url, ttl_s=1)
-    brief.put(job_id, 0, 1, 10, b"a snapshot")
-    assert brief.of(job_id)
+    snapshots = Snapshots(settings.handoff_url, ttl_s=60)
+    snapshots.put(job_id, 0, 1, 10, b"a snapshot")
+    assert snapshots.of(job_id)
 
-    until(lambda: not brief.of(job_id), within_s=3)
+    keys = handoff_redis.keys()
+    assert all(50 < handoff_redis.ttl(key) <= 60 for key in keys)
+    for key in keys:
+        handoff_redis.pexpire(key, 1)
 
+    until(lambda: not snapshots.of(job_id), within_s=60)
     assert handoff_redis.keys() == []
 
 

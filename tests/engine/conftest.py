@@ -65,5 +65,6 @@ def engine(checkpoint):
 
     Its weights stay loaded, which is the point of it.
     """
-    with Engine(EngineConfig(growth_ceiling=ALWAYS), [a_spec(checkpoint)]) as engine:
+    spec = a_spec(checkpoint, sizes=((64, 64), (96, 64)))
+    with Engine(EngineConfig(growth_ceiling=ALWAYS), [spec]) as engine:
         yield engine

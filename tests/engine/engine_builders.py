@@ -127,7 +127,7 @@ def a_spec(path: Path, **changes) -> CheckpointSpec:
         **{
             "name": "tiny",
             "path": str(path),
-            "sizes": ((SIZE, SIZE), (96, 64)),
+            "sizes": ((SIZE, SIZE),),
             "samplers": SAMPLERS,
         }
         | changes

@@ -290,7 +290,7 @@ PIPELINES = ("sd-controlnet", "pixart-sigma", "z-image", "sd-img2img")
 def test_images_of_any_pipeline_share_forwards_and_move_in_the_engine(name, tmp_path):
     spec = a_pipeline_spec(name, save_tiny_pipeline(name, tmp_path / name))
     asked = {"determinism": Determinism.REPRODUCIBLE, "bucket_rows": 4, "num_steps": 4}
-    with Engine(EngineConfig(growth_ceiling=ALWAYS, max_batch_rows=8), [spec]) as engine:
+    with Engine(EngineConfig(growth_ceiling=ALWAYS, max_batch_rows=4), [spec]) as engine:
         alone = engine.submit(a_pipeline_request(name, "image", **asked)).result(60)
         neighbours, blobs = [], []
 

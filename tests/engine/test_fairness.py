@@ -23,6 +23,11 @@ from engine.scheduler import Batch, Decode, Encode, Scheduler, Work
 Seconds = Callable[[int], float]  # of a forward by its rows
 
 
+def slow(*values):
+    """A case that `make test` leaves out."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def throughput_curve(single_row_s: float, images_per_s: dict[int, float]) -> Seconds:
     """From relative images per second at some row counts; straight in between."""
     rows = sorted(images_per_s)
@@ -283,7 +288,7 @@ def test_a_newcomer_of_a_cheap_size_is_served_at_once_beside_an_expensive_one():
     assert run.latencies(4)[-1] <= forward_s + 1.0
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, slow(1), slow(2)])
 def test_under_mixed_sizes_nobody_takes_many_times_as_long_as_alone(seed):
     device = Device(
         {64: GPU_512, 128: lambda rows: 2 * GPU_1024(rows), 192: lambda rows: 3 * GPU_512(rows)}
@@ -386,7 +391,7 @@ def test_it_learns_the_curve_while_serving_noise_and_late_measurements_included(
     assert learning.percentile(0.99) < 1.3 * knowing.percentile(0.99)
 
 
-@pytest.mark.parametrize("decode_steps", [1.0, 3.0])
+@pytest.mark.parametrize("decode_steps", [slow(1.0), 3.0])
 def test_decoding_all_that_is_denoised_before_the_next_forward_beats_one_decode_between_two(
     decode_steps,
 ):
@@ -452,7 +457,7 @@ def seconds_of_ranks(run: Run, from_s: float, to_s: float) -> Counter[int]:
     return seconds
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.4])
+@pytest.mark.parametrize("noise", [slow(0.0), 0.4])
 def test_ranks_have_their_share_in_every_minute_and_an_endless_better_one_the_rest(
     noise,
 ):
@@ -535,7 +540,12 @@ def p99_of(run: Run, arrivals: Arrivals) -> float:
 
 @pytest.mark.parametrize(
     ("curve", "load", "slower"),
-    [(GPU_512, 0.1, 1.15), (GPU_512, 0.5, 1.2), (GPU_1024, 0.1, 1.1), (GPU_1024, 0.5, 1.4)],
+    [
+        slow(GPU_512, 0.1, 1.15),
+        (GPU_512, 0.5, 1.2),
+        (GPU_1024, 0.1, 1.1),
+        slow(GPU_1024, 0.5, 1.4),
+    ],
 )
 def test_hundreds_of_images_of_one_owner_hardly_slow_the_others_and_use_all_that_is_left(
     curve, load, slower
@@ -559,7 +569,8 @@ def test_hundreds_of_images_of_one_owner_hardly_slow_the_others_and_use_all_that
 
 
 @pytest.mark.parametrize(
-    ("curve", "load", "loss"), [(GPU_512, 0.1, 0.05), (GPU_1024, 0.1, 0.05), (GPU_1024, 0.5, 0.05)]
+    ("curve", "load", "loss"),
+    [(GPU_512, 0.1, 0.05), slow(GPU_1024, 0.1, 0.05), (GPU_1024, 0.5, 0.05)],
 )
 def test_the_device_does_as_much_as_if_all_images_were_one_owners(curve, load, loss):
     device = Device({64: curve})
@@ -580,7 +591,7 @@ def test_the_device_does_as_much_as_if_all_images_were_one_owners(curve, load, l
     assert rows_per_s[1] >= (1 - loss) * rows_per_s[0]
 
 
-@pytest.mark.parametrize(("curve", "load"), [(GPU_512, 0.8), (GPU_512, 1.5), (GPU_1024, 0.8)])
+@pytest.mark.parametrize(("curve", "load"), [slow(GPU_512, 0.8), (GPU_512, 1.5), (GPU_1024, 0.8)])
 def test_where_every_image_is_another_owners_all_is_as_if_they_were_of_one(curve, load):
     device = Device({64: curve})
     of_many = poisson(300, load, device)

@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from crosses import in_turn
 from diffusers.image_processor import VaeImageProcessor
 from engine_builders import SAMPLERS as TESTED
 from engine_builders import a_request, a_spec
@@ -135,9 +136,9 @@ def assert_same_latents(pair, request):
 # --- from noise ---
 
 
-@pytest.mark.parametrize("guidance", [1.0, 5.0])
-@pytest.mark.parametrize("sampler", TESTED)
-@pytest.mark.parametrize("name", ["sd", "sd v", "sdxl"])
+@pytest.mark.parametrize(
+    ("name", "sampler", "guidance"), in_turn(["sd", "sd v", "sdxl"], TESTED, [1.0, 5.0])
+)
 def test_latents_are_the_bits_of_the_pipeline(pair, name, sampler, guidance):
     request = a_request(
         sampler=sampler, guidance=guidance, num_steps=5, negative_prompt="a green star", seed=11
@@ -146,10 +147,12 @@ def test_latents_are_the_bits_of_the_pipeline(pair, name, sampler, guidance):
     assert_same_latents(pair(name), request)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 5.0])
-@pytest.mark.parametrize("sampler", TESTED)
-@pytest.mark.parametrize("name", ["sd v", "sdxl"])
-def test_latents_are_the_bits_of_the_pipeline_in_bf16_too(pair, name, sampler, guidance):
+@pytest.mark.parametrize(
+    ("sampler", "checkpoint_and_guidance"),
+    in_turn(TESTED, [("sd v", 5.0), ("sdxl", 1.0), ("sd v", 1.0), ("sdxl", 5.0)]),
+)
+def test_latents_are_the_bits_of_the_pipeline_in_bf16_too(pair, sampler, checkpoint_and_guidance):
+    name, guidance = checkpoint_and_guidance
     assert_same_latents(
         pair(name, "bf16"), a_request(sampler=sampler, guidance=guidance, num_steps=3)
     )
@@ -175,9 +178,9 @@ def test_an_outdated_scheduler_config_is_repaired_as_pipelines_do(epsilon_checkp
 # --- from a picture ---
 
 
-@pytest.mark.parametrize("strength", [0.6, 1.0])
-@pytest.mark.parametrize("sampler", FOR_PICTURES)
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize(
+    ("name", "sampler", "strength"), in_turn(["sd", "sdxl"], FOR_PICTURES, [0.6, 1.0])
+)
 def test_an_init_image_is_noised_and_denoised_as_the_pipeline_does(pair, name, sampler, strength):
     request = a_request(sampler=sampler, num_steps=5, init_image=a_picture(), strength=strength)
 
@@ -206,9 +209,10 @@ def test_an_init_image_leaves_only_the_steps_of_its_strength(pair):
 # --- repainted ---
 
 
-@pytest.mark.parametrize("strength", [0.6, 1.0])
-@pytest.mark.parametrize("sampler", FOR_PICTURES)
-@pytest.mark.parametrize("name", ["sd", "sd 9", "sdxl", "sdxl 9"])
+@pytest.mark.parametrize(
+    ("name", "sampler", "strength"),
+    in_turn(["sd", "sd 9", "sdxl", "sdxl 9"], FOR_PICTURES, [0.6, 1.0]),
+)
 def test_a_mask_is_repainted_as_the_pipeline_does(pair, name, sampler, strength):
     request = a_request(
         sampler=sampler, num_steps=5, init_image=a_picture(), mask=a_mask(), strength=strength

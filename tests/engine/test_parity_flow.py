@@ -10,6 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from crosses import in_turn
 from engine_builders import a_request, a_spec
 from tiny_checkpoints import (
     a_family,
@@ -188,9 +189,9 @@ def one_step(family, image):
 # --- from noise ---
 
 
-@pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("guidance", [1.0, 4.0])
-@pytest.mark.parametrize("sampler", TESTED)
+@pytest.mark.parametrize(
+    ("sampler", "precision", "guidance"), in_turn([*TESTED], [*DTYPES], [1.0, 4.0])
+)
 def test_sd3_is_the_bits_of_the_pipeline(checkpoints, sampler, guidance, precision):
     request = a_flow_request(sampler=sampler, guidance=guidance, num_steps=4)
 
@@ -200,8 +201,7 @@ def test_sd3_is_the_bits_of_the_pipeline(checkpoints, sampler, guidance, precisi
     assert torch.equal(latents, checkpoints["sd3"].piped(request, precision))
 
 
-@pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("sampler", TESTED)
+@pytest.mark.parametrize(("sampler", "precision"), in_turn([*TESTED], [*DTYPES]))
 def test_flux_dev_is_the_bits_of_the_pipeline(checkpoints, sampler, precision):
     request = a_flow_request(sampler=sampler, guidance=3.5, num_steps=4)
 
@@ -211,8 +211,10 @@ def test_flux_dev_is_the_bits_of_the_pipeline(checkpoints, sampler, precision):
     assert torch.equal(latents, checkpoints["dev"].piped(request, precision))
 
 
-@pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("sampler", [name for name in TESTED if name != "flow_dpmpp_2m"])
+@pytest.mark.parametrize(
+    ("sampler", "precision"),
+    in_turn([name for name in TESTED if name != "flow_dpmpp_2m"], [*DTYPES][::-1]),
+)
 def test_flux_schnell_is_the_bits_of_the_pipeline(checkpoints, sampler, precision):
     request = a_flow_request(sampler=sampler, guidance=3.5, negative_prompt="", num_steps=4)
 
@@ -299,9 +301,10 @@ def test_pixels_are_the_bits_of_the_pipeline(checkpoints, name):
 # --- from a picture ---
 
 
-@pytest.mark.parametrize("strength", [0.3, 0.6, 1.0])
-@pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("name", ["sd3", "dev", "schnell"])
+@pytest.mark.parametrize(
+    ("name", "strength", "precision"),
+    in_turn(["sd3", "dev", "schnell"], [0.3, 0.6, 1.0], [*DTYPES]),
+)
 def test_image_to_image_is_the_bits_of_the_pipeline(checkpoints, name, precision, strength):
     request = image_to_image(strength=strength, negative_prompt="a star" if name == "sd3" else "")
     family = checkpoints[name].family(precision)
@@ -312,9 +315,10 @@ def test_image_to_image_is_the_bits_of_the_pipeline(checkpoints, name, precision
     assert torch.equal(image.tensors.latents, checkpoints[name].piped(request, precision))
 
 
-@pytest.mark.parametrize("strength", [0.6, 1.0])
-@pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("name", ["sd3", "dev", "schnell", "fill"])
+@pytest.mark.parametrize(
+    ("name", "precision", "strength"),
+    in_turn(["sd3", "dev", "schnell", "fill"], [*DTYPES], [0.6, 1.0]),
+)
 def test_inpainting_is_the_bits_of_the_pipeline(checkpoints, name, precision, strength):
     request = an_inpainting(strength=strength, negative_prompt="a star" if name == "sd3" else "")
 

@@ -172,8 +172,13 @@ def pinned(request, bucket_rows=4):
 
 # The three other Stable Diffusion pipelines call the same network.
 IN_BF16 = [name for name in PIPELINES if not name.startswith("sd-")]
+# Of an UNet, a transformer, and one that casts its latents itself.
+SAMPLE = ("sdxl", "z-image", "sana")
 IN_BOTH = [pytest.param(name, "fp32", id=name) for name in PIPELINES] + [
-    pytest.param(name, "bf16", id=f"{name} bf16") for name in IN_BF16
+    pytest.param(
+        name, "bf16", id=f"{name} bf16", marks=[] if name in SAMPLE else [pytest.mark.slow]
+    )
+    for name in IN_BF16
 ]
 
 
@@ -425,12 +430,12 @@ def test_an_image_can_be_canceled_wherever_it_is_and_the_others_do_not_notice(lo
     assert threading.active_count() == threads
 
 
-def test_no_thread_is_left_of_two_hundred_images_canceled_at_random_moments(loaded):
+def test_no_thread_is_left_of_fifty_images_canceled_at_random_moments(loaded):
     family, plain = loaded("ddim"), loaded("ddim", family="plain")
     dice = random.Random(7)
     threads = threading.active_count()
 
-    for _ in range(200):
+    for _ in range(50):
         chosen = dice.choice([family, plain])
         image = started(chosen, a_pipeline_request("ddim", guidance=1.0, num_steps=2))
         step_together(
@@ -525,7 +530,7 @@ def test_the_control_networks_answers_are_most_of_the_bytes_and_not_saved(loaded
     family.release(image)
 
     assert sum(tensor.nbytes for tensor in after.values()) < between / 4
-    assert [tuple(tensor.shape) for tensor in after.values()] == [(2, 4, SIZE // 2, SIZE // 2)]
+    assert [tuple(tensor.shape) for tensor in after.values()] == [(2, 4, SIZE // 4, SIZE // 4)]
 
 
 # --- progress -------------------------------------------------------------------------------------
@@ -583,7 +588,7 @@ def test_previews_are_kept_only_while_somebody_watches(loaded):
     clean = family.clean_latents(image)
     family.release(image)
 
-    assert clean.shape == (1, 4, SIZE // 2, SIZE // 2)
+    assert clean.shape == (1, 4, SIZE // 4, SIZE // 4)
     assert torch.isfinite(clean).all()
 
 

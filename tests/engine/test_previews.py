@@ -207,6 +207,12 @@ def fitted(encode):
     )
 
 
+@pytest.fixture(scope="module")
+def projector(encode):
+    """A projector for pocket's latents."""
+    return fitted(encode)
+
+
 def pocket_pictures(count=24):
     """Pictures of the world that pocket was trained on, [n, 3, 128, 128] in -1..1.
 
@@ -228,15 +234,12 @@ def likeness(projector, encode, pictures):
     return [np.corrcoef(projected[:, colour], real[:, colour])[0, 1] for colour in range(3)]
 
 
-def test_a_fitted_projector_shows_pockets_pictures_in_their_colours(encode):
-    projector = fitted(encode)
-
+def test_a_fitted_projector_shows_pockets_pictures_in_their_colours(projector, encode):
     assert min(likeness(projector, encode, pocket_pictures())) > LIKENESS
     assert min(projector.r_squared) > 0.4
 
 
-def test_a_wrong_projector_does_not(encode):
-    projector = fitted(encode)
+def test_a_wrong_projector_does_not(projector, encode):
     red_for_blue = Projector(
         tuple(row[::-1] for row in projector.factors), projector.bias[::-1], projector.squares
     )
@@ -247,8 +250,8 @@ def test_a_wrong_projector_does_not(encode):
         assert min(likeness(wrong, encode, pocket_pictures())) < LIKENESS
 
 
-def test_a_fit_is_always_the_same(encode):
-    assert fitted(encode) == fitted(encode)
+def test_a_fit_is_always_the_same(projector, encode):
+    assert fitted(encode) == projector
 
 
 def test_a_linear_vae_is_fitted_exactly_and_without_squares():
@@ -288,13 +291,12 @@ def test_every_native_family_has_a_published_table(family, channels):
     assert projector.project(torch.zeros(1, channels, 4, 6)).shape == (4, 6, 3)
 
 
-def test_the_clean_latents_tell_more_of_the_picture_than_the_noisy_ones(vae, encode):
+def test_the_clean_latents_tell_more_of_the_picture_than_the_noisy_ones(vae, projector):
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(POCKET, local_files_only=True)
     sampler = fresh_sampler("ddim", pipe.scheduler.config)
     sampler.set_timesteps(8)
-    projector = fitted(encode)
     latents, shown = drawn(1, 4, 16, 16), []
     with torch.inference_mode():
         text = torch.cat(
@@ -326,8 +328,8 @@ def test_the_clean_latents_tell_more_of_the_picture_than_the_noisy_ones(vae, enc
 # Its file and its pace
 
 
-def test_a_preview_is_a_small_jpeg_of_viewable_size(encode):
-    pixels = fitted(encode).project(encode(pocket_pictures(1)))
+def test_a_preview_is_a_small_jpeg_of_viewable_size(projector, encode):
+    pixels = projector.project(encode(pocket_pictures(1)))
 
     packed = jpeg(pixels)
 

@@ -36,7 +36,9 @@ REPO = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def elsewhere(checkpoint):
     """Another engine, as on another worker of the same kind."""
-    with Engine(EngineConfig(growth_ceiling=ALWAYS), [a_spec(checkpoint)]) as engine:
+    with Engine(
+        EngineConfig(growth_ceiling=ALWAYS, max_batch_rows=8), [a_spec(checkpoint)]
+    ) as engine:
         yield engine
 
 
@@ -63,7 +65,7 @@ def snapshots_at_every_step(engine, request):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_an_image_goes_on_elsewhere_at_any_step_with_the_same_bits(engine, elsewhere, sampler):
-    request = reproducible("moved", sampler=sampler, num_steps=5)
+    request = reproducible("moved", sampler=sampler, num_steps=4)
     expected, blobs = snapshots_at_every_step(engine, request)
 
     resumed = {
@@ -71,24 +73,26 @@ def test_an_image_goes_on_elsewhere_at_any_step_with_the_same_bits(engine, elsew
         for step, blob in blobs.items()
     }
 
-    assert sorted(resumed) == [0, 1, 2, 3, 4, 5]
+    assert sorted(resumed) == [0, 1, 2, 3, 4]
     assert [
         step for step, image in resumed.items() if not np.array_equal(image.pixels, expected.pixels)
     ] == []
     # nothing is denoised twice
-    assert [image.record.forwards for image in resumed.values()] == [5, 4, 3, 2, 1, 0]
+    assert [image.record.forwards for image in resumed.values()] == [4, 3, 2, 1, 0]
 
 
-def test_a_fresh_process_resumes_every_sampler_at_every_step_with_the_same_bits(
-    engine, checkpoint, tmp_path
+@pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_fresh_process_resumes_every_sampler_at_any_step_with_the_same_bits(
+    engine, checkpoint, tmp_path, every
 ):
     expected = {}
-    for sampler in SAMPLERS:
+    for number, sampler in enumerate(SAMPLERS):
         request = reproducible(sampler, sampler=sampler, num_steps=4)
         finished, blobs = snapshots_at_every_step(engine, request)
         for step, blob in blobs.items():
-            (tmp_path / f"{sampler}.{step}").write_bytes(blob)
-            expected[f"{sampler}.{step}"] = finished.pixels
+            if (number + step) % every == 0:
+                (tmp_path / f"{sampler}.{step}").write_bytes(blob)
+                expected[f"{sampler}.{step}"] = finished.pixels
     script = f"""
 import sys, numpy as np
 from pathlib import Path
@@ -96,7 +100,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from engine_builders import a_spec
 from engine.config import EngineConfig
 from engine.engine import Engine
-with Engine(EngineConfig(), [a_spec(Path({str(checkpoint)!r}))]) as engine:
+with Engine(EngineConfig(max_batch_rows=8), [a_spec(Path({str(checkpoint)!r}))]) as engine:
     for blob in sorted(Path({str(tmp_path)!r}).iterdir()):
         np.save(f"{{blob}}.npy", engine.restore(blob.read_bytes()).result(60).pixels)
 """
@@ -111,7 +115,7 @@ with Engine(EngineConfig(), [a_spec(Path({str(checkpoint)!r}))]) as engine:
     )
 
     assert run.returncode == 0, run.stderr
-    assert len(expected) == len(SAMPLERS) * 5
+    assert len(expected) == len(SAMPLERS) * 5 / every
     assert [
         name
         for name, pixels in expected.items()

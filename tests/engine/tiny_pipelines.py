@@ -166,6 +166,15 @@ def a_vae(latent_channels: int = 4, **changes) -> AutoencoderKL:
     return AutoencoderKL(**given | changes)
 
 
+def a_vae_of_four_pixels() -> AutoencoderKL:
+    """Four pixels per latent: a UNet is slow."""
+    return a_vae(
+        block_out_channels=(8, 8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+    )
+
+
 UNET_BLOCKS = {
     "block_out_channels": (16,),
     "layers_per_block": 1,
@@ -177,7 +186,7 @@ UNET_BLOCKS = {
 
 def a_unet(**changes) -> diffusers.UNet2DConditionModel:
     given = {
-        "sample_size": SIZE // 2,
+        "sample_size": SIZE // 4,
         "up_block_types": ("CrossAttnUpBlock2D",),
         "cross_attention_dim": 32,
     }
@@ -195,7 +204,7 @@ def a_stable_diffusion(kind=diffusers.StableDiffusionPipeline, **more):
         tokenizer=tiny_tokenizer(),
         text_encoder=a_clip(),
         unet=a_unet(),
-        vae=a_vae(),
+        vae=a_vae_of_four_pixels(),
         scheduler=diffusers.PNDMScheduler(
             **NOISE, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1
         ),
@@ -208,7 +217,7 @@ def a_stable_diffusion(kind=diffusers.StableDiffusionPipeline, **more):
 
 def a_stable_diffusion_controlnet():
     controlnet = diffusers.ControlNetModel(
-        **UNET_BLOCKS, cross_attention_dim=32, conditioning_embedding_out_channels=(8, 16)
+        **UNET_BLOCKS, cross_attention_dim=32, conditioning_embedding_out_channels=(8, 8, 16)
     )
     # its last layers are born as zeros, and would control nothing
     for parameter in controlnet.parameters():
@@ -231,7 +240,7 @@ def a_stable_diffusion_xl():
         text_encoder=a_clip(),
         text_encoder_2=a_clip(transformers.CLIPTextModelWithProjection),
         unet=unet,
-        vae=a_vae(),
+        vae=a_vae_of_four_pixels(),
         scheduler=diffusers.EulerDiscreteScheduler(
             **NOISE, timestep_spacing="leading", steps_offset=1
         ),

@@ -113,7 +113,7 @@ def test_of_two_who_always_have_work_the_one_of_twice_the_weight_is_given_twice_
 COSTS_S = st.lists(st.floats(0.1, 20), min_size=6, max_size=12)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     weights=st.tuples(st.floats(0.25, 4), st.floats(0.25, 4)),
     costs_s=st.tuples(COSTS_S, COSTS_S),
@@ -477,7 +477,7 @@ ACTS_BY_CHANCE = st.lists(
 )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(acts=ACTS_BY_CHANCE)
 def test_whatever_happens_the_sums_are_what_counting_the_rows_gives(database, acts):
     with Session(database.app, expire_on_commit=False) as session:

@@ -421,7 +421,9 @@ def what_the_rows_say(session, tenant) -> tuple[Decimal, Decimal, Decimal, Decim
     )
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize(
+    "seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 12))]
+)
 def test_whatever_becomes_of_jobs_the_ledger_is_what_their_rows_say(session, seed):
     tenant = a_tenant(session)
     life = Life(session, tenant, random.Random(seed))

@@ -59,6 +59,13 @@ def own_database(stack):
 
 
 @pytest.fixture
+def in_a_hurry(monkeypatch):
+    """Locks are waited for, and tried for again, as shortly as a test can do with."""
+    monkeypatch.setattr(migrations, "LOCK_TIMEOUT", "200ms")
+    monkeypatch.setattr(migrations, "_PAUSE_S", 0.2)
+
+
+@pytest.fixture
 def files(tmp_path, monkeypatch, own_database):
     """A copy of the files to change; afterwards the database is as the real ones say."""
     folder = tmp_path / "sql"
@@ -87,15 +94,20 @@ def test_a_migrated_database_has_what_the_files_say_and_nothing_else(database, e
     assert len(by_hand) == len(EVERY_FILE) >= 37
 
 
+@pytest.fixture(scope="module")
+def comments(database) -> dict[str, str]:
+    """By kind and name of every object: its comment in the database."""
+    return {name.partition("(")[0]: comment for name, (_, comment) in found(database).items()}
+
+
 @pytest.mark.parametrize("each", EVERY_FILE, ids=lambda each: f"{each.kind}-{each.name}")
-def test_a_file_is_named_for_its_object_and_says_what_it_is_for(database, each):
+def test_a_file_is_named_for_its_object_and_says_what_it_is_for(comments, each):
     table, _, own_name = each.name.rpartition(".")
     statement = re.sub(r"--.*", "", each.sql).strip()
     opening = f"CREATE OR REPLACE {each.kind.upper()} {own_name}\\b"
     assert re.match(f"{opening}.* ON {table}\n" if table else opening, statement)
     assert statement.count("CREATE OR REPLACE") == 1
     assert re.match(r"[A-Z].*(\.|\(\))$", each.comment)
-    comments = {name.partition("(")[0]: comment for name, (_, comment) in found(database).items()}
     assert comments[f"{each.kind} {own_name}" + (f" on {table}" if table else "")] == each.comment
 
 
@@ -115,50 +127,61 @@ def test_no_file_has_a_setting_s_value_in_it():
         )
 
 
-@pytest.mark.parametrize(
-    ("statement", "name"),
-    [
-        (
-            "CREATE OR REPLACE FUNCTION audit_refuse() RETURNS trigger "
-            "LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'",
-            "audit_refuse",
-        ),
-        ("ALTER FUNCTION audit_link SECURITY INVOKER", "audit_link"),
-        ("ALTER FUNCTION audit_verify RESET search_path", "audit_verify"),
-        ("DROP FUNCTION jobs_with_labels", "jobs_with_labels"),
-        (
-            "CREATE FUNCTION job_label(text) RETURNS uuid "
-            "LANGUAGE sql AS 'SELECT gen_random_uuid()'",
-            "job_label",
-        ),
-        (f"{sql_of('usage_by_tenant_day')} WHERE false", "usage_by_tenant_day"),
-        ("DROP VIEW dead_letters", "dead_letters"),
-        ("DROP VIEW flows_now; CREATE VIEW flows_now AS SELECT 1 AS one", "flows_now"),
-        ("ALTER VIEW job_history SET (security_invoker = true)", "job_history"),
-        ("COMMENT ON VIEW audit_log IS 'mine'", "audit_log"),
-        ("ALTER TABLE audit_events DISABLE TRIGGER audit_link", "audit_events.audit_link"),
-        (
-            "ALTER TABLE audit_events_default DISABLE TRIGGER audit_no_change",
-            "audit_events.audit_no_change",
-        ),
-        ("ALTER TABLE jobs DISABLE TRIGGER flows_count_moved", "jobs.flows_count_moved"),
-        ("DROP TRIGGER files_are_counted ON files", "files.files_are_counted"),
-        (
-            "CREATE OR REPLACE TRIGGER job_labels_added AFTER INSERT ON jobs"
-            " FOR EACH ROW WHEN (false) EXECUTE FUNCTION job_labels_follow()",
-            "jobs.job_labels_added",
-        ),
-    ],
-)
-def test_an_object_that_somebody_changed_by_hand_is_put_right(own_database, statement, name):
+BY_HAND = [
+    (
+        "CREATE OR REPLACE FUNCTION audit_refuse() RETURNS trigger "
+        "LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'",
+        "audit_refuse",
+    ),
+    ("ALTER FUNCTION audit_link SECURITY INVOKER", "audit_link"),
+    ("ALTER FUNCTION audit_verify RESET search_path", "audit_verify"),
+    ("DROP FUNCTION jobs_with_labels", "jobs_with_labels"),
+    (
+        "CREATE FUNCTION job_label(text) RETURNS uuid LANGUAGE sql AS 'SELECT gen_random_uuid()'",
+        "job_label",
+    ),
+    (f"{sql_of('usage_by_tenant_day')} WHERE false", "usage_by_tenant_day"),
+    ("DROP VIEW dead_letters", "dead_letters"),
+    ("DROP VIEW flows_now; CREATE VIEW flows_now AS SELECT 1 AS one", "flows_now"),
+    ("ALTER VIEW job_history SET (security_invoker = true)", "job_history"),
+    ("COMMENT ON VIEW audit_log IS 'mine'", "audit_log"),
+    ("ALTER TABLE audit_events DISABLE TRIGGER audit_link", "audit_events.audit_link"),
+    (
+        "ALTER TABLE audit_events_default DISABLE TRIGGER audit_no_change",
+        "audit_events.audit_no_change",
+    ),
+    ("ALTER TABLE jobs DISABLE TRIGGER flows_count_moved", "jobs.flows_count_moved"),
+    ("DROP TRIGGER files_are_counted ON files", "files.files_are_counted"),
+    (
+        "CREATE OR REPLACE TRIGGER job_labels_added AFTER INSERT ON jobs"
+        " FOR EACH ROW WHEN (false) EXECUTE FUNCTION job_labels_follow()",
+        "jobs.job_labels_added",
+    ),
+]
+
+
+def test_objects_that_somebody_changed_by_hand_are_put_right(own_database):
+    assert_put_right(own_database, BY_HAND)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("statement", "name"), BY_HAND)
+def test_each_object_that_somebody_changed_by_hand_is_put_right_alone(
+    own_database, statement, name
+):
+    assert_put_right(own_database, [(statement, name)])
+
+
+def assert_put_right(own_database, changes) -> None:
     before = found(own_database)
     with own_database.owner.connect() as connection:
         rights_before = rights(connection)
-    change(own_database, statement)
+    change(own_database, *(statement for statement, _ in changes))
 
     said = upgrade(own_database)
 
-    assert said == f"made anew: {name}"
+    made = said.removeprefix("made anew: ").split(", ")
+    assert sorted(made) == sorted(name for _, name in changes)
     assert found(own_database) == before
     with own_database.owner.connect() as connection:
         assert rights(connection) == rights_before
@@ -356,7 +379,7 @@ def test_a_file_that_is_wrong_changes_nothing(own_database, files):
     assert found(own_database) == before
 
 
-def test_a_trigger_on_a_table_in_use_is_tried_until_it_can_be_made(own_database, files):
+def test_a_trigger_on_a_table_in_use_is_tried_until_it_can_be_made(own_database, files, in_a_hurry):
     amend(files / "triggers/jobs.flows_count_moved.sql", "Counts a job", "Counts one job")
     amend(files / "views/audit_log.sql", "readable", "legible")
     told: list[str] = []
@@ -365,9 +388,9 @@ def test_a_trigger_on_a_table_in_use_is_tried_until_it_can_be_made(own_database,
         with own_database.owner.connect() as writer:
             writer.execute(text("UPDATE jobs SET worker = 'w'"))  # its lock stays
             migrated = threads.submit(migrations.upgrade, own_database.owner_url, say=told.append)
-            until(lambda: told, within_s=30, what="a try in vain")
+            until(lambda: told, within_s=60, what="a try in vain")
             with own_database.app.begin() as reader:  # what was made by then is free again
-                reader.execute(text("SET LOCAL lock_timeout = '900ms'"))
+                reader.execute(text("SET LOCAL lock_timeout = '30s'"))
                 reader.execute(text("SELECT * FROM audit_log LIMIT 1"))
         migrated.result(timeout=60)
 
@@ -375,7 +398,7 @@ def test_a_trigger_on_a_table_in_use_is_tried_until_it_can_be_made(own_database,
     assert told[-1].endswith("; made anew: audit_log, jobs.flows_count_moved")
 
 
-def test_an_upgrade_that_waits_in_vain_says_to_end_the_transaction(own_database, files):
+def test_an_upgrade_that_waits_in_vain_says_to_end_the_transaction(own_database, files, in_a_hurry):
     amend(files / "triggers/jobs.flows_count_moved.sql", "Counts a job", "Counts one job")
 
     with own_database.owner.connect() as writer:

@@ -23,7 +23,7 @@ OLD_DATA = Path(__file__).with_name("revision_0012.sql")
 @pytest.fixture(scope="module")
 def old_data(stack):
     """A database as the twelve migrations left it, and what today's say to it."""
-    with a_database(stack.env, migrated_to=None) as database:
+    with a_database(stack.env, is_migrated=False) as database:
         with database.owner.begin() as connection:
             connection.exec_driver_sql(
                 OLD_DATA.read_text(), execution_options={"no_parameters": True}

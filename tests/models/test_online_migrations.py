@@ -63,11 +63,19 @@ def of_this_version(stack):
         yield database
 
 
+@pytest.fixture
+def in_a_hurry(monkeypatch):
+    """Locks are waited for, and tried for again, as shortly as a test can do with."""
+    assert (migrations.LOCK_TIMEOUT, migrations._PAUSE_S) == ("1s", 2)
+    monkeypatch.setattr(migrations, "LOCK_TIMEOUT", "200ms")
+    monkeypatch.setattr(migrations, "_PAUSE_S", 0.2)
+
+
 @pytest.fixture(scope="module")
 def statements(stack) -> dict[str, list[tuple[str, set[str]]]]:
     """By revision: every statement of its upgrade, with the tables that were there before it."""
     ran: dict[str, list[tuple[str, set[str]]]] = {}
-    with a_database(stack.env, migrated_to=None) as database, a_later_version():
+    with a_database(stack.env, is_migrated=False) as database, a_later_version():
         for revision in revisions():
             with database.owner.connect() as connection:
                 before = set(inspect(connection).get_table_names())
@@ -139,7 +147,7 @@ class Traffic:
         self._is_over = True
 
 
-def test_a_forgotten_transaction_delays_a_migration_and_nobody_else(of_this_version):
+def test_a_forgotten_transaction_delays_a_migration_and_nobody_else(of_this_version, in_a_hurry):
     database = of_this_version
     with ThreadPoolExecutor(2) as threads:
         told: list[str] = []
@@ -148,17 +156,17 @@ def test_a_forgotten_transaction_delays_a_migration_and_nobody_else(of_this_vers
             forgotten.execute(text("SELECT count(*) FROM jobs"))
             traffic = Traffic(database.owner_url)
             client = threads.submit(traffic.run)
-            until(lambda: traffic.rounds, what="traffic")
+            until(lambda: traffic.rounds, within_s=60, what="traffic")
             migrated = threads.submit(migrations.upgrade, database.owner_url, say=told.append)
 
             # each had to give way to the traffic
             until(lambda: len(told) >= 2, within_s=60, what="a second try")
             rounds = traffic.rounds
-            until(lambda: traffic.rounds > rounds, within_s=30)
+            until(lambda: traffic.rounds > rounds, within_s=60)
             assert not migrated.done()
         migrated.result(timeout=120)
         traffic.stop()
-        client.result(timeout=30)
+        client.result(timeout=60)
 
     assert {line.partition(" (")[0] for line in told[:-1]} == {"a table is in use"}
     assert told[-1].startswith("at revision ")
@@ -240,12 +248,13 @@ def test_the_migrations_say_at_which_revision_the_database_is(stack, empty_datab
     )
 
 
-def test_a_database_of_a_newer_version_ends_the_migrations_with_one_sentence(stack, empty_database):
-    migrations.upgrade(empty_database.owner_url)
-    with empty_database.owner.begin() as connection:
+def test_a_database_of_a_newer_version_ends_the_migrations_with_one_sentence(
+    stack, of_this_version
+):
+    with of_this_version.owner.begin() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
 
-    done = migrate(stack.env, empty_database)
+    done = migrate(stack.env, of_this_version)
 
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(

@@ -259,7 +259,7 @@ def test_a_crowd_of_small_tenants_does_not_keep_a_large_one_from_its_share(sessi
     whose job ends asks for the next.
     """
     large, small = a_tenant(session), [a_tenant(session) for _ in range(12)]
-    dump(session, pool, 80, large)
+    dump(session, pool, 40, large)
     owner, front, line, runs = {}, [], [], []
 
     def release():
@@ -269,7 +269,7 @@ def test_a_crowd_of_small_tenants_does_not_keep_a_large_one_from_its_share(sessi
     for tenant in small:
         dump(session, pool, 1, tenant)
     served = Counter()
-    for _ in range(60):
+    for _ in range(40):
         release()
         while front and len(runs) < 16:
             runs.append(front.pop(0))

@@ -91,7 +91,7 @@ def heads(line: list[WaitingJob], of_each: int) -> list[WaitingJob]:
 
 @given(limits=LIMITS, jobs=JOBS)
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_a_release_picks_what_the_rule_picks_of_all_that_waits(session, limits, jobs):
     pool = f"pool-{uuid.uuid4().hex[:8]}"
