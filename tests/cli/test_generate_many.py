@@ -1,17 +1,19 @@
 """generate --from: many prompts, interrupted in every way, and gone on with; on the real stack."""
 
 import asyncio
+import contextlib
 import hashlib
 import itertools
 import json
 import re
 import signal
-import time
 from types import SimpleNamespace
 
 import pytest
+from click.testing import CliRunner
 
 from cli.generate import _fingerprint
+from cli.main import darkroom
 from cli.many import PromptRunner
 from cli.prompts import decoded, read
 from cli.runs import AnotherRun, Run
@@ -43,12 +45,20 @@ def jobs_of(client: Client):
     return jobs_of
 
 
+@pytest.fixture(autouse=True)
+def _no_installation_of_the_callers(monkeypatch):
+    for name in ("DARKROOM_URL", "DARKROOM_API_KEY", "DARKROOM_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def run(stack, tmp_path, *options):
-    process = piped(
-        stack.data_dir, "generate", "--from", "prompts.txt", "-o", "images", *options, cwd=tmp_path
-    )
-    out, err = process.communicate(timeout=240)
-    return process.returncode, out, err
+    """The command in this process, to its end."""
+    arguments = ["generate", "--from", "prompts.txt", "-o", "images", *map(str, options)]
+    with contextlib.chdir(tmp_path):
+        done = CliRunner().invoke(
+            darkroom, ["--data-dir", str(stack.data_dir), *arguments], env={"COLUMNS": "110"}
+        )
+    return done.exit_code, done.stdout, done.stderr
 
 
 def noted(tmp_path):
@@ -106,7 +116,7 @@ def test_interrupted_and_run_again_nothing_is_asked_for_twice(stack, tmp_path, p
     process = piped(stack.data_dir, *arguments, cwd=tmp_path)
     until(lambda: len(noted(tmp_path)) >= 3, within_s=60)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=60)
     before = noted(tmp_path)
 
     code, out, _ = run(stack, tmp_path, "--tier", "batch", "--parallel", 3)
@@ -195,7 +205,7 @@ def test_on_a_terminal_jobs_are_seen_under_way_and_a_second_ctrl_c_cancels_them(
     ]
     terminal = Terminal(stack.data_dir, *arguments, cwd=tmp_path)
     terminal.read_until("0 of 6 done", "2 under way", prompts[0][:30])
-    until(lambda: len(jobs_of(prompts)) == 2)
+    until(lambda: len(jobs_of(prompts)) == 2, within_s=60)
     terminal.press_ctrl_c()
     terminal.read_until("2 jobs under way; Ctrl-C again within 2 s to cancel")
     terminal.press_ctrl_c()
@@ -222,13 +232,11 @@ def test_on_a_terminal_one_ctrl_c_leaves_the_jobs_to_go_on(stack, tmp_path, prom
         cwd=tmp_path,
     )
     terminal.read_until("2 under way")
-    until(lambda: len(noted(tmp_path)) >= 2)
+    until(lambda: len(noted(tmp_path)) >= 2, within_s=60)
     terminal.press_ctrl_c()
-    began = time.monotonic()
 
     assert terminal.end() == 130
 
-    assert time.monotonic() - began < 10
     assert re.search(r"Interrupted; \d jobs? left under way", terminal.shown)
     until(lambda: all(job.state == "succeeded" for job in jobs_of(prompts)), within_s=60)
 
