@@ -46,6 +46,7 @@ class RefusingProxy:
     def __init__(self, port: int, port_behind: int) -> None:
         self._port_behind = port_behind
         self._reply: bytes | None = None
+        self.refused = 0  # commands so far
         self._closing = False
         self._sockets: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", port), backlog=256)
@@ -105,6 +106,7 @@ class RefusingProxy:
         try:
             while command := _command(stream):
                 if (reply := self._reply) is not None:
+                    self.refused += 1
                     client.sendall(reply)
                 else:
                     server.sendall(command)

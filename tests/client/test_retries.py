@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import random
+import threading
 import time
 from email.utils import formatdate
 
@@ -80,13 +81,12 @@ def test_a_lost_answer_makes_no_second_job(either, server):
 
 
 def test_a_server_that_is_silent_for_too_long_is_asked_again(either, server):
-    def sleep(request):
-        time.sleep(1.5)
-
-    server.will(sleep, show)
+    is_over = threading.Event()
+    server.will(lambda request: is_over.wait(60), show)
 
     assert either.ask("job", "j1", timeout_s=0.3).id == "j1"
-    assert len(server.requests) == 2
+    assert len(server.requests) >= 2
+    is_over.set()
 
 
 def test_an_answer_that_breaks_off_is_asked_for_again(either, server):
@@ -140,7 +140,7 @@ def test_retry_after_is_honoured(either, server):
     either.ask("create_job", "a red circle")
 
     first, second = server.requests
-    assert 1.0 <= second.at - first.at < 3
+    assert 1.0 <= second.at - first.at < 10
 
 
 def test_a_retry_after_that_is_longer_than_the_client_waits_is_the_callers_to_decide(

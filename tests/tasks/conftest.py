@@ -3,6 +3,7 @@
 So a test can reach into the device.
 """
 
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from prometheus_client import REGISTRY
 from sqlalchemy import Engine as Database
 
 from edges.notices import FakeNotices
-from edges.progress import ENDINGS, Listener
+from edges.progress import ENDINGS, JobSignals, Listener
 from edges.snapshots import Snapshots
 from engine.engine import Engine
 from models.database import transaction
@@ -28,7 +29,7 @@ from tasks.render import Renderer
 from tasks.roles import maintenance, render
 from tasks.roles.render import WorkerParts
 from tasks.sweep import Sweeper
-from tests.builders import a_fleet, a_job, settings_for
+from tests.builders import a_fleet, a_job, settings_for, until
 from tests.models.conftest import a_database
 
 TEST_REDIS_DB = 8  # of Redis's sixteen numbered databases: nobody else looks there
@@ -87,13 +88,25 @@ def metric(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(name, labels) or 0.0
 
 
-@pytest.fixture
-def ended_jobs(settings_here) -> Iterator[list]:
-    """Ids of the jobs that waiting clients and webhooks were told of, as they come."""
+@pytest.fixture(scope="session")
+def endings(settings_here) -> Iterator[list]:
+    """Ids of all jobs whose end was published, as they come."""
     heard = []
     listener = Listener(settings_here.handoff_url, ENDINGS, heard.append)
+    signals, nobody = JobSignals(settings_here.handoff_url), uuid.uuid4()
+    until(lambda: signals.publish_ending(nobody) or heard, within_s=60, what="its subscription")
     yield heard
     listener.close()
+
+
+@pytest.fixture
+def ended_jobs(settings_here, endings) -> list:
+    """Ids of the jobs that waiting clients and webhooks are told of from now on, as they come."""
+    last = uuid.uuid4()
+    JobSignals(settings_here.handoff_url).publish_ending(last)
+    until(lambda: last in endings, within_s=60, what="all that was published before")
+    endings.clear()
+    return endings
 
 
 @pytest.fixture(scope="session")

@@ -39,10 +39,14 @@ class Shelf:
     file: File
 
 
-@pytest.fixture
-def shelf(stack, here, urls_here) -> Shelf:
+@pytest.fixture(scope="module")
+def stager(stack, fleet_here, urls_here) -> InputStager:
     settings = settings_for(StoreSettings, stack.env, handoff_ttl_s=60, **urls_here)
-    stager = build(settings, here.renderer.fleet, name="results@here").stager
+    return build(settings, fleet_here, name="results@here").stager
+
+
+@pytest.fixture
+def shelf(here, stager) -> Shelf:
     with transaction(here.database) as session:
         tenant = a_tenant(session)
         content = png(a_picture(128, 128))
@@ -106,7 +110,7 @@ def test_pictures_are_brought_before_a_worker_is_asked(here, shelf, no_messages)
     bring(shelf, job)
     assert job.id in announced(here)
 
-    here.render(job).join(timeout=30)
+    here.render(job).join(timeout=60)
     assert here.row(job).state == JobState.STORING
     assert not shelf.inputs.are_there(job.id), "dropped: the job is rendered"
     with transaction(here.database) as session:
@@ -116,7 +120,7 @@ def test_pictures_are_brought_before_a_worker_is_asked(here, shelf, no_messages)
 def test_a_job_without_its_pictures_gets_no_lease(here, shelf):
     job = accept(here, shelf)
 
-    here.render(job).join(timeout=30)
+    here.render(job).join(timeout=60)
 
     row = here.row(job)
     assert (row.state, row.attempt) == (JobState.QUEUED, 0)
@@ -133,7 +137,7 @@ def test_bringing_again_is_harmless_and_for_a_job_that_lacks_nothing_nothing_is_
     assert shelf.inputs.are_there(job.id)
     assert not shelf.inputs.are_there(plain.id)
 
-    here.render(job).join(timeout=30)
+    here.render(job).join(timeout=60)
     bring(shelf, job)
 
     assert here.row(job).state == JobState.STORING
@@ -162,7 +166,7 @@ def test_a_picture_that_is_gone_fails_the_job_and_says_so(here, shelf, what):
         shelf.store.delete(shelf.file.object_key)
 
     bring(shelf, job)
-    here.render(job).join(timeout=30)
+    here.render(job).join(timeout=60)
 
     row = here.row(job)
     assert (row.state, row.failure_code) == (JobState.FAILED, "input_gone")
@@ -177,13 +181,13 @@ def test_a_job_whose_pictures_vanished_is_given_back_at_once_and_has_them_brough
     bring(shelf, job)
     shelf.inputs.drop([job.id])
 
-    here.render(job).join(timeout=30)
+    here.render(job).join(timeout=60)
 
     row = here.row(job)
     assert (row.state, row.counted_attempts, row.lacks_inputs) == (JobState.QUEUED, 0, True)
     assert job.id in asked_for(here), "as soon as it was given back"
     bring(shelf, job)
-    here.render(job).join(timeout=30)
+    here.render(job).join(timeout=60)
     assert here.row(job).state == JobState.STORING
 
 
@@ -194,11 +198,11 @@ def test_spoilt_pictures_are_thrown_away_and_brought_again(here, shelf):
         f"input:{job.id}", "init_image", b"\x00\x00\x00\x02{}"
     )
 
-    here.render(job).join(timeout=30)
+    here.render(job).join(timeout=60)
     assert here.row(job).lacks_inputs
 
     bring(shelf, job)
-    here.render(job).join(timeout=30)
+    here.render(job).join(timeout=60)
     assert here.row(job).state == JobState.STORING
 
 
@@ -209,7 +213,7 @@ def test_a_job_that_leaves_its_worker_leaves_its_pictures_for_the_next_one(here,
     [held] = until(lambda: here.keeper.all_held())
 
     held.leave("a notice")
-    thread.join(timeout=30)
+    thread.join(timeout=60)
 
     row = here.row(job)
     assert (row.state, row.lacks_inputs) == (JobState.QUEUED, False)
@@ -288,11 +292,11 @@ def test_job_that_lacks_one_of_its_pictures_is_given_back_and_has_all_brought_ag
     bring(shelf, job)
     redis.Redis.from_url(here.settings.handoff_url).hdel(f"input:{job.id}", "mask")
 
-    here.render(job).join(timeout=30)
+    here.render(job).join(timeout=60)
     row = here.row(job)
     assert (row.state, row.counted_attempts, row.lacks_inputs) == (JobState.QUEUED, 0, True)
     assert not shelf.inputs.are_there(job.id), "or what is there would be taken for all"
 
     bring(shelf, job)
-    here.render(job).join(timeout=30)
+    here.render(job).join(timeout=60)
     assert here.row(job).state == JobState.STORING

@@ -1,7 +1,7 @@
 """What a worker keeps: leases that it can renew, snapshots while there is room, costs."""
 
 import threading
-import time
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -16,19 +16,45 @@ from policy import connections
 from tasks.checkpoints import Checkpoints
 from tasks.keeper import LeaseKeeper, WorkerIdentity
 from tests.builders import a_lease, hand_off, until
-from tests.tasks.conftest import metric
+from tests.clocks import KeptClock
+from tests.tasks.conftest import WorkerHere, a_worker, metric
 
-STOP_S = 1.5
+STOP_S = 5.0
+NAME = "cpu7@here"
+
+
+@pytest.fixture
+def here(fleet_here, settings_here, engine_here) -> Iterator[WorkerHere]:
+    """A worker whose heartbeats come often."""
+    settings = settings_here.model_copy(update={"lease_renew_s": 0.2})
+    with a_worker(fleet_here, settings, engine_here) as worker:
+        yield worker
+
+
+@pytest.fixture
+def clock(here, monkeypatch) -> KeptClock:
+    """The clock of all keepers, whose watches look at it very often."""
+    clock = KeptClock()
+    monkeypatch.setattr(tasks.keeper, "RETRY_S", 0.02)
+    monkeypatch.setattr(tasks.keeper, "time", clock)
+    return clock
+
+
+def until_watched(clock: KeptClock, keeper: LeaseKeeper) -> None:
+    """Return when the keeper has decided what the time that it is now means for its work."""
+    [watch] = [thread for thread in keeper._threads if thread.name == "watch"]
+    # whoever looks again has drawn its conclusions from the look before
+    until(lambda: clock.looks_of(watch) >= 2, within_s=60, what="two looks at the clock")
 
 
 @contextmanager
 def a_keeper(here, **times):
-    identity = WorkerIdentity(name="cpu7@here", pool="local", device="cpu", slots=16, facts={})
+    identity = WorkerIdentity(name=NAME, pool="local", device="cpu", slots=16, facts={})
     keeper = LeaseKeeper(
         here.database,
         identity,
         ended=here.renderer.verdicts.ended,
-        **{"ttl_s": 6, "renew_s": 0.2, "stop_s": STOP_S} | times,
+        **{"ttl_s": 60, "renew_s": 0.05, "stop_s": STOP_S} | times,
     )
     keeper.start(max_attempts=5)
     try:
@@ -41,24 +67,41 @@ def a_keeper(here, **times):
 def test_keeper_drops_its_work_by_itself_when_nothing_was_renewed_for_stop_s(
     here,
     monkeypatch,
+    clock,
     renewals,
 ):
-    job, goes_on = here.accept(), threading.Event()
+    job, renew, begun = here.accept(), leases.renew, []
+    is_away, is_tried, goes_on = threading.Event(), threading.Event(), threading.Event()
 
-    def renew(*arguments, **options):
+    def renew_while_it_is_there(*arguments, worker, **options):
+        if worker != NAME:
+            return renew(*arguments, worker=worker, **options)
+        begun.append(1)
+        if not is_away.is_set():
+            return renew(*arguments, worker=worker, **options)
+        is_tried.set()
         if renewals == "hang":
-            goes_on.wait(20)
+            goes_on.wait(120)
         raise OperationalError("UPDATE jobs", {}, Exception("the server closed the connection"))
 
+    monkeypatch.setattr(leases, "renew", renew_while_it_is_there)
     with a_keeper(here) as keeper, keeper.leased(job.id) as held:
-        time.sleep(STOP_S + 0.5)
+        for _ in range(2):
+            clock.go_on(0.6 * STOP_S)
+            before = len(begun)
+            # the first may have begun before the clock went on; the third, after the second ended
+            until(lambda: len(begun) >= before + 3, within_s=60, what="a renewal")  # noqa: B023
+        until_watched(clock, keeper)
         assert not held.is_lost, "as long as it is renewed"
         lost_before = metric("darkroom_leases_lost_total")
-        monkeypatch.setattr(leases, "renew", renew)
 
-        time.sleep(STOP_S / 3)
+        is_away.set()
+        until(is_tried.is_set, within_s=60, what="a renewal that does not come through")
+        clock.go_on(STOP_S - 0.1)
+        until_watched(clock, keeper)
         assert not held.is_lost, "not at the first that fails"
-        until(lambda: held.is_lost, within_s=STOP_S + 1)
+        clock.go_on(0.2)
+        until(lambda: held.is_lost, within_s=60, what="the end of its work")
         goes_on.set()
 
     assert metric("darkroom_leases_lost_total") == lost_before + 1
@@ -143,7 +186,7 @@ def test_job_that_fails_with_its_worker_started_again_is_told_of(here, ended_job
     here.snapshots.put(lease.job_id, 0, 1, 2, b"of its predecessor")
 
     with a_keeper(here):
-        until(lambda: lease.job_id in ended_jobs, within_s=5, what="the word of its end")
+        until(lambda: lease.job_id in ended_jobs, within_s=60, what="the word of its end")
 
     assert here.row(lease.job).state == "failed"
     until(lambda: here.snapshots.of(lease.job_id) == {}, what="the end of its snapshot")
@@ -152,22 +195,30 @@ def test_job_that_fails_with_its_worker_started_again_is_told_of(here, ended_job
 def test_time_without_renewal_is_counted_from_the_beginning_of_the_last_that_came_through(
     here,
     monkeypatch,
+    clock,
 ):
-    job, renew, begun_at = here.accept(), leases.renew, []
-    stop_s, slow_s, goes_on = 4.0, 2.5, threading.Event()
+    job, renew, begun = here.accept(), leases.renew, []
+    slow_s, goes_on = 0.6 * STOP_S, threading.Event()
 
-    def renew_slowly_and_then_hang(*arguments, **options):
-        begun_at.append(time.monotonic())
-        goes_on.wait(slow_s if len(begun_at) == 1 else 4 * stop_s)
-        return renew(*arguments, **options)
+    def renew_slowly_and_then_hang(*arguments, worker, **options):
+        if worker == NAME:
+            begun.append(1)
+            if len(begun) == 1:
+                clock.go_on(slow_s)
+            else:
+                goes_on.wait(120)
+        return renew(*arguments, worker=worker, **options)
 
-    with a_keeper(here, stop_s=stop_s) as keeper, keeper.leased(job.id) as held:
+    with a_keeper(here) as keeper, keeper.leased(job.id) as held:
         monkeypatch.setattr(leases, "renew", renew_slowly_and_then_hang)
-        until(lambda: held.is_lost, within_s=4 * stop_s)
-        lost_at = time.monotonic()
-        goes_on.set()
+        until(lambda: len(begun) == 2, within_s=60, what="a renewal that hangs")
+        clock.go_on(STOP_S - slow_s - 0.1)
+        until_watched(clock, keeper)
+        assert not held.is_lost
 
-    assert lost_at - begun_at[0] < slow_s + stop_s - 0.8
+        clock.go_on(0.2)
+        until(lambda: held.is_lost, within_s=60, what="the end of its work")
+        goes_on.set()
 
 
 def test_lease_that_ended_with_its_last_hand_off_is_no_lost_one(here):
@@ -218,4 +269,4 @@ def test_leases_are_renewed_while_tasks_hold_every_connection_of_their_own(here)
             aside.rollback()
             return expires_at > first
 
-        until(is_renewed, within_s=4 * here.settings.lease_renew_s, what="a renewal")
+        until(is_renewed, within_s=60, what="a renewal")

@@ -16,6 +16,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
 
 import models.sweeping
+import tasks.keeper
 import tasks.sweep
 from benchmarks.lib.refusals import REPLIES, RefusingProxy
 from edges.broker import job_of_message
@@ -39,6 +40,7 @@ from tests.builders import (
     some_pixels,
     until,
 )
+from tests.clocks import KeptClock
 from tests.models.conftest import Database, a_database
 from tests.tasks.conftest import metric
 
@@ -66,8 +68,8 @@ class Sweeping:
             return found
 
     def left_s(self, job: Job) -> float:
-        """Seconds until the job's start deadline."""
-        with transaction(self.database.app) as session:
+        """Seconds until the job's start deadline, also in an outage."""
+        with transaction(self.database.owner) as session:
             query = text(
                 "SELECT extract(epoch FROM start_by - clock_timestamp()) FROM jobs WHERE id = :id"
             )
@@ -79,11 +81,9 @@ class Sweeping:
                 leases.take(session, job.id, worker="gpu0@here", device="cpu", ttl_s=15) is not None
             )
 
-    def sweep_for(self, seconds: float) -> None:
-        until_at = time.monotonic() + seconds
-        while time.monotonic() < until_at:
-            self.sweeper.sweep()
-            time.sleep(0.1)
+    def miss_start(self, job: Job) -> None:
+        """Wait until the job's start deadline has passed."""
+        until(lambda: self.left_s(job) < 0, within_s=60, what="its deadline")
 
 
 @pytest.fixture(scope="module")
@@ -146,17 +146,30 @@ def refusing(sweeping: Sweeping, part: str) -> Iterator[None]:
         server.dispose()
 
 
+@pytest.fixture
+def clock(monkeypatch) -> KeptClock:
+    """The clock by which sweepers tell how long something lasted."""
+    clock = KeptClock()
+    monkeypatch.setattr(tasks.sweep, "time", clock)
+    return clock
+
+
 @pytest.mark.parametrize("part", ["broker", "handoff", "postgres"])
-def test_a_start_deadline_that_falls_into_an_outage_is_moved_by_what_that_lasted(sweeping, part):
+def test_a_start_deadline_that_falls_into_an_outage_is_moved_by_what_that_lasted(
+    sweeping, clock, part
+):
     sweeping.sweeper.sweep()
-    job = sweeping.accept(start_within_s=1.0)
+    job = sweeping.accept(start_within_s=0.3)
 
     with refusing(sweeping, part):
-        sweeping.sweep_for(1.5)
+        sweeping.miss_start(job)
+        for _ in range(3):
+            clock.go_on(100)
+            sweeping.sweeper.sweep()
     sweeping.sweeper.sweep()
 
     assert sweeping.row(job).state == "queued"
-    assert 1.0 < sweeping.left_s(job) < 2.5
+    assert 200 < sweeping.left_s(job) <= 300
     assert sweeping.can_start(job)
 
 
@@ -170,13 +183,15 @@ def test_a_job_that_was_overdue_before_the_outage_expires(sweeping):
     assert sweeping.row(job).state == "expired"
 
 
-def test_a_deadline_that_leaves_time_enough_stays_where_it_is(sweeping):
+def test_a_deadline_that_leaves_time_enough_stays_where_it_is(sweeping, clock):
     sweeping.sweeper.sweep()
     job = sweeping.accept(start_within_s=600)
     before = sweeping.row(job).start_by
 
     with refusing(sweeping, "broker"):
-        sweeping.sweep_for(0.5)
+        for _ in range(3):
+            clock.go_on(60)
+            sweeping.sweeper.sweep()
     sweeping.sweeper.sweep()
 
     assert sweeping.row(job).start_by == before
@@ -187,7 +202,7 @@ def test_a_database_that_comes_back_in_the_midst_of_a_sweep_does_not_make_it_has
 ):
     sweeping.sweeper.sweep()
     job = sweeping.accept(start_within_s=0.3)
-    time.sleep(0.4)
+    sweeping.miss_start(job)
 
     with monkeypatch.context() as patched:
         patched.setattr(models.sweeping, "prolong_deadlines", fails)
@@ -223,16 +238,24 @@ def test_jobs_that_wait_in_a_broker_outage_are_announced_by_the_first_sweep_afte
     assert messages_of(sweeping, job) == 1
 
 
-def test_lease_that_ran_out_in_an_outage_of_postgres_may_be_renewed_before_it_is_ended(sweeping):
+def test_lease_that_ran_out_in_an_outage_of_postgres_may_be_renewed_before_it_is_ended(
+    sweeping, clock
+):
     with transaction(sweeping.database.app) as session:
-        job = a_lease(session, ttl_s=0.2).job
+        job = a_lease(session, ttl_s=-1).job
     with refusing(sweeping, "postgres"):
-        sweeping.sweep_for(0.4)
+        sweeping.sweeper.sweep()
+        clock.go_on(10)
+        sweeping.sweeper.sweep()
 
-    sweeping.sweep_for(0.5)
-    assert sweeping.row(job).state == "running", "for lease_renew_s from then on"
+    for _ in range(2):
+        sweeping.sweeper.sweep()
+        assert sweeping.row(job).state == "running", "for lease_renew_s from then on"
+        clock.go_on(0.45 * sweeping.sweeper.settings.lease_renew_s)
 
-    until(lambda: sweeping.sweeper.sweep() or sweeping.row(job).state == "queued", within_s=5)
+    clock.go_on(0.2 * sweeping.sweeper.settings.lease_renew_s)
+    sweeping.sweeper.sweep()
+    assert sweeping.row(job).state == "queued"
 
 
 def test_lease_that_ran_out_without_an_outage_is_ended_at_once(sweeping):
@@ -327,7 +350,7 @@ def test_sweep_ends_a_storing_job_whose_pixels_were_lost_once_too_often(sweeping
 
     assert (sweeping.row(job).state, sweeping.row(job).failure_code) == ("failed", "not_stored")
     assert metric("darkroom_swept_total", why="hand_off_lost") > before
-    until(lambda: job.id in ended, within_s=1.0, what="the word of its end")
+    until(lambda: job.id in ended, within_s=60, what="the word of its end")
     listener.close()
 
 
@@ -343,12 +366,17 @@ def test_a_sweep_that_fails_is_followed_by_the_next_and_the_loop_tells_that_it_m
     loop = SweepLoop(sweep, every_s=0.01, on_turn=lambda: turns.append(1))
     loop.start()
 
-    assert enough.wait(5)
+    assert enough.wait(60)
     loop.stop()
     assert len(turns) >= 3
 
 
-def test_a_worker_waits_for_a_database_that_is_away_when_it_starts(sweeping):
+def test_a_worker_waits_for_a_database_that_is_away_when_it_starts(sweeping, monkeypatch):
+    tries, begins = [], LeaseKeeper._begins
+    monkeypatch.setattr(tasks.keeper, "RETRY_S", 0.05)
+    monkeypatch.setattr(
+        LeaseKeeper, "_begins", lambda *arguments: tries.append(1) or begins(*arguments)
+    )
     identity = WorkerIdentity(name="cpu0@early", pool="local", device="cpu", slots=4, facts={})
     keeper = LeaseKeeper(
         sweeping.database.app, identity, ended=sweeping.sweeper.ended, ttl_s=6, renew_s=1, stop_s=5
@@ -357,10 +385,10 @@ def test_a_worker_waits_for_a_database_that_is_away_when_it_starts(sweeping):
 
     with refusing(sweeping, "postgres"):
         starting.start()
-        starting.join(timeout=1.5)
+        until(lambda: len(tries) >= 3, within_s=60, what="a few tries")
         assert starting.is_alive()
 
-    starting.join(timeout=10)
+    starting.join(timeout=60)
     assert not starting.is_alive()
     keeper.close()
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 
 import pytest
@@ -140,48 +141,47 @@ def test_serve_says_which_roles_there_are():
     assert ended.stderr.strip() == f"usage: python -m tasks.serve {roles}"
 
 
-_ITS_DEVICE_HANGS = """
-import time
-from engine.engine import Engine
-from settings import WorkerSettings, load, load_fleet_or_exit
-from tasks.roles import render
-
-Engine.stop = lambda engine: time.sleep(3600)
-settings = load(WorkerSettings)
-render.serve(settings, load_fleet_or_exit(settings))
-"""
-
-
-def test_worker_signs_off_before_it_waits_for_its_device(urls_here, database_here, sweeper):
+def test_worker_signs_off_before_it_waits_for_its_device(
+    settings_here,
+    fleet_here,
+    engine_here,
+    database_here,
+    monkeypatch,
+):
     name = "cpu5@here"
-    told = {key.upper(): value for key, value in urls_here.items()}
-    told |= {"WORKER_NAME": name, "DEVICE": "cpu", "SHUTDOWN_NOTICE_S": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", _ITS_DEVICE_HANGS], cwd=REPO, env=os.environ | told
-    )
+    settings = settings_here.model_copy(update={"worker_name": name})
+    parts = render.build(settings, fleet_here, engine=engine_here, when_empty=lambda: None)
+    is_waiting, goes_on = threading.Event(), threading.Event()
+    seen = []
 
     def is_known() -> bool:
         with transaction(database_here) as session:
             return session.get(Worker, name) is not None
 
-    def has_rendered() -> bool:
-        with transaction(database_here) as session:
-            return session.get(Job, job.id).state == "storing"
-
-    try:
-        until(is_known, within_s=150, what="its first heartbeat")
+    def consume(*arguments, **options) -> int:
         with transaction(database_here) as session:
             job = a_job(session)
-        sweeper.broker.announce(queues.RENDER_JOB, "local.fast", job.id, num_images=1)
-        until(has_rendered, within_s=60, what="an image")
+        parts.renderer.render_job(job_id=str(job.id))
+        with transaction(database_here) as session:
+            seen.append((is_known(), session.get(Job, job.id).state))
+        return 0
 
-        process.send_signal(signal.SIGTERM)
-        until(lambda: not is_known(), within_s=30, what="its sign-off")
+    def hang() -> None:  # instead of the engine's stop
+        is_waiting.set()
+        goes_on.wait(120)
 
-        assert process.poll() is None, "it waits for its device"
+    monkeypatch.setattr(render, "consume", consume)
+    monkeypatch.setattr(engine_here, "stop", hang)
+    worker = threading.Thread(target=render._take_jobs, args=(parts, []))
+    worker.start()
+    try:
+        assert is_waiting.wait(60)
+        assert seen == [(True, "storing")], "it was there, and rendered"
+        assert not is_known()
     finally:
-        process.kill()
-        process.wait()
+        goes_on.set()
+        worker.join(timeout=60)
+        parts.renderer.database.dispose()
 
 
 @pytest.mark.parametrize("stands_at", [0, 1])

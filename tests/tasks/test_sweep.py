@@ -318,7 +318,7 @@ def test_sweep_that_ends_a_job_tells_whoever_waits_for_it(sweeper, database_here
 
     sweeper.sweep()
 
-    until(lambda: job.id in ended_jobs, within_s=1.0, what="the word of its end")
+    until(lambda: job.id in ended_jobs, within_s=60, what="the word of its end")
     with transaction(database_here) as session:
         final_state = "expired" if how == "start_deadline" else "failed"
         assert session.get(type(job), job.id).state == final_state
