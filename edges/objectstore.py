@@ -4,7 +4,9 @@ Nothing here depends on conditional writes or lifecycle rules: keys are content-
 writing the same key twice writes the same bytes, and Postgres says which objects exist.
 """
 
+import functools
 import hashlib
+import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -174,14 +176,24 @@ def _client(
         retries={"mode": "standard", "max_attempts": retries},
         max_pool_connections=32,
     )
-    return boto3.session.Session().client(
-        "s3",
-        endpoint_url=endpoint_url,
-        region_name=settings.s3_region,
-        aws_access_key_id=settings.s3_access_key_id.get_secret_value(),
-        aws_secret_access_key=settings.s3_secret_access_key.get_secret_value(),
-        config=config,
-    )
+    with _ONE_AT_A_TIME:
+        return _session().client(
+            "s3",
+            endpoint_url=endpoint_url,
+            region_name=settings.s3_region,
+            aws_access_key_id=settings.s3_access_key_id.get_secret_value(),
+            aws_secret_access_key=settings.s3_secret_access_key.get_secret_value(),
+            config=config,
+        )
+
+
+_ONE_AT_A_TIME = threading.Lock()  # a session is not thread-safe; its clients are
+
+
+@functools.cache
+def _session() -> boto3.session.Session:
+    """Make the process's session: it reads boto3's large description of S3 only once."""
+    return boto3.session.Session()
 
 
 def _unavailable(error: BotoCoreError | ClientError) -> StoreUnavailable:
