@@ -294,7 +294,7 @@ def test_an_answer_that_fails_in_the_middle_ends_its_connection_and_no_other(tmp
             stderr=log,
         )
     try:
-        until(lambda: answers(port), within_s=20, what="the start")
+        until(lambda: answers(port), within_s=60, what="the start")
         with httpx.Client(trust_env=False, base_url=f"http://127.0.0.1:{port}") as client:
             [worker] = psutil.Process(process.pid).children()
             for _ in range(8):  # more than there are threads
@@ -401,13 +401,13 @@ def test_the_gateway_is_alive_while_all_its_threads_are_taken(stack, patient_gat
             httpx.get(f"{patient_gateway}/healthz", timeout=2, trust_env=False).status_code == 200
         )
         readiness = until(
-            lambda: _unready(patient_gateway), within_s=10, what="telling that the database is away"
+            lambda: _unready(patient_gateway), within_s=60, what="telling that the database is away"
         )
 
     assert readiness["parts"]["database"] == {"ready": False, "detail": "does not answer"}
     until(
         lambda: httpx.get(f"{patient_gateway}/readyz", trust_env=False).status_code == 200,
-        within_s=30,
+        within_s=60,
         what="being ready again",
     )
 
