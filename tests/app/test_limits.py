@@ -1,5 +1,6 @@
 """What a tenant may use: exact under races, over processes, and whatever becomes of Redis."""
 
+import contextlib
 import json
 import time
 import uuid
@@ -18,10 +19,11 @@ from app.http.ratelimit import add_ratelimit_headers
 from app.problems import QuotaExceeded
 from app.services.quotas import _check_totals
 from edges.limits import BudgetResult
-from models import api_keys, tenants, usage
+from edges.progress import JobSignals
+from models import api_keys, jobs, tenants, usage
 from models.database import transaction
 from policy.limits import Limits, UsageTotals
-from tests.app.conftest import bearer
+from tests.app.conftest import NO_TLS, bearer
 from tests.app.problem import assert_problem
 from tests.builders import until
 
@@ -32,7 +34,7 @@ COST = 128 * 128 / 1e6 * 10
 @pytest.fixture
 def limited(stack, stack_database):
     """HTTP as a new tenant with these limits; its jobs are taken back in the end."""
-    made = []
+    made, signals = [], JobSignals(stack.env["HANDOFF_URL"])
 
     def limited(**limits) -> httpx.Client:
         with transaction(stack_database) as session:
@@ -46,7 +48,11 @@ def limited(stack, stack_database):
                 actor="tests",
             )
         client = httpx.Client(
-            base_url=stack.env["DARKROOM_URL"], headers=bearer(key), timeout=90, trust_env=False
+            base_url=stack.env["DARKROOM_URL"],
+            headers=bearer(key),
+            timeout=90,
+            trust_env=False,
+            verify=NO_TLS,
         )
         made.append((tenant.id, client))
         return client
@@ -55,13 +61,15 @@ def limited(stack, stack_database):
     for tenant_id, client in made:
         client.close()
         with transaction(stack_database) as session:
-            query = "SELECT id FROM jobs WHERE tenant_id = :id AND state IN ('queued', 'running')"
+            query = """SELECT id FROM jobs WHERE tenant_id = :id AND state IN ('queued', 'running')
+                       ORDER BY id"""
             ids = list(session.scalars(text(query), {"id": tenant_id}))
-        with httpx.Client(
-            base_url=stack.env["DARKROOM_URL"], headers=client.headers, timeout=90, trust_env=False
-        ) as again:
+        with transaction(stack_database) as session:
             for job_id in ids:
-                again.post(f"/v1/jobs/{job_id}/cancel")
+                with contextlib.suppress(jobs.JobAlreadyFinished):
+                    jobs.cancel(session, job_id, tenant_id=tenant_id, actor="tests")
+        for job_id in ids:
+            signals.publish_cancel(job_id)
 
 
 def racing(sends, count=40) -> Counter:
