@@ -138,7 +138,7 @@ def test_a_preview_is_a_small_picture_of_an_image_under_way(api):
 
 
 def test_previews_are_made_only_for_those_who_ask(api, handoff_redis):
-    job = create(api)
+    job = create(api, steps=8)
 
     events = read(api, job)
 
@@ -164,7 +164,7 @@ def test_a_follower_that_comes_back_is_told_exactly_the_rest(api):
 
 
 def test_two_followers_are_told_the_same(api):
-    job = create(api)
+    job = create(api, steps=8)
 
     with ThreadPoolExecutor() as threads:
         one, other = threads.map(lambda _: read(api, job), range(2))
