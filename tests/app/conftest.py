@@ -3,10 +3,12 @@ broken.
 """
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,15 +16,16 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import pytest
 import structlog
 from flask import Flask
 from flask.testing import FlaskClient
 from sqlalchemy import Engine, delete, make_url, select, text
+from werkzeug.serving import BaseWSGIServer, make_server
 
 from app import create_app
 from app.caller import Caller
-from app.live.forecast import FRESH_FOR_S
 from app.runtime import Runtime, open_runtime
 from edges.progress import JobSignals
 from models import api_keys, jobs, tenants, workers
@@ -32,6 +35,7 @@ from policy.fleet import Fleet, parse_fleet
 from policy.limits import Limits
 from policy.states import ACTIVE_STATES
 from settings import REPO, GatewaySettings, ServerSettings
+from tests.app import moments
 from tests.builders import (
     GONE,
     a_closed_port,
@@ -42,6 +46,9 @@ from tests.builders import (
     settings_for,
     until,
 )
+
+# Of clients that speak plain HTTP: to read every authority's certificate takes 20 ms.
+NO_TLS = False
 
 OPEN: list[
     tuple[Engine, JobSignals]
@@ -77,12 +84,17 @@ def nothing_left_to_do():
     for engine, signals in OPEN:
         with transaction(engine) as session:
             query = """SELECT j.id, j.tenant_id FROM jobs j JOIN tenants t ON t.id = j.tenant_id
-                       WHERE t.name LIKE 'app-%' AND j.state IN ('queued', 'running', 'storing')"""
+                       WHERE t.name LIKE 'app-%' AND j.state IN ('queued', 'running', 'storing')
+                       ORDER BY j.tenant_id, j.id"""
             left = session.execute(text(query)).all()
-        for job_id, tenant_id in left:
-            with contextlib.suppress(jobs.JobAlreadyFinished), transaction(engine) as session:
-                jobs.cancel(session, job_id, tenant_id=tenant_id, actor="tests")
-            signals.publish_cancel(job_id)
+        for tenant_id, of_tenant in itertools.groupby(left, key=lambda job: job.tenant_id):
+            ids = [job.id for job in of_tenant]
+            with transaction(engine) as session:
+                for job_id in ids:
+                    with contextlib.suppress(jobs.JobAlreadyFinished):
+                        jobs.cancel(session, job_id, tenant_id=tenant_id, actor="tests")
+            for job_id in ids:
+                signals.publish_cancel(job_id)
 
 
 @pytest.fixture(scope="session")
@@ -118,6 +130,7 @@ def new_tenant(stack, new_key) -> Iterator[Callable[[], httpx.Client]]:
                 headers=bearer(new_key()),
                 timeout=90,
                 trust_env=False,
+                verify=NO_TLS,
             )
         )
         return opened[-1]
@@ -142,7 +155,8 @@ def stranger(new_tenant) -> httpx.Client:
 @pytest.fixture(scope="session")
 def nobody(stack) -> Iterator[httpx.Client]:
     """HTTP without a key."""
-    with httpx.Client(base_url=stack.env["DARKROOM_URL"], timeout=30, trust_env=False) as client:
+    url = stack.env["DARKROOM_URL"]
+    with httpx.Client(base_url=url, timeout=30, trust_env=False, verify=NO_TLS) as client:
         yield client
 
 
@@ -185,8 +199,25 @@ def count_jobs(stack_database) -> Callable[[], int]:
 
 
 @pytest.fixture(scope="session")
-def gateway_with(stack) -> Iterator[Callable[..., FlaskClient]]:
-    """A gateway of our own on the stack's parts, with some settings changed; WSGI, no socket."""
+def closing(stack) -> Iterator[Callable[[Runtime], None]]:
+    """End the threads of a gateway of our own, without waiting: they look once a second."""
+    with ThreadPoolExecutor() as threads:
+
+        def closing(parts: Runtime) -> None:
+            parts.readiness.close()
+            parts.decoders.close()
+            threads.submit(parts.events.close)
+            threads.submit(parts.endings.close)
+
+        yield closing
+
+
+@pytest.fixture(scope="module")
+def gateway_with(stack, closing) -> Iterator[Callable[..., FlaskClient]]:
+    """A gateway of our own on the stack's parts, with some settings changed; WSGI, no socket.
+
+    One for all of the module who want the same.
+    """
     shipped, opened = parse_fleet((REPO / "fleet.toml").read_text()), dict[str, Flask]()
 
     def gateway_with(fleet: Fleet = shipped, **changes) -> FlaskClient:
@@ -196,14 +227,8 @@ def gateway_with(stack) -> Iterator[Callable[..., FlaskClient]]:
         return opened[which].test_client()
 
     yield gateway_with
-    with ThreadPoolExecutor() as threads:
-        list(threads.map(_close, opened.values()))
-
-
-def _close(app: Flask) -> None:
-    parts = app.extensions["darkroom"]
-    parts.readiness.close()
-    parts.endings.close()
+    for app in opened.values():
+        closing(app.extensions["darkroom"])
 
 
 @pytest.fixture(scope="module")
@@ -251,22 +276,99 @@ def a_gateway(stack, tmp_path_factory) -> Iterator[Callable[..., str]]:
         process.wait(timeout=30)
 
 
+@pytest.fixture(scope="session")
+def unserved(stack, tmp_path_factory) -> dict[str, str]:
+    """The settings of a gateway whose jobs wait for workers that are still to come."""
+    shipped = (REPO / "fleet.toml").read_text()
+    file = tmp_path_factory.mktemp("unserved") / "fleet.toml"
+    served = {"[pools.local]": "[pools.later]", "warm_floor = 1": "scalable = true"}
+    for here, there in served.items():
+        assert shipped.count(here) == 1
+        shipped = shipped.replace(here, there)
+    file.write_text(shipped)
+    return {"fleet_file": str(file), "broker_url": _corner(stack)}
+
+
+def _corner(stack) -> str:
+    """A broker where no worker looks."""
+    return urlsplit(stack.env["BROKER_URL"])._replace(path="/9").geturl()
+
+
+@pytest.fixture
+def served(stack, api, closing) -> Iterator[Callable[..., tuple[httpx.Client, Runtime]]]:
+    """A gateway of our own behind a real socket, with some settings changed.
+
+    HTTP as the tenant, and its parts.
+    """
+    opened: list[tuple[httpx.Client, BaseWSGIServer]] = []
+
+    def served(**changes) -> tuple[httpx.Client, Runtime]:
+        settings = settings_for(GatewaySettings, stack.env, **changes)
+        app = create_app(settings, settings.load_fleet())
+        server = make_server("127.0.0.1", 0, app, threaded=True)
+        serving = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        serving.start()
+        client = httpx.Client(
+            base_url=f"http://127.0.0.1:{server.port}",
+            headers=api.headers,
+            timeout=60,
+            trust_env=False,
+            verify=NO_TLS,
+        )
+        opened.append((client, server))
+        return client, app.extensions["darkroom"]
+
+    yield served
+    for client, server in opened:
+        client.close()
+        server.shutdown()
+        closing(server.app.extensions["darkroom"])
+
+
+@pytest.fixture
+def held_worker(stack, stack_database) -> Iterator[Callable[[], None]]:
+    """The worker stands still until this is called: what is asked for waits.
+
+    It is stopped where it has no transaction open, for whose locks others would wait in vain.
+    """
+    worker = psutil.Process(stack.pid("worker-1"))
+
+    def stops() -> bool:
+        worker.suspend()
+        ports = [connection.laddr.port for connection in worker.net_connections("tcp")]
+        # a statement that it has sent is done within a moment
+        for _ in range(50):
+            with transaction(stack_database) as session:
+                query = """SELECT count(*) FROM pg_stat_activity
+                           WHERE client_port = ANY(:ports) AND xact_start IS NOT NULL"""
+                if session.scalar(text(query), {"ports": ports}) == 0:
+                    return True
+            time.sleep(0.01)
+        worker.resume()
+        return False
+
+    until(stops, what="a moment without a transaction")
+    yield worker.resume
+    if worker.is_running():
+        worker.resume()
+
+
 def _serves(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/healthz", timeout=2, trust_env=False).status_code == 200
+        answer = httpx.get(f"{url}/healthz", timeout=2, trust_env=False, verify=NO_TLS)
+        return answer.status_code == 200
     except httpx.TransportError:
         return False
 
 
 @pytest.fixture(scope="module")
-def runtime(stack) -> Iterator[Runtime]:
+def runtime(stack, closing) -> Iterator[Runtime]:
     """What a gateway process works with, and no Flask around it."""
     opened = open_runtime(
         settings_for(GatewaySettings, stack.env), parse_fleet((REPO / "fleet.toml").read_text())
     )
     yield opened
-    opened.readiness.close()
-    opened.endings.close()
+    closing(opened)
 
 
 @pytest.fixture
@@ -312,7 +414,7 @@ class House:
     Nobody renders anything.
     """
 
-    def __init__(self, open_gateway, database, new_key, changes) -> None:
+    def __init__(self, make_app, database, new_key, changes) -> None:
         self.pool, self._database, self._new_key = f"pool-{uuid.uuid4().hex[:8]}", database, new_key
         shape = {"models": ["pocket"], "slots": 8, "max_batch_rows": 4}
         rows = {"128x128": 4, "128x192": 4}
@@ -321,11 +423,13 @@ class House:
             "pools.local": GONE,
             "models.pocket.tiers.quality.bucket_rows": rows,
         }
-        self.http = open_gateway(
+        app = make_app(
             a_fleet(
                 {**own, **{key.replace("POOL", self.pool): value for key, value in changes.items()}}
             )
         )
+        self.http = app.test_client()
+        self.parts: Runtime = app.extensions["darkroom"]
 
     def with_workers(self, count=1):
         with transaction(self._database) as session:
@@ -402,33 +506,23 @@ class Tenant:
 
 
 @pytest.fixture
-def a_house(stack, stack_database, gateway_with, new_key):
+def a_house(stack, stack_database, closing, new_key):
     """Open a house with changes to its fleet file; POOL in a key is its pool's name."""
-    corner = urlsplit(stack.env["BROKER_URL"])._replace(path="/9").geturl()  # where no worker looks
-    opened = []
+    opened: list[House] = []
 
     def a_house(changes=None, **settings):
-        house = House(
-            lambda fleet: gateway_with(fleet, broker_url=corner, **settings),
-            stack_database,
-            new_key,
-            changes or {},
-        )
+        elsewhere = {"broker_url": _corner(stack), **settings}
+        own = settings_for(GatewaySettings, stack.env, **elsewhere)
+        house = House(lambda fleet: create_app(own, fleet), stack_database, new_key, changes or {})
         opened.append(house)
+        moments.OPEN.append((house.parts, house.pool))
         return house
 
     yield a_house
+    moments.OPEN.clear()
     for house in opened:
         house.leave()
-
-
-def of_this_moment(ask):
-    """What `ask()` says once the gateway has looked at the queues again.
-
-    It does so a few times a second.
-    """
-    time.sleep(FRESH_FOR_S + 0.05)
-    return ask()
+        closing(house.parts)
 
 
 def bearer(key: str) -> dict[str, str]:

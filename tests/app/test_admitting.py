@@ -9,7 +9,8 @@ from sqlalchemy import text
 import app.live.forecast
 from models.database import transaction
 from models.tables import Job, Tenant
-from tests.app.conftest import JOB_BODY, of_this_moment
+from tests.app.conftest import JOB_BODY
+from tests.app.moments import of_this_moment
 from tests.app.problem import assert_problem
 from tests.builders import a_redis, until
 
@@ -146,7 +147,9 @@ def test_when_its_last_worker_leaves_a_pool_is_unserved(a_house):
 
     house.leave()
 
-    refused(of_this_moment(tenant.post), 503, "model-unserved", "unserved")
+    # by itself the gateway looks at its queues again
+    until(lambda: tenant.post().status_code == 503)
+    refused(tenant.post(), 503, "model-unserved", "unserved")
 
 
 def test_a_job_that_could_not_start_in_time_is_refused(a_house, count_jobs):

@@ -31,6 +31,7 @@ class House:
     def __init__(self, env, database) -> None:
         self._server = create_engine(env["MIGRATION_DATABASE_URL"], isolation_level="AUTOCOMMIT")
         self._database, self._name = database, make_url(database.owner_url).database
+        self._before = 0
         url = database.app.url.render_as_string(hide_password=False)
         settings = settings_for(
             GatewaySettings,
@@ -51,10 +52,10 @@ class House:
             )
 
     def jobs(self) -> list[str]:
+        """All that were made by the last request."""
         with transaction(self._database.owner) as session:
-            return [
-                str(job_id) for job_id in session.scalars(text("SELECT id FROM jobs ORDER BY id"))
-            ]
+            made = session.scalars(text("SELECT id FROM jobs ORDER BY id")).all()
+            return [str(job_id) for job_id in made[self._before :]]
 
     def post(self, path, body, *, headers=None):
         """Send a request.
@@ -63,6 +64,10 @@ class House:
         """
 
         is_away = threading.Event()
+        parts = self.app.extensions["darkroom"]
+        for engine in (parts.database, parts.forecaster._database):
+            engine.dispose()  # the request before this one cut off what they hold
+        self._before += len(self.jobs())
 
         def go_away(session: Session) -> None:
             is_the_gateway_s = (
@@ -99,17 +104,15 @@ class House:
                 )
 
     def close(self) -> None:
-        parts = self.app.extensions["darkroom"]
-        parts.endings.close()
-        parts.database.dispose()
         self._server.dispose()
 
 
-@pytest.fixture
-def house(stack) -> Iterator[House]:
+@pytest.fixture(scope="module")
+def house(stack, closing) -> Iterator[House]:
     with a_database(stack.env) as database:
         house = House(stack.env, database)
         yield house
+        closing(house.app.extensions["darkroom"])
         house.close()
 
 

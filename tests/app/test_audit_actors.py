@@ -3,6 +3,7 @@
 import base64
 import re
 import uuid
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -83,7 +84,9 @@ def _changing_routes(app) -> set[str]:
 @pytest.fixture
 def calls(a_house, stack, stack_database):
     """Open the calls of a new tenant's key with these scopes; nobody renders what they ask for."""
-    house = a_house(images_wait_s=1).with_workers()
+    house = a_house().with_workers()
+    impatient = house.parts.settings.model_copy(update={"images_wait_s": 0.05})
+    house.http.application.extensions["darkroom"] = replace(house.parts, settings=impatient)
 
     def calls(*scopes: str) -> Calls:
         with transaction(stack_database) as session:

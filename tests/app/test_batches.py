@@ -17,7 +17,8 @@ from app.http.idempotency import REPLAYED
 from app.problems import FleetSaturated, InvalidImageRequest
 from app.services.batches import MAX_PROBLEM_CHARS, MAX_SHORT_DETAIL_CHARS, _noted
 from models.database import transaction
-from tests.app.conftest import bearer, of_this_moment
+from tests.app.conftest import bearer
+from tests.app.moments import of_this_moment
 from tests.app.problem import assert_problem
 
 BODY = {"prompt": "a red circle", "tier": "batch", "steps": 60}
@@ -196,7 +197,7 @@ def test_batches_and_single_jobs_of_one_tenant_do_not_lock_each_other_out(gatewa
 
     def send(number):
         jobs = both if number % 2 else both[::-1]
-        return app.test_client().post(URL, json={"jobs": jobs * 5}, headers=own).status_code
+        return app.test_client().post(URL, json={"jobs": jobs * 2}, headers=own).status_code
 
     with ThreadPoolExecutor(8) as threads:
         assert set(threads.map(send, range(24))) == {200}

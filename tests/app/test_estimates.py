@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.app.conftest import of_this_moment
+from tests.app.moments import of_this_moment
 from tests.app.problem import assert_problem
 
 BODY = {

@@ -257,7 +257,7 @@ def test_an_erased_file_is_gone_and_erasing_it_again_is_harmless(tenant, sql):
     assert tenant.get("/v1/files").json()["data"] == []
     until(
         lambda: httpx.get(location, trust_env=False).status_code == 404,
-        within_s=20,
+        within_s=60,
         what="the object's end",
     )
     events = "SELECT event FROM audit_events WHERE facts ->> 'file_id' = :id ORDER BY seq"
@@ -290,7 +290,7 @@ def test_an_image_that_was_brought_back_as_a_picture_outlives_the_file(new_tenan
     marker = bring(tenant).json()
     gone = tenant.get(marker["url"]).headers["Location"]
     tenant.delete(marker["urls"]["self"])
-    until(lambda: httpx.get(gone, trust_env=False).status_code == 404, within_s=20, what="tidying")
+    until(lambda: httpx.get(gone, trust_env=False).status_code == 404, within_s=60, what="tidying")
 
     assert fetched(tenant, job["images"][0]).status_code == 200
 

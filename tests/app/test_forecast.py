@@ -10,7 +10,7 @@ from models.database import transaction
 from models.tables import Job, Tenant
 from policy.params import RequestedParams
 from policy.release import ReleaseHint
-from tests.app.conftest import of_this_moment
+from tests.app.moments import of_this_moment
 from tests.builders import a_job, a_tenant
 
 
@@ -18,7 +18,7 @@ from tests.builders import a_job, a_tenant
 def house(a_house, stack_database):
     """A worker of 8 slots, for which 4 images more may wait; jobs of the tier `batch`."""
     house = a_house().with_workers()
-    parts = house.http.application.extensions["darkroom"]
+    parts = house.parts
 
     def hint(*, tenant_id=None, n=1, **fields):
         resolved = parts.resolve(

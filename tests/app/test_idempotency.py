@@ -17,7 +17,8 @@ from app.problems import InvalidQuery
 from models import idempotency
 from models.database import transaction
 from models.tables import Job, UsageDay
-from tests.app.conftest import bearer, of_this_moment
+from tests.app.conftest import bearer
+from tests.app.moments import of_this_moment
 from tests.app.problem import assert_problem
 
 BODY = {"prompt": "a red circle", "tier": "batch", "steps": 60}

@@ -1,5 +1,6 @@
 """What a tenant may use: exact under races, over processes, and whatever becomes of Redis."""
 
+import contextlib
 import json
 import time
 import uuid
@@ -18,10 +19,11 @@ from app.http.ratelimit import add_ratelimit_headers
 from app.problems import QuotaExceeded
 from app.services.quotas import _check_totals
 from edges.limits import BudgetResult
-from models import api_keys, tenants, usage
+from edges.progress import JobSignals
+from models import api_keys, jobs, tenants, usage
 from models.database import transaction
 from policy.limits import Limits, UsageTotals
-from tests.app.conftest import bearer
+from tests.app.conftest import NO_TLS, bearer
 from tests.app.problem import assert_problem
 from tests.builders import until
 
@@ -32,7 +34,7 @@ COST = 128 * 128 / 1e6 * 10
 @pytest.fixture
 def limited(stack, stack_database):
     """HTTP as a new tenant with these limits; its jobs are taken back in the end."""
-    made = []
+    made, signals = [], JobSignals(stack.env["HANDOFF_URL"])
 
     def limited(**limits) -> httpx.Client:
         with transaction(stack_database) as session:
@@ -46,7 +48,11 @@ def limited(stack, stack_database):
                 actor="tests",
             )
         client = httpx.Client(
-            base_url=stack.env["DARKROOM_URL"], headers=bearer(key), timeout=90, trust_env=False
+            base_url=stack.env["DARKROOM_URL"],
+            headers=bearer(key),
+            timeout=90,
+            trust_env=False,
+            verify=NO_TLS,
         )
         made.append((tenant.id, client))
         return client
@@ -55,21 +61,23 @@ def limited(stack, stack_database):
     for tenant_id, client in made:
         client.close()
         with transaction(stack_database) as session:
-            query = "SELECT id FROM jobs WHERE tenant_id = :id AND state IN ('queued', 'running')"
+            query = """SELECT id FROM jobs WHERE tenant_id = :id AND state IN ('queued', 'running')
+                       ORDER BY id"""
             ids = list(session.scalars(text(query), {"id": tenant_id}))
-        with httpx.Client(
-            base_url=stack.env["DARKROOM_URL"], headers=client.headers, timeout=90, trust_env=False
-        ) as again:
+        with transaction(stack_database) as session:
             for job_id in ids:
-                again.post(f"/v1/jobs/{job_id}/cancel")
+                with contextlib.suppress(jobs.JobAlreadyFinished):
+                    jobs.cancel(session, job_id, tenant_id=tenant_id, actor="tests")
+        for job_id in ids:
+            signals.publish_cancel(job_id)
 
 
-def racing(sends, count=160) -> Counter:
+def racing(sends, count=40) -> Counter:
     """So many requests at once, in turns through the ways to send one.
 
     How many answers there were of each status.
     """
-    with ThreadPoolExecutor(40) as threads:
+    with ThreadPoolExecutor(20) as threads:
         return Counter(threads.map(lambda number: sends[number % len(sends)](), range(count)))
 
 
@@ -87,14 +95,14 @@ def in_process(gateway_with, client):
     return lambda: app.test_client().post("/v1/jobs", json=BODY, headers=key).status_code
 
 
-def test_of_160_racing_requests_exactly_as_many_pass_as_the_minute_allows(limited, gateway_with):
-    client = limited(requests_per_minute=50)
+def test_of_racing_requests_exactly_as_many_pass_as_the_minute_allows(limited, gateway_with):
+    client = limited(requests_per_minute=15)
 
     answers = racing([through(client), in_process(gateway_with, client)])
 
-    assert answers == {202: 50, 429: 110}
+    assert answers == {202: 15, 429: 25}
     problem = assert_problem(refused := client.get("/v1/jobs"), 429, "rate-limited")
-    assert problem["quota"] == 50
+    assert problem["quota"] == 15
     assert 1 <= int(refused.headers["Retry-After"]) <= 120
 
 
@@ -133,13 +141,13 @@ def test_the_headers_promise_no_more_of_a_budget_than_there_is(left, wait_s, tol
     assert answer.headers["RateLimit"] == f'"megapixel-steps";{told}'
 
 
-def test_the_budget_is_exact_under_160_racing_requests_and_fills_again(limited, gateway_with):
-    burst = 50 * COST + 0.01
+def test_the_budget_is_exact_under_racing_requests_and_fills_again(limited, gateway_with):
+    burst = 15 * COST + 0.01
     client = limited(megapixel_steps_per_minute=0.06, burst_megapixel_steps=burst)
 
     answers = racing([through(client), in_process(gateway_with, client)])
 
-    assert answers == {202: 50, 429: 110}
+    assert answers == {202: 15, 429: 25}
     answer = client.post("/v1/jobs", json=BODY)
     problem = assert_problem(answer, 429, "budget-spent")
     assert problem["policy"] == "megapixel-steps"
@@ -171,8 +179,8 @@ def test_requests_that_come_to_nothing_cost_no_budget(limited):
     assert client.post("/v1/jobs", json=small).status_code == 202  # the refused one was given back
 
 
-def test_of_160_racing_jobs_exactly_as_many_are_under_way_as_may_be(limited, gateway_with):
-    client = limited(max_concurrent_jobs=50)
+def test_of_racing_jobs_exactly_as_many_are_under_way_as_may_be(limited, gateway_with):
+    client = limited(max_concurrent_jobs=15)
 
     answers = racing([through(client), in_process(gateway_with, client)])
 
@@ -180,28 +188,28 @@ def test_of_160_racing_jobs_exactly_as_many_are_under_way_as_may_be(limited, gat
         job["state"] in ("queued", "running", "storing")
         for job in client.get("/v1/jobs", params={"limit": 100}).json()["data"]
     )
-    assert answers[202] >= 50
-    assert answers[202] + answers[429] == 160
-    assert active <= 50
+    assert answers[202] >= 15
+    assert answers[202] + answers[429] == 40
+    assert active <= 15
 
 
-def test_the_daily_quota_is_exact_under_160_racing_jobs_and_survives_a_flushed_redis(
+def test_the_daily_quota_is_exact_under_racing_jobs_and_survives_a_flushed_redis(
     limited, gateway_with, stack
 ):
-    client = limited(daily_megapixel_steps=Decimal("50") * Decimal(str(COST)))
+    client = limited(daily_megapixel_steps=Decimal("15") * Decimal(str(COST)))
 
     answers = racing([through(client), in_process(gateway_with, client)])
     with redis.Redis.from_url(stack.env["HANDOFF_URL"]) as handoff:
         handoff.flushall()
 
-    assert answers == {202: 50, 429: 110}
+    assert answers == {202: 15, 429: 25}
     answer = client.post("/v1/jobs", json=BODY)
     problem = assert_problem(answer, 429, "quota-exceeded")
     assert (problem["period"], problem["error"]["type"]) == ("day", "insufficient_quota")
     assert 1 <= int(answer.headers["Retry-After"]) <= 86_400
     used = client.get("/v1/usage").json()
-    assert used["used_megapixel_steps"]["today"] == pytest.approx(50 * COST)
-    assert used["limits"]["daily_megapixel_steps"] == pytest.approx(50 * COST)
+    assert used["used_megapixel_steps"]["today"] == pytest.approx(15 * COST)
+    assert used["limits"]["daily_megapixel_steps"] == pytest.approx(15 * COST)
 
 
 def test_a_canceled_job_s_quota_is_released_and_a_successful_one_s_is_settled(limited):
@@ -241,7 +249,7 @@ def test_a_job_that_is_canceled_while_it_runs_uses_up_quota_by_the_steps_that_it
         [day] = client.get("/v1/usage").json()["data"]
         return day if day["abandoned_megapixel_steps"] else None
 
-    day = until(day_of_work, within_s=30, what="the worker's last word")
+    day = until(day_of_work, within_s=60, what="the worker's last word")
     of_a_step = 128 * 128 / 1e6
     assert (
         day["reserved_megapixel_steps"],

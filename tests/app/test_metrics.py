@@ -12,7 +12,8 @@ from models import tenants
 from models.database import transaction
 from models.tables import ApiKey
 from models.tables import Tenant as TenantRow
-from tests.app.conftest import JOB_BODY, House, Tenant, bearer, of_this_moment
+from tests.app.conftest import JOB_BODY, House, Tenant, bearer
+from tests.app.moments import of_this_moment
 from tests.builders import a_job, a_redis
 from tests.metrics import increases
 from tests.pictures import a_picture, encoded

@@ -94,9 +94,12 @@ VALUES = st.recursive(
 )
 
 
+CLIENT = OpenAI(api_key="none")
+
+
 def as_form(fields) -> dict[str, list[str]]:
     """The fields as the client spreads them over a form."""
-    spread = OpenAI(api_key="none")._serialize_multipartform(fields)
+    spread = CLIENT._serialize_multipartform(fields)
     return {name: value if isinstance(value, list) else [value] for name, value in spread.items()}
 
 

@@ -365,7 +365,7 @@ def test_a_delivery_a_tenant_asks_for_is_announced_at_once_or_noted_without_a_br
 
 
 def test_keys_queues_and_readiness_are_read_while_every_connection_is_taken_by_writers(
-    runtime, caller, stack
+    runtime, caller, stack, closing
 ):
     settings = settings_for(GatewaySettings, stack.env, database_pool_size=1)
     busy = open_runtime(settings, runtime.fleet)
@@ -376,12 +376,11 @@ def test_keys_queues_and_readiness_are_read_while_every_connection_is_taken_by_w
             writers.enter_context(transaction(busy.database)).execute(text("SELECT 1"))
         known = threads.submit(busy.keyring.find, caller.kid).result(5)
         place = threads.submit(busy.forecaster.expect, asked, caller.tenant_id).result(5).place
-        until(lambda: busy.readiness.parts()["database"]["ready"], within_s=5)
+        until(lambda: busy.readiness.parts()["database"]["ready"], within_s=60)
 
     assert known is not None
     assert place.jobs_ahead is not None
-    busy.readiness.close()
-    busy.endings.close()
+    closing(busy)
 
 
 def test_a_picture_is_noted_as_an_upload_before_it_is_put_into_the_store(

@@ -21,7 +21,6 @@ from app.problems import UploadsExhausted
 from settings import GatewaySettings
 from tests.app.conftest import bearer
 from tests.app.problem import assert_problem
-from tests.app.test_event_streams import held_worker  # noqa: F401  a fixture of theirs
 from tests.builders import settings_for, until
 
 ROOM = 4_000_000
@@ -141,12 +140,13 @@ WAITS = [
 def test_a_body_whose_job_is_waited_for_leaves_its_room_to_others(
     a_gateway,
     new_key,
-    held_worker,  # noqa: F811
+    unserved,
     path,
     job_body,
     headers,
 ):
-    gateway, key = a_gateway(gateway_max_uploads=1, gateway_threads=8), new_key()
+    few = {"gateway_max_uploads": 1, "gateway_threads": 8}
+    gateway, key = a_gateway(**few, **unserved), new_key()
     options = {"headers": bearer(key), "timeout": 60, "trust_env": False}
     with httpx.Client(base_url=gateway, **options) as client, ThreadPoolExecutor(1) as threads:
         waits = threads.submit(
