@@ -187,7 +187,7 @@ def a_redis(folder: Path, **options: str) -> Iterator[str]:
         process.wait()
 
 
-def until(happens: Callable[[], Any], *, within_s: float = 10.0, what: str = "it") -> Any:
+def until(happens: Callable[[], Any], *, within_s: float = 60.0, what: str = "it") -> Any:
     """What `happens()` returns once it is true; asked every few milliseconds."""
     deadline = time.monotonic() + within_s
     while not (answer := happens()):

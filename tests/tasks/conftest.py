@@ -3,10 +3,11 @@
 So a test can reach into the device.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Thread
+from threading import Condition, Thread
 from urllib.parse import urlsplit
 
 import pytest
@@ -28,7 +29,7 @@ from tasks.render import Renderer
 from tasks.roles import maintenance, render
 from tasks.roles.render import WorkerParts
 from tasks.sweep import Sweeper
-from tests.builders import a_fleet, a_job, settings_for
+from tests.builders import a_fleet, a_job, settings_for, until
 from tests.models.conftest import a_database
 
 TEST_REDIS_DB = 8  # of Redis's sixteen numbered databases: nobody else looks there
@@ -80,6 +81,44 @@ class WorkerHere:
             found = session.get(Job, job.id)
             session.expunge(found)
             return found
+
+
+class Brake:
+    """Stops the device between two forwards: what a test does then comes before the next step,
+    however busy the machine is.
+    """
+
+    def __init__(self) -> None:
+        self._left = math.inf
+        self._changed = Condition()
+
+    def stop_after(self, forwards: int) -> None:
+        """Let the device make so many forwards from now on, and wait before the next one."""
+        with self._changed:
+            self._left = forwards
+
+    def release(self) -> None:
+        """Let the device go on."""
+        with self._changed:
+            self._left = math.inf
+            self._changed.notify_all()
+
+    def pass_by(self) -> None:
+        """Wait, on the device's thread, until there may be another forward."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._left > 0, timeout=120)
+            self._left -= 1
+
+
+def left_at_its_first_checkpoint(here: WorkerHere, brake: Brake, job: Job) -> None:
+    """Render the job until a snapshot of it is kept, and have its worker give it up there."""
+    brake.stop_after(3)
+    thread = here.render(job)
+    until(lambda: here.snapshots.of(job.id), within_s=60, what="a checkpoint")
+    [held] = here.keeper.all_held()
+    held.leave("a test wants it")
+    brake.release()
+    thread.join(timeout=60)
 
 
 def metric(name: str, **labels: str) -> float:
@@ -135,6 +174,20 @@ def database_here(stack) -> Iterator[Database]:
 def here(fleet_here, settings_here, engine_here) -> Iterator[WorkerHere]:
     with a_worker(fleet_here, settings_here, engine_here) as worker:
         yield worker
+
+
+@pytest.fixture
+def brake(here, monkeypatch) -> Iterator[Brake]:
+    """Of the device of `here`."""
+    brake, predict = Brake(), here.engine._runner.predict
+
+    def predict_in_turn(batch):
+        brake.pass_by()
+        return predict(batch)
+
+    monkeypatch.setattr(here.engine._runner, "predict", predict_in_turn)
+    yield brake
+    brake.release()
 
 
 @pytest.fixture
