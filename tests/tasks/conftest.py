@@ -14,12 +14,13 @@ import pytest
 import redis
 from prometheus_client import REGISTRY
 from sqlalchemy import Engine as Database
+from sqlalchemy import text
 
 from edges.notices import FakeNotices
 from edges.progress import ENDINGS, Listener
 from edges.snapshots import Snapshots
 from engine.engine import Engine
-from models.database import transaction
+from models.database import make_engine, transaction
 from models.tables import Job
 from policy.fleet import Fleet
 from settings import REPO, WorkerSettings
@@ -133,6 +134,19 @@ def ended_jobs(settings_here) -> Iterator[list]:
     listener = Listener(settings_here.handoff_url, ENDINGS, heard.append)
     yield heard
     listener.close()
+
+
+@pytest.fixture(scope="session")
+def sql(stack):
+    """Ask the stack's database as its owner: rows as dicts."""
+    engine = make_engine(stack.env["MIGRATION_DATABASE_URL"], pool_size=1)
+
+    def ask(query: str, **values):
+        with engine.begin() as connection:
+            return [dict(row) for row in connection.execute(text(query), values).mappings()]
+
+    yield ask
+    engine.dispose()
 
 
 @pytest.fixture(scope="session")
