@@ -3,23 +3,25 @@
 So a test can reach into the device.
 """
 
+import math
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Thread
+from threading import Condition, Thread
 from urllib.parse import urlsplit
 
 import pytest
 import redis
 from prometheus_client import REGISTRY
 from sqlalchemy import Engine as Database
+from sqlalchemy import text
 
 from edges.notices import FakeNotices
 from edges.progress import ENDINGS, JobSignals, Listener
 from edges.snapshots import Snapshots
 from engine.engine import Engine
-from models.database import transaction
+from models.database import make_engine, transaction
 from models.tables import Job
 from policy.fleet import Fleet
 from settings import REPO, WorkerSettings
@@ -83,6 +85,44 @@ class WorkerHere:
             return found
 
 
+class Brake:
+    """Stops the device between two forwards: what a test does then comes before the next step,
+    however busy the machine is.
+    """
+
+    def __init__(self) -> None:
+        self._left = math.inf
+        self._changed = Condition()
+
+    def stop_after(self, forwards: int) -> None:
+        """Let the device make so many forwards from now on, and wait before the next one."""
+        with self._changed:
+            self._left = forwards
+
+    def release(self) -> None:
+        """Let the device go on."""
+        with self._changed:
+            self._left = math.inf
+            self._changed.notify_all()
+
+    def pass_by(self) -> None:
+        """Wait, on the device's thread, until there may be another forward."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._left > 0, timeout=120)
+            self._left -= 1
+
+
+def left_at_its_first_checkpoint(here: WorkerHere, brake: Brake, job: Job) -> None:
+    """Render the job until a snapshot of it is kept, and have its worker give it up there."""
+    brake.stop_after(3)
+    thread = here.render(job)
+    until(lambda: here.snapshots.of(job.id), within_s=60, what="a checkpoint")
+    [held] = here.keeper.all_held()
+    held.leave("a test wants it")
+    brake.release()
+    thread.join(timeout=60)
+
+
 def metric(name: str, **labels: str) -> float:
     """Read a metric of this process as a scraper does; 0 for a series that is not there."""
     return REGISTRY.get_sample_value(name, labels) or 0.0
@@ -107,6 +147,19 @@ def ended_jobs(settings_here, endings) -> list:
     until(lambda: last in endings, within_s=60, what="all that was published before")
     endings.clear()
     return endings
+
+
+@pytest.fixture(scope="session")
+def sql(stack):
+    """Ask the stack's database as its owner: rows as dicts."""
+    engine = make_engine(stack.env["MIGRATION_DATABASE_URL"], pool_size=1)
+
+    def ask(query: str, **values):
+        with engine.begin() as connection:
+            return [dict(row) for row in connection.execute(text(query), values).mappings()]
+
+    yield ask
+    engine.dispose()
 
 
 @pytest.fixture(scope="session")
@@ -148,6 +201,20 @@ def database_here(stack) -> Iterator[Database]:
 def here(fleet_here, settings_here, engine_here) -> Iterator[WorkerHere]:
     with a_worker(fleet_here, settings_here, engine_here) as worker:
         yield worker
+
+
+@pytest.fixture
+def brake(here, monkeypatch) -> Iterator[Brake]:
+    """Of the device of `here`."""
+    brake, predict = Brake(), here.engine._runner.predict
+
+    def predict_in_turn(batch):
+        brake.pass_by()
+        return predict(batch)
+
+    monkeypatch.setattr(here.engine._runner, "predict", predict_in_turn)
+    yield brake
+    brake.release()
 
 
 @pytest.fixture

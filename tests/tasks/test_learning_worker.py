@@ -6,14 +6,9 @@ from sqlalchemy import text
 from models import learning
 from models.database import transaction
 from tests.builders import until
+from tests.tasks.conftest import left_at_its_first_checkpoint
 
-LONG = {
-    "tier": "quality",
-    "determinism": "reproducible",
-    "bucket_rows": 8,
-    "num_steps": 60,
-    "guidance": 1.0,
-}
+QUALITY = {"tier": "quality", "determinism": "reproducible", "bucket_rows": 2, "guidance": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -24,7 +19,7 @@ def test_a_guided_image_teaches_the_cost_of_one_row_and_not_of_two(
 ):
     pool = "taught"  # by nobody else, though this worker is another pool's
     size = {"width_px": width_px, "height_px": height_px}
-    job = here.accept(pool=pool, model="pocket", num_steps=6, guidance=guidance, **size)
+    job = here.accept(pool=pool, model="pocket", num_steps=4, guidance=guidance, **size)
 
     here.render(job).join(timeout=60)
 
@@ -32,22 +27,18 @@ def test_a_guided_image_teaches_the_cost_of_one_row_and_not_of_two(
         with transaction(here.database) as session:
             return learning.cost_of(session, (pool, "pocket", width_px, height_px))
 
-    cost = until(learnt, what="the next heartbeat")
+    cost = until(lambda: here.keeper._beat() or learnt(), what="what the heartbeat wrote")
     with transaction(here.database) as session:
         denoise_s = session.scalar(
             text("SELECT denoise_s FROM attempts WHERE job_id = :id"), {"id": job.id}
         )
-    assert cost.row_step_s == pytest.approx(denoise_s / (6 * rows))
+    assert cost.row_step_s == pytest.approx(denoise_s / (4 * rows))
 
 
-def test_resumed_image_teaches_by_the_steps_that_were_done_here(here, monkeypatch):
-    job, learnt = here.accept(**LONG), []
+def test_resumed_image_teaches_by_the_steps_that_were_done_here(here, brake, monkeypatch):
+    job, learnt = here.accept(**QUALITY, num_steps=8), []
     monkeypatch.setattr(here.keeper, "learn", lambda key, **seen: learnt.append(seen["row_steps"]))
-    thread = here.render(job)
-    held = until(lambda: next(iter(here.keeper.all_held()), None), what="the lease")
-    until(lambda: here.snapshots.of(job.id), within_s=30, what="a checkpoint")
-    held.leave("a test wants it")
-    thread.join(timeout=30)
+    left_at_its_first_checkpoint(here, brake, job)
     assert learnt == []
 
     here.render(job).join(timeout=60)

@@ -1,225 +1,256 @@
 """Workers that have to go: with a notice, and without one.
 
-On a stack of its own with two workers, one of which goes.
+On the suite's stack, beside whose worker these tests start one that goes.
 """
 
 import base64
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
-from sqlalchemy import text
+import redis
 
-from darkroom_client import Client
-from fleet.stack import Stack
-from models.database import make_engine
+from fleet import processes
+from policy.fleet import parse_fleet
+from settings import REPO
 from tests.builders import until
 from tests.pictures import a_picture, png
 
-# shorter than an operator's, for the sake of the suite
-LEASE = {"LEASE_TTL_S": "6", "LEASE_RENEW_S": "2", "LEASE_STOP_S": "5"}
+LEASE_TTL_S = 4
+SHUTDOWN_NOTICE_S = 20
+OWN = {  # leases are shorter than an operator's, for the sake of the suite
+    "LEASE_TTL_S": str(LEASE_TTL_S),
+    "LEASE_RENEW_S": "0.5",
+    "LEASE_STOP_S": "3",
+    "SHUTDOWN_NOTICE_S": str(SHUTDOWN_NOTICE_S),
+}
 JOB_BODY = {
     "prompt": "a large red circle on a blue background",
     "tier": "quality",
     "steps": 60,
     "n": 4,
+    "seed": 31,
 }
 
 
+class Goer:
+    """The worker that goes: one process after another, under one name."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.name = environment["WORKER_NAME"]
+        self.notice = folder / f"notice-{self.name}"
+        self._log = folder / "log"
+        self._environment = os.environ | environment | OWN
+        self._environment["PREEMPTION_NOTICES"] = f"file:{folder}/notice-{{worker}}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def start(self) -> None:
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "fleet.worker"],
+                cwd=REPO,
+                env=self._environment,
+                stdout=log,
+                stderr=log,
+            )
+
+    def has_said(self, *words: str) -> bool:
+        """Tell whether one line of the newest process's log has all these words."""
+        lines = self._log.read_text().splitlines()
+        return any(all(word in line for word in words) for line in lines)
+
+
 @pytest.fixture(scope="module")
-def folder():
+def goers(stack, sql) -> Iterator[Goer]:
     folder = Path(tempfile.mkdtemp(prefix="darkroom-tests-"))
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    fleet = parse_fleet((REPO / "fleet.toml").read_text())
+    _, second, *_ = (
+        program
+        for program in processes.programs(stack.process_env(), fleet, num_workers=2)
+        if program.name.startswith("worker-")
+    )
+    goer = Goer(folder, dict(second.environment))
+    yield goer
+    if goer.is_running():
+        goer.process.kill()
+        goer.process.wait()
+    sql("DELETE FROM workers WHERE name = :name RETURNING name", name=goer.name)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def goer(goers, sql) -> Goer:
+    """The worker that goes, ready for a job."""
+    if not goers.is_running():
+        sql("DELETE FROM workers WHERE name = :name RETURNING name", name=goers.name)
+        goers.start()
+    ready = "SELECT FROM workers WHERE name = :name AND slots > 0"
+    until(lambda: sql(ready, name=goers.name), within_s=120, what="the worker")
+    return goers
+
+
+@contextmanager
+def takes_no_message(stack) -> Iterator[None]:
+    """Have the stack's worker stand still, so that another one gets what comes now."""
+    worker = psutil.Process(stack.pid("worker"))
+    with redis.Redis.from_url(stack.env["BROKER_URL"]) as broker:
+
+        def asks_for_one() -> bool:
+            ports = {str(connection.laddr.port) for connection in worker.net_connections("tcp")}
+            waiting = [client for client in broker.client_list() if "b" in client["flags"]]
+            return any(client["addr"].rpartition(":")[2] in ports for client in waiting)
+
+        worker.suspend()
+        try:
+            until(lambda: not asks_for_one(), what="the end of its last question")
+            yield
+        finally:
+            worker.resume()
+
+
+@pytest.fixture
+def given(stack, client, sql, goer) -> Callable[..., str]:
+    """Create a job that the worker that goes gets; return when it has come to a step."""
+
+    def given(create: Callable[[], str], *, steps: int) -> str:
+        taken = "SELECT FROM jobs WHERE id = :id AND worker = :worker"
+        with takes_no_message(stack):
+            job_id = create()
+            until(lambda: sql(taken, id=job_id, worker=goer.name), what="its lease")
+        until(
+            lambda: ((client.job(job_id).members["progress"] or {}).get("step") or 0) >= steps,
+            what=f"{steps} steps",
+        )
+        return job_id
+
+    return given
+
+
+@pytest.fixture
+def create(client) -> Callable[[], str]:
+    return lambda: client.create_job(**JOB_BODY).id
 
 
 @pytest.fixture(scope="module")
-def pair(folder):
-    """A stack with two workers, each of which looks for a notice in a file of its own."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("PREEMPTION_NOTICES", f"file:{folder}/notice-{{worker}}")
-    patch.setenv("SHUTDOWN_NOTICE_S", "4")
-    for name, seconds in LEASE.items():
-        patch.setenv(name, seconds)
-    stack = Stack(folder / "data", workers=2)
+def undisturbed(client) -> list[str]:
+    """The pixels of that job on a worker that stays."""
+    return pixels_of(client.wait(client.create_job(**JOB_BODY).id))
+
+
+def pixels_of(job) -> list[str]:
+    assert job.state == "succeeded"
+    return [image.pixels_sha256 for image in job.images]
+
+
+def attempts_of(sql, job_id: str):
+    return sql("SELECT * FROM attempts WHERE job_id = :id ORDER BY attempt", id=job_id)
+
+
+def ended_after_a_notice(goer, client, job_id: str):
+    """Tell the worker that its machine goes now; the job at its end, and that of the process."""
+    goer.notice.write_text("0.1")
     try:
-        stack.up(wait_s=280)
-        yield stack
+        return client.wait(job_id), goer.process.wait(timeout=60)
     finally:
-        stack.down()
-        patch.undo()
+        goer.notice.unlink()
 
 
-@pytest.fixture(scope="module")
-def tenant(pair):
-    with Client(pair.env["DARKROOM_URL"], pair.env["DARKROOM_API_KEY"]) as client:
-        yield client
+def test_a_zombie_costs_the_steps_since_its_last_checkpoint_and_writes_nothing_when_it_wakes(
+    goer, given, create, undisturbed, client, sql
+):
+    job_id = given(create, steps=100)
 
+    [stopped] = sql("SELECT clock_timestamp() AS at")
+    goer.process.send_signal(signal.SIGSTOP)
+    try:
+        ended = client.wait(job_id)
+    finally:
+        goer.process.send_signal(signal.SIGCONT)
+    until(lambda: goer.has_said("render_dropped", job_id), what="that it is awake")
 
-@pytest.fixture(scope="module")
-def sql(pair):
-    engine = make_engine(pair.env["MIGRATION_DATABASE_URL"], pool_size=1)
-
-    def ask(query: str, **values):
-        with engine.connect() as connection:
-            return [dict(row) for row in connection.execute(text(query), values).mappings()]
-
-    yield ask
-    engine.dispose()
-
-
-@pytest.fixture(autouse=True)
-def both_are_here(sql):
-    until(
-        lambda: (
-            len(sql("SELECT FROM workers WHERE slots > 0 AND seen_at > now() - interval '8 s'"))
-            == 2
-        ),
-        within_s=60,
-        what="two workers",
+    assert pixels_of(ended) == undisturbed
+    first, second = attempts_of(sql, job_id)
+    assert (first["outcome"], second["outcome"]) == ("lease_lost", "rendered")
+    assert second["resumed_steps"] >= 4 * 20, "from the newest snapshot of each image"
+    assert second["lost_steps"] <= 4 * 10, "an interval of each image"
+    # Its own lease and a sweep; some for a busy machine, and less than the stack's lease.
+    assert (second["started_at"] - stopped["at"]).total_seconds() < LEASE_TTL_S + 2 + 8
+    finals = (
+        "SELECT count(*) AS n FROM audit_events WHERE job_id = :id AND event LIKE 'job:state:%'"
     )
-
-
-def progressed(tenant, job, steps: int):
-    until(
-        lambda: ((tenant.job(job.id).members["progress"] or {}).get("step") or 0) >= steps,
-        within_s=30,
-        what=f"{steps} steps",
-    )
-
-
-def asked_for(pair, job_body) -> str:
-    """The id of a new job with fields that the client does not know."""
-    headers = {"Authorization": f"Bearer {pair.env['DARKROOM_API_KEY']}"}
-    return httpx.post(
-        f"{pair.env['DARKROOM_URL']}/v1/jobs", json=job_body, headers=headers, trust_env=False
-    ).json()["id"]
-
-
-def attempts_of(sql, job):
-    return sql("SELECT * FROM attempts WHERE job_id = :id ORDER BY attempt", id=job.id)
-
-
-def name_of(sql, job) -> str:
-    return sql("SELECT worker FROM jobs WHERE id = :id", id=job.id)[0]["worker"]
-
-
-def process_of(worker: str) -> str:
-    return worker.partition("@")[0]
+    assert sql(finals, id=job_id) == [{"n": 1}]
+    assert sql("SELECT count(*) AS n FROM artifacts WHERE job_id = :id", id=job_id) == [{"n": 4}]
 
 
 def test_a_worker_with_a_notice_gives_its_jobs_up_and_another_goes_on_at_the_very_step(
-    pair, tenant, sql, folder
+    goer, given, create, undisturbed, client, sql
 ):
-    undisturbed = tenant.wait(tenant.create_job(**JOB_BODY, seed=31).id)
-    job = tenant.create_job(**JOB_BODY, seed=31)
-    progressed(tenant, job, 40)
-    worker = name_of(sql, job)
+    job_id = given(create, steps=40)
 
-    notice = folder / f"notice-{worker}"
-    notice.write_text("4")
-    ended = tenant.wait(job.id)
-    notice.unlink()
+    ended, status = ended_after_a_notice(goer, client, job_id)
 
-    assert ended.state == "succeeded"
-    first, second = attempts_of(sql, job)
+    assert pixels_of(ended) == undisturbed
+    assert status == 0
+    first, second = attempts_of(sql, job_id)
     assert (first["outcome"], first["waste_class"]) == ("preempted", None)
     assert first["snapshot_bytes"] > 0
     assert first["snapshot_store"] == "handoff"
-    assert second["worker"] != worker
+    assert second["worker"] != goer.name
     assert second["resumed_steps"] >= 40
     assert second["lost_steps"] == 0
     assert second["resumed_steps"] + second["steps"] == 60 * 4
-    assert (second["started_at"] - first["ended_at"]).total_seconds() < 1
-    assert [image.pixels_sha256 for image in ended.images] == [
-        image.pixels_sha256 for image in undisturbed.images
-    ]
-    assert sql("SELECT counted_attempts FROM jobs WHERE id = :id", id=job.id) == [
+    assert sql("SELECT counted_attempts FROM jobs WHERE id = :id", id=job_id) == [
         {"counted_attempts": 0}
     ]
 
 
 @pytest.mark.slow
-def test_a_job_that_starts_from_a_picture_goes_on_at_the_very_step_too(pair, tenant, sql, folder):
+def test_a_job_that_starts_from_a_picture_goes_on_at_the_very_step_too(
+    goer, given, stack, client, sql
+):
     picture = base64.b64encode(png(a_picture(128, 128))).decode()
-    job_body = JOB_BODY | {
-        "seed": 35,
-        "init_image": f"data:image/png;base64,{picture}",
-        "strength": 0.9,
-    }
-    undisturbed = tenant.wait(asked_for(pair, job_body))
-    job = tenant.job(asked_for(pair, job_body))
-    progressed(tenant, job, 40)
-    worker = name_of(sql, job)
+    job_body = JOB_BODY | {"init_image": f"data:image/png;base64,{picture}", "strength": 0.9}
+    headers = {"Authorization": f"Bearer {stack.env['DARKROOM_API_KEY']}"}
 
-    notice = folder / f"notice-{worker}"
-    notice.write_text("4")
-    ended = tenant.wait(job.id)
-    notice.unlink()
+    def create() -> str:
+        """Create the job, which has fields that the client does not know."""
+        url = f"{stack.env['DARKROOM_URL']}/v1/jobs"
+        return httpx.post(url, json=job_body, headers=headers, trust_env=False).json()["id"]
 
-    first, second = attempts_of(sql, job)
+    undisturbed = client.wait(create())
+    job_id = given(create, steps=40)
+
+    ended, _ = ended_after_a_notice(goer, client, job_id)
+
+    first, second = attempts_of(sql, job_id)
     assert (first["outcome"], second["resumed_steps"] >= 40) == ("preempted", True)
     assert second["resumed_steps"] + second["steps"] == 54 * 4
-    assert [image.pixels_sha256 for image in ended.images] == [
-        image.pixels_sha256 for image in undisturbed.images
-    ]
+    assert pixels_of(ended) == pixels_of(undisturbed)
 
 
-def test_sigterm_is_a_notice_and_what_can_be_finished_is(pair, tenant, sql):
-    long = tenant.create_job(**JOB_BODY, seed=32)
-    progressed(tenant, long, 8)
-    worker = psutil.Process(pair.pid(process_of(name_of(sql, long))))
+def test_sigterm_is_a_notice_and_what_can_be_finished_is(goer, given, client, sql):
+    job_id = given(lambda: client.create_job(**JOB_BODY | {"steps": 30}).id, steps=8)
 
-    worker.terminate()
-    worker.wait(timeout=4)
-    ended = tenant.wait(long.id)
+    told_at = time.monotonic()
+    goer.process.terminate()
+    status = goer.process.wait(timeout=60)
+    took_s = time.monotonic() - told_at
 
-    assert ended.state == "succeeded"
-    assert [row["lost_steps"] for row in attempts_of(sql, long)] in ([0, 0], [0])
-
-
-def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_at_most(pair, tenant, sql):
-    undisturbed = tenant.wait(tenant.create_job(**JOB_BODY, seed=33).id)
-    job = tenant.create_job(**JOB_BODY, seed=33)
-    progressed(tenant, job, 100)
-    worker = name_of(sql, job)
-
-    killed_at = sql("SELECT clock_timestamp() AS at")[0]["at"]
-    pair.kill(process_of(worker), signal.SIGKILL)
-    ended = tenant.wait(job.id)
-
-    assert ended.state == "succeeded"
-    first, second = attempts_of(sql, job)
-    assert first["outcome"] == "lease_lost"
-    assert second["resumed_steps"] >= 4 * 20, "from the newest snapshot of each image"
-    assert second["lost_steps"] <= 4 * 10, "an interval of each image"
-    assert (second["started_at"] - killed_at).total_seconds() < 6 + 3
-    assert [image.pixels_sha256 for image in ended.images] == [
-        image.pixels_sha256 for image in undisturbed.images
-    ]
-
-
-def test_a_zombie_that_wakes_up_after_its_lease_writes_nothing(pair, tenant, sql):
-    job = tenant.create_job(**JOB_BODY, seed=34)
-    progressed(tenant, job, 8)
-    worker = process_of(name_of(sql, job))
-
-    pair.kill(worker, signal.SIGSTOP)
-    try:
-        ended = tenant.wait(job.id)
-    finally:
-        pair.kill(worker, signal.SIGCONT)
-    time.sleep(3)
-
-    assert ended.state == "succeeded"
-    assert [row["outcome"] for row in attempts_of(sql, job)] == ["lease_lost", "rendered"]
-    finals = (
-        "SELECT count(*) AS n FROM audit_events WHERE job_id = :id AND event LIKE 'job:state:%'"
-    )
-    assert sql(finals, id=job.id) == [{"n": 1}]
-    assert sql("SELECT count(*) AS n FROM artifacts WHERE job_id = :id", id=job.id) == [{"n": 4}]
+    assert status == 0
+    assert took_s < SHUTDOWN_NOTICE_S
+    assert goer.has_said("worker_leaves", "signal")
+    assert client.wait(job_id).state == "succeeded"
+    assert [row["lost_steps"] for row in attempts_of(sql, job_id)] in ([0, 0], [0])

@@ -11,9 +11,9 @@ from models import jobs
 from models.database import transaction
 from tests.builders import until
 from tests.metrics import increases
+from tests.tasks.conftest import left_at_its_first_checkpoint
 
-QUALITY = {"tier": "quality", "determinism": "reproducible", "bucket_rows": 8, "guidance": 1.0}
-LONG = {**QUALITY, "num_steps": 60}
+QUALITY = {"tier": "quality", "determinism": "reproducible", "bucket_rows": 2, "guidance": 1.0}
 
 
 def rendered(here, job) -> None:
@@ -26,13 +26,6 @@ def attempt_of(here, job, number=1):
     with transaction(here.database) as session:
         query = text("SELECT * FROM attempts WHERE job_id = :id AND attempt = :number")
         return session.execute(query, {"id": job.id, "number": number}).one()
-
-
-def held_at_work(here):
-    """The lease of the job under way, once there is a checkpoint of its image."""
-    held = until(lambda: next(iter(here.keeper.all_held()), None), what="the lease")
-    until(lambda: here.snapshots.of(held.lease.job_id), within_s=30, what="a checkpoint")
-    return held
 
 
 def test_a_worker_counts_images_and_their_device_time_by_tier_and_model(here):
@@ -68,28 +61,25 @@ def test_an_error_is_counted_by_its_kind(here):
 
 
 def test_a_job_that_its_tenant_takes_back_is_a_lost_lease_to_its_worker(here):
-    job = here.accept(**LONG)
+    job = here.accept(**QUALITY, num_steps=1000)
     thread = here.render(job)
-    held_at_work(here)
+    until(lambda: here.snapshots.of(job.id), within_s=60, what="a checkpoint")
 
     with increases() as grown:
         with transaction(here.database) as session:
             jobs.cancel(session, job.id, tenant_id=job.tenant_id, actor="tests")
-        thread.join(timeout=30)
+        thread.join(timeout=60)
 
     assert not thread.is_alive()
     assert grown["leases_lost"] == 1
     assert {name.partition("{")[0] for name in grown} <= {"leases_lost", "checkpoints"}
 
 
-def test_steps_that_a_preemption_spares_are_counted(here):
-    job = here.accept(**LONG)
-    thread = here.render(job)
-    held = held_at_work(here)
+def test_steps_that_a_preemption_spares_are_counted(here, brake):
+    job = here.accept(**QUALITY, num_steps=8)
 
     with increases() as given_up:
-        held.leave("spot")
-        thread.join(timeout=30)
+        left_at_its_first_checkpoint(here, brake, job)
     with increases() as resumed:
         rendered(here, job)
 

@@ -1,7 +1,5 @@
 """Storing what was rendered: killed, refused or asked twice, an image is stored once."""
 
-import time
-
 import pytest
 import redis
 from sqlalchemy import text
@@ -9,6 +7,7 @@ from sqlalchemy import text
 from edges.objectstore import ObjectGone, StoreUnavailable
 from models import jobs
 from models.database import transaction
+from models.tables import Image
 from models.uploads import ORPHAN_AFTER_S
 from settings import StoreSettings
 from tasks.roles.results import build
@@ -17,11 +16,11 @@ from tests.builders import settings_for, until
 from tests.tasks.conftest import metric
 
 
-@pytest.fixture
-def storekeeper(stack, here, urls_here) -> Storekeeper:
+@pytest.fixture(scope="module")
+def storekeeper(stack, fleet_here, urls_here) -> Storekeeper:
     """A results worker's tasks, for the jobs of the worker `here`."""
     settings = settings_for(StoreSettings, stack.env, handoff_ttl_s=60, **urls_here)
-    return build(settings, here.renderer.fleet, name="results@here").storekeeper
+    return build(settings, fleet_here, name="results@here").storekeeper
 
 
 @pytest.fixture
@@ -117,7 +116,7 @@ def test_stored_job_leaves_nothing_in_the_hand_off_and_is_told_of(
     assert here.snapshots.of(job.id) == {}
     assert not any(storekeeper.handoff.holds(job.id, index, 1) for index in range(2))
     assert uploads_of(here, job) == {}
-    until(lambda: job.id in ended_jobs, within_s=1.0, what="the word of its end")
+    until(lambda: job.id in ended_jobs, what="the word of its end")
 
 
 def test_message_that_finds_nothing_to_store_is_counted_and_changes_nothing(
@@ -178,7 +177,9 @@ def test_spoilt_pixels_are_rendered_again_and_the_others_stored(here, storekeepe
 
 def test_job_whose_pixels_vanish_every_time_fails_and_is_told_of(here, storekeeper, ended_jobs):
     job = here.accept()
-    for lost in range(1, 6):
+    with transaction(here.database) as session:
+        session.get(Image, (job.id, 0)).hand_offs_lost = 3
+    for lost in (4, 5):
         here.render(job).join(timeout=60)
         storekeeper.handoff.drop(job.id, 0, here.row(job).attempt)
         assert not ended_jobs
@@ -187,7 +188,7 @@ def test_job_whose_pixels_vanish_every_time_fails_and_is_told_of(here, storekeep
 
     row = here.row(job)
     assert (row.failure_code, row.counted_attempts, row.cost) == ("not_stored", 0, None)
-    until(lambda: job.id in ended_jobs, within_s=1.0, what="the word of its end")
+    until(lambda: job.id in ended_jobs, what="the word of its end")
 
 
 def test_tidying_has_an_end_however_much_is_left(storekeeper, monkeypatch):
@@ -195,11 +196,9 @@ def test_tidying_has_an_end_however_much_is_left(storekeeper, monkeypatch):
     monkeypatch.setattr(type(storekeeper), "_tidy_one", lambda self: calls.append(1) or True)
     monkeypatch.setattr("tasks.store.TIDY_FOR_S", 0.1)
 
-    started = time.monotonic()
     storekeeper.tidy_store()
 
-    assert calls
-    assert time.monotonic() - started < 5
+    assert calls, "and it came back"
 
 
 def test_second_delivery_that_comes_too_late_leaves_no_note_of_its_upload(
