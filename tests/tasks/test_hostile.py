@@ -328,9 +328,11 @@ def test_a_job_that_overruns_its_deadline_is_stopped_by_its_engine_and_says_so(h
 
 def test_a_cancel_stops_the_image_at_its_next_step_and_touches_no_other_job(here, brake):
     job, other = (here.accept(**QUALITY, num_steps=8) for _ in range(2))
-    brake.stop_after(2)
-    threads = [here.render(job), here.render(other)]
+    brake.stop_after(1)
+    threads = [here.render(job)]
     until(lambda: steps_of(here, job), what="a step")
+    threads.append(here.render(other))
+    until(lambda: len(here.keeper.all_held()) == 2, what="the other's lease")
 
     errors_before = metric("darkroom_render_errors_total", kind="ImageCanceled")
     here.keeper.drop(job.id)
@@ -381,10 +383,10 @@ def test_images_that_finish_while_they_are_withdrawn_are_handed_on(here, brake, 
         return withdraw(lease, handles)
 
     monkeypatch.setattr(checkpoints, "withdraw", withdraw_late)
-    brake.stop_after(1)
+    brake.stop_after(0)
     thread = here.render(job)
-    until(lambda: steps_of(here, job), what="a step")
-    here.keeper.all_held()[0].leave("a test wants it")
+    held = until(lambda: next(iter(here.keeper.all_held()), None), what="the lease")
+    held.leave("a test wants it")
     thread.join(timeout=60)
 
     assert (here.row(job).state, outcomes(here, job)) == ("storing", ["rendered"])
