@@ -3,7 +3,6 @@ broken.
 """
 
 import contextlib
-import itertools
 import os
 import signal
 import subprocess
@@ -84,17 +83,12 @@ def nothing_left_to_do():
     for engine, signals in OPEN:
         with transaction(engine) as session:
             query = """SELECT j.id, j.tenant_id FROM jobs j JOIN tenants t ON t.id = j.tenant_id
-                       WHERE t.name LIKE 'app-%' AND j.state IN ('queued', 'running', 'storing')
-                       ORDER BY j.tenant_id, j.id"""
+                       WHERE t.name LIKE 'app-%' AND j.state IN ('queued', 'running', 'storing')"""
             left = session.execute(text(query)).all()
-        for tenant_id, of_tenant in itertools.groupby(left, key=lambda job: job.tenant_id):
-            ids = [job.id for job in of_tenant]
-            with transaction(engine) as session:
-                for job_id in ids:
-                    with contextlib.suppress(jobs.JobAlreadyFinished):
-                        jobs.cancel(session, job_id, tenant_id=tenant_id, actor="tests")
-            for job_id in ids:
-                signals.publish_cancel(job_id)
+        for job_id, tenant_id in left:
+            with contextlib.suppress(jobs.JobAlreadyFinished), transaction(engine) as session:
+                jobs.cancel(session, job_id, tenant_id=tenant_id, actor="tests")
+            signals.publish_cancel(job_id)
 
 
 @pytest.fixture(scope="session")

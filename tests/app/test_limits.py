@@ -64,11 +64,12 @@ def limited(stack, stack_database):
             query = """SELECT id FROM jobs WHERE tenant_id = :id AND state IN ('queued', 'running')
                        ORDER BY id"""
             ids = list(session.scalars(text(query), {"id": tenant_id}))
-        with transaction(stack_database) as session:
-            for job_id in ids:
-                with contextlib.suppress(jobs.JobAlreadyFinished):
-                    jobs.cancel(session, job_id, tenant_id=tenant_id, actor="tests")
         for job_id in ids:
+            with (
+                contextlib.suppress(jobs.JobAlreadyFinished),
+                transaction(stack_database) as session,
+            ):
+                jobs.cancel(session, job_id, tenant_id=tenant_id, actor="tests")
             signals.publish_cancel(job_id)
 
 
