@@ -17,7 +17,7 @@ class AboutUrls:
 
 @document("What answers, and in which version.")
 class About:
-    name: Literal["Darkroom"] = "Darkroom"
+    name: Annotated[Literal["Darkroom"], says("The product that answers.")] = "Darkroom"
     version: Annotated[str, says("The release that this gateway runs.")]
     api_version: Annotated[
         Literal["v1"], says("The version of the API, with which its paths begin.")

@@ -269,7 +269,6 @@ def test_the_scheme_s_name_may_be_written_in_any_case(nobody, new_key):
     "path",
     [
         "/",
-        "/v1",
         "/v1/job",
         "/v1/jobs/",
         "/v1/jobs/not-an-id",

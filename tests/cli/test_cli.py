@@ -531,7 +531,7 @@ def test_a_model_that_is_not_there_cannot_be_calibrated(tmp_path):
     done = run(tmp_path, "calibrate", "poket")
 
     assert done.exit_code == 2
-    assert "none of pocket" in done.stderr
+    assert "is not one of pocket" in done.stderr
 
 
 def test_generate_saves_the_images_and_says_where_the_time_went(stack, tmp_path):

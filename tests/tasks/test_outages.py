@@ -5,14 +5,14 @@ What it does not hold against jobs, and what it does not multiply.
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import pytest
 import redis
-from sqlalchemy import create_engine, text
+from sqlalchemy import Row, create_engine, text
 from sqlalchemy.exc import OperationalError
 
 import models.sweeping
@@ -130,15 +130,18 @@ def refusing(sweeping: Sweeping, part: str) -> Iterator[None]:
         connect_args={"options": "-c default_transaction_read_only=off"},
     )
 
-    def say(statement: str) -> None:
+    def say(statement: str) -> Sequence[Row]:
         with server.connect() as connection:
-            connection.execute(text(statement))
+            answer = connection.execute(text(statement))
+            return answer.all() if answer.returns_rows else []
 
-    say(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
-    say(
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-        "WHERE datname = current_database() AND usename = 'darkroom_app'"
+    connected = (
+        " FROM pg_stat_activity WHERE datname = current_database() AND usename = 'darkroom_app'"
     )
+    say(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    before = [str(row.pid) for row in say(f"SELECT pid, pg_terminate_backend(pid){connected}")]
+    still = f"SELECT pid{connected} AND pid IN ({', '.join(before)})"
+    until(lambda: not before or not say(still), what="the end of all connections from before")
     try:
         yield
     finally:
