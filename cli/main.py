@@ -54,6 +54,7 @@ _MODULES = {
     "backup": "cli.backup",
     "restore": "cli.backup",
     "check": "cli.check",
+    "models": "cli.models",
     "calibrate": "cli.calibrate",
     "demo": "cli.demo",
 }
@@ -66,6 +67,7 @@ _ELSEWHERE = {  # commands that need what an image does not hold, and what to do
     "status": f"{_STACK}: docker compose ps, or darkroom check",
     "env": f"{_STACK}: the settings are in the .env beside docker-compose.yml",
     "demo": f"{_STACK}: darkroom generate makes an image",
+    "models": "a worker has the checkpoints: docker compose run --rm worker darkroom models",
 }
 
 
