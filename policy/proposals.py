@@ -35,6 +35,8 @@ SIZES = {
     1024: ("1024x1024", "832x1216", "1216x832"),
 }
 FEW_STEPS = 4
+# Steps without which a network that is not distilled leaves noise; tiers may ask for fewer.
+STEPS: dict[str, int] = {"sd": 20, "sdxl": 25, "sd3": 28, "flux": 28, "pipeline": 28, "plain": 28}
 # Rows of a reproducible forward: many where an image is small.
 SMALL_PX = 512 * 768
 SMALL_ROWS = 8
@@ -144,9 +146,11 @@ def _tier_table(
 ) -> dict[str, Any]:
     """Return what differs in one tier; {} where nothing does."""
     own: dict[str, Any] = {}
-    if facts.few_steps:
-        own["default_steps"] = min(FEW_STEPS, fleet.tiers[tier].max_steps)
-    if fleet.tiers[tier].determinism == "reproducible":
+    said = fleet.tiers[tier]
+    needed = FEW_STEPS if facts.few_steps else max(STEPS[facts.family], said.default_steps)
+    if min(needed, said.max_steps) != said.default_steps:
+        own["default_steps"] = min(needed, said.max_steps)
+    if said.determinism == "reproducible":
         most = fleet.pools[pool].max_batch_rows
         least = _rows_of_an_image(table)
         own["bucket_rows"] = {

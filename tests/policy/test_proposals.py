@@ -78,10 +78,17 @@ def test_defaults_are_those_with_which_such_checkpoints_work(kind, told):
 def test_a_distilled_checkpoint_makes_few_steps_in_every_tier():
     tiers = proposed(KINDS["turbo"])["tiers"]
 
+    assert tiers["quality"]["default_steps"] == tiers["batch"]["default_steps"] == 4
+    assert "fast" not in tiers  # it makes four steps anyway
+
+
+def test_another_makes_as_many_as_it_needs_and_the_tier_allows():
+    tiers = proposed(KINDS["dev"])["tiers"]
+
     assert {name: own["default_steps"] for name, own in tiers.items()} == {
-        "fast": 4,
-        "quality": 4,
-        "batch": 4,
+        "fast": 20,
+        "quality": 28,
+        "batch": 28,
     }
 
 
