@@ -1,4 +1,4 @@
-"""Define `models import` and `models add`: a single file becomes a folder, a folder a served model.
+"""Define `models import`, `add` and `try`: a file becomes a folder, a folder a served model.
 
 `add` tries the model in a process of its own before it writes: whatever happens to that, the
 operator's fleet.toml stays as it was.
@@ -31,6 +31,7 @@ from cli.checkpoints import (
 )
 from cli.installation import Installation, pass_installation
 from engine.inspection import Inspection
+from policy.catalog import checkpoint_name
 from policy.fleet import Fleet, FleetInvalid, parse_fleet
 from policy.fleet_text import NotWritable, model_text, with_model
 from policy.proposals import propose
@@ -178,13 +179,48 @@ def add(
         return
     changed = _changed(text, name, table, home)
     pictures = folder or installation.data_dir / "trials" / name
-    curves = settings.curves_folder or installation.data_dir / "curves"
-    settings = settings.model_copy(update={"curves_folder": curves.absolute()})
-    answer = _trial(settings, changed, name, prompts or PROMPTS, pictures)
+    settings = _with_curves(settings, installation)
+    answer = _trial(settings, changed, name, version_id, prompts or PROMPTS, pictures)
     _show(answer)
     backup = _write(settings.fleet_file, text, changed)
     click.echo(f"{settings.fleet_file}: holds {name} now; {backup.name} is what it was")
     click.echo("look at the pictures, then restart: ./darkroom down, ./darkroom up --detach")
+
+
+@click.command("try")
+@click.argument("model", required=False)
+@click.option("--prompt", "prompts", multiple=True, help="What the pictures show; once for each.")
+@pass_installation
+@click.pass_context
+def try_models(
+    ctx: click.Context, installation: Installation, model: str | None, prompts: tuple[str, ...]
+) -> None:
+    """Load every version of MODEL, or of every model of fleet.toml, and make pictures with it.
+
+    Each in a process of its own, so that one that fails is told and the others are tried. Exit code
+    1 if any fails. Nothing is changed but the curves of this device.
+    """
+    settings = _with_curves(device_settings(installation), installation)
+    text, fleet = _read_fleet(settings)
+    if model is not None and model not in fleet.models:
+        known = ", ".join(fleet.models)
+        raise click.BadParameter(f"{model!r} is none of {known}", param_hint="MODEL")
+    failed = 0
+    for name, entry in fleet.models.items():
+        for version in entry.versions if model in (None, name) else ():
+            pictures = installation.data_dir / "trials" / checkpoint_name(name, version.id)
+            try:
+                _show(_trial(settings, text, name, version.id, prompts or PROMPTS[:1], pictures))
+            except click.ClickException as problem:
+                failed += 1
+                screen.complain(problem.message)
+    ctx.exit(1 if failed else 0)
+
+
+def _with_curves(settings: DeviceSettings, installation: Installation) -> DeviceSettings:
+    """Return the settings with a folder for curves: as `calibrate`, the stack's by default."""
+    curves = settings.curves_folder or installation.data_dir / "curves"
+    return settings.model_copy(update={"curves_folder": curves.absolute()})
 
 
 def _read_fleet(settings: DeviceSettings) -> tuple[str, Fleet]:
@@ -241,12 +277,20 @@ def _changed(text: str, name: str, table: Mapping[str, Any], pool: str) -> str:
 
 
 def _trial(
-    settings: DeviceSettings, text: str, name: str, prompts: tuple[str, ...], pictures: Path
+    settings: DeviceSettings,
+    text: str,
+    name: str,
+    version: str,
+    prompts: tuple[str, ...],
+    pictures: Path,
 ) -> dict[str, Any]:
     """Load the model in a process of its own and have it make pictures; return what it tells.
 
+    text: of a fleet.toml that has the model.
+
     Raises click.ClickException.
     """
+    checkpoint = checkpoint_name(name, version)
     pictures.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="darkroom-trial-") as place:
         file = Path(place) / "fleet.toml"
@@ -260,11 +304,12 @@ def _trial(
             "DEVICE": settings.device,
             "TORCH_THREADS": str(settings.torch_threads),
         }
-        order = json.dumps({"model": name, "prompts": prompts, "folder": str(pictures.absolute())})
-        with screen.err().status(f"loading {name} and making {len(prompts)} pictures"):
+        order = {"model": name, "version": version, "prompts": prompts}
+        order["folder"] = str(pictures.absolute())
+        with screen.err().status(f"loading {checkpoint} and making {len(prompts)} pictures"):
             done = subprocess.run(
                 [sys.executable, "-P", "-m", "cli.trial"],
-                input=order,
+                input=json.dumps(order),
                 env=environment,
                 capture_output=True,
                 text=True,
@@ -273,8 +318,8 @@ def _trial(
     if done.returncode == 0 and answer is not None:
         return answer
     if answer is not None and "problem" in answer:
-        raise click.ClickException(f"{name}: {answer['problem']}")
-    raise click.ClickException(_told_by(done.returncode, done.stderr, name))
+        raise click.ClickException(f"{checkpoint}: {answer['problem']}")
+    raise click.ClickException(_told_by(done.returncode, done.stderr, checkpoint))
 
 
 def _answer_in(output: str) -> dict[str, Any] | None:
@@ -303,7 +348,7 @@ def _show(answer: Mapping[str, Any]) -> None:
         for each in answer["pictures"]
     ]
     columns = ("picture of", "size", "steps", "s", "file")
-    title = f"loaded in {answer['load_s']:.1f} s on {answer['device']}"
+    title = f"{answer['checkpoint']}, loaded in {answer['load_s']:.1f} s on {answer['device']}"
     screen.out().print(screen.table(columns, rows, title=title, numbers=("steps", "s")))
     screen.err().print(f"curve of this device: {answer['curves']}", style="dim", markup=False)
     for note in answer["notes"]:

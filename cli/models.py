@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from cli import screen
-from cli.adding import add, import_checkpoint
+from cli.adding import add, import_checkpoint, try_models
 from cli.checkpoints import (
     LOCAL,
     device_settings,
@@ -41,6 +41,7 @@ def models() -> None:
 
 models.add_command(import_checkpoint)
 models.add_command(add)
+models.add_command(try_models)
 
 
 # --- inspect --------------------------------------------------------------------------------------

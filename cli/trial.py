@@ -1,8 +1,8 @@
-"""Load one model of fleet.toml, measure it, and make pictures: what `models add` starts beside
-itself, so that a crash is this process's alone.
+"""Load one model of fleet.toml, measure it, and make pictures: what `models add` and `try` start
+beside themselves, so that a crash is this process's alone.
 
-It reads one JSON object from standard input: model, prompts, folder. The last line of its output is
-one: what it found, or {"problem": ...}. Exit code 1 with a problem.
+It reads one JSON object from standard input: model, version, prompts, folder. The last line of its
+output is one: what it found, or {"problem": ...}. Exit code 1 with a problem.
 """
 
 import json
@@ -22,6 +22,7 @@ from engine.engine import Engine
 from engine.errors import EngineError, UnsupportedRequest
 from engine.records import FinishedImage
 from engine.request import ImageRequest, Picture
+from policy.catalog import checkpoint_name
 from policy.fleet import Fleet
 from settings import DeviceSettings, load, load_fleet_or_exit
 from tasks.engines import checkpoint_specs, engine_config
@@ -47,7 +48,9 @@ def _tried(settings: DeviceSettings, fleet: Fleet, order: dict[str, Any]) -> dic
     model = order["model"]
     pool = fleet.pools[fleet.pool_of(model)]
     config = replace(engine_config(settings, fleet, pool), curves_folder="")
-    [spec] = checkpoint_specs(fleet, [model], settings.checkpoint_root)
+    wanted = checkpoint_name(model, order["version"])
+    specs = checkpoint_specs(fleet, [model], settings.checkpoint_root)
+    spec = next(spec for spec in specs if spec.name == wanted)
     began_at = time.monotonic()
     with Engine(config, [spec]) as engine:
         load_s = time.monotonic() - began_at
@@ -62,6 +65,7 @@ def _tried(settings: DeviceSettings, fleet: Fleet, order: dict[str, Any]) -> dic
             for seed, prompt in enumerate(order["prompts"], 1)
         ]
     return {
+        "checkpoint": spec.name,
         "load_s": load_s,
         "device": config.device,
         "curves": str(curves),

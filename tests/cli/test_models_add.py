@@ -153,7 +153,7 @@ def lose_a_file(folder: Path) -> None:
     ("spoil", "told"),
     [
         (lose_a_file, "tokenizer: holds no vocabulary"),
-        (lose_a_tensor, "bad: vae: lacks 1 tensors, such as ['decoder.conv_in.weight']"),
+        (lose_a_tensor, "bad@1: vae: lacks 1 tensors, such as ['decoder.conv_in.weight']"),
         (spoil_weights, "NaN"),
     ],
 )
@@ -180,7 +180,7 @@ def test_a_trial_that_is_killed_leaves_the_file_as_it_was(place, monkeypatch):
     done = place.run("add", "killed", POCKET)
 
     assert done.exit_code == 1
-    assert "killed: its trial was ended by SIGKILL, perhaps for want of memory" in done.stderr
+    assert "killed@1: its trial was ended by SIGKILL, perhaps for want of memory" in done.stderr
     assert place.fleet_file.read_bytes() == before
 
 
@@ -189,7 +189,8 @@ def test_a_file_that_somebody_edits_meanwhile_is_not_overwritten(place, monkeypa
 
     def trial(*_):
         place.fleet_file.write_text(edited)
-        return {"pictures": [], "load_s": 0.0, "device": "cpu", "curves": "", "notes": []}
+        told = {"checkpoint": "other@1", "load_s": 0.0, "device": "cpu", "curves": ""}
+        return {**told, "pictures": [], "notes": []}
 
     monkeypatch.setattr(adding, "_trial", trial)
 
@@ -215,3 +216,21 @@ def test_what_cannot_be_added_is_told_before_anything_is_loaded(place, arguments
 
     assert done.exit_code == 2
     assert told in " ".join(done.stderr.split())
+
+
+def test_try_names_the_model_that_fails_and_goes_on_with_the_others(place):
+    text = place.fleet_file.read_text()
+    folder = shutil.copytree(POCKET, place.root / "bad")
+    lose_a_tensor(folder)
+    bad = text.partition("[models.pocket]")[2].partition("[models.pocket.versions.sha256]")[0]
+    bad = f"[models.bad]{bad}".replace("models.pocket", "models.bad").replace('"pocket/', '"')
+    bad = bad.replace('"checkpoint"', '"bad"').replace('"gpt-image', '"x').replace('"dall-e', '"y')
+    listed = text.replace('models = ["pocket"]', 'models = ["bad", "pocket"]')
+    place.fleet_file.write_text(listed.replace("[models.pocket]", f"{bad}\n[models.pocket]"))
+
+    done = place.run("try")
+
+    assert done.exit_code == 1
+    assert "bad@1: vae: lacks 1 tensors" in done.stderr
+    assert "pocket@1, loaded in" in done.stdout
+    assert [path.name for path in (place.data / "trials" / "pocket@1").iterdir()] == ["1.png"]

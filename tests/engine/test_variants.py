@@ -1,9 +1,11 @@
 """Folders as people have them: precision variants alone, in shards, pickles, packages that lack."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import diffusers
 import pytest
@@ -214,6 +216,23 @@ def test_a_missing_package_is_no_corrupt_checkpoint(problem, package):
 
     assert isinstance(told, PackageMissing)
     assert str(told) == f"processor: needs the package {package}, which is not installed here"
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
+def test_an_edit_pipeline_without_its_package_says_which_one(tmp_path):
+    folder = save_tiny_pipeline("qwen-image", tmp_path / "qwen")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["_class_name"] = "QwenImageEditPipeline"
+    index["processor"] = ["transformers", "Qwen2VLProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    processor = shutil.copytree(folder / "tokenizer", folder / "processor")
+    for file, kind in (("", "image"), ("video_", "video")):
+        told = {f"{kind}_processor_type": f"Qwen2VL{kind.title()}Processor"}
+        (processor / f"{file}preprocessor_config.json").write_text(json.dumps(told))
+    spec = a_spec(folder, family="pipeline", sizes=((32, 32),), samplers=("default",))
+
+    with pytest.raises(PackageMissing, match="needs the package torchvision"):
+        load_checkpoint(spec, CPU)
 
 
 def test_a_missing_package_is_seen_behind_another_error():
