@@ -210,8 +210,6 @@ def _write_network(file: Path, folder: Path, part: str, config: Mapping[str, Any
             )
             raise CheckpointCorrupt(file.name, reason)
     network.load_state_dict(kept, assign=True)
-    dtype = next(iter(kept.values())).dtype
-    network.to(dtype)
     network.save_pretrained(folder / part, max_shard_size="100GB")
 
 
