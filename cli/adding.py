@@ -123,6 +123,12 @@ def as_one_sentence() -> Iterator[None]:
     type=click.Path(path_type=Path, file_okay=False),
     help="Where they are stored.  [default: a folder below the stack's data]",
 )
+@click.option("--like", type=LOCAL, help="Of a single file: as for `models import`.")
+@click.option(
+    "--prediction",
+    type=click.Choice(PREDICTIONS),
+    help="Of a single file: what the network predicts, if the file does not say so.",
+)
 @click.option(
     "--version", "version_id", default="1", show_default=True, help="Name of the weights."
 )
@@ -138,6 +144,8 @@ def add(
     precision: str | None,
     prompts: tuple[str, ...],
     folder: Path | None,
+    like: Path | None,
+    prediction: str | None,
     version_id: str,
 ) -> None:
     """Serve the checkpoint at PATH as model NAME: digests, a table in fleet.toml, a trial.
@@ -153,7 +161,7 @@ def add(
         raise click.BadParameter(f"{name!r} is taken by a model or alias", param_hint="NAME")
     home = _pool(fleet, pool)
     if path.is_file():
-        path = imported(settings, path, name)
+        path = imported(settings, path, name, like=like, prediction=prediction)
     found = looked_at(path)
     if found.missing:
         raise click.ClickException(f"{path}: {'; '.join(found.missing)}")

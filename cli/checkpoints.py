@@ -18,7 +18,7 @@ from engine.folders import files_read, part_names, sha256_of
 from engine.inspection import Inspection, inspect
 from policy.fleet import Family
 from policy.proposals import CheckpointFacts
-from settings import DeviceSettings, read
+from settings import DeviceSettings, SettingsInvalid, read
 
 LATER = {
     "s3://": "fetch it into a folder first; `add s3://…` is not there yet",
@@ -43,13 +43,19 @@ LOCAL = LocalPath(path_type=Path)
 
 
 def device_settings(installation: Installation) -> DeviceSettings:
-    """Read the settings of whoever loads weights: of the environment, else of this stack."""
+    """Read the settings of whoever loads weights: of the environment, else of this stack.
+
+    Raises click.ClickException.
+    """
     known = {
         name: value
         for name, value in dotenv_values(installation.data_dir / "env", interpolate=False).items()
         if value is not None
     }
-    settings = read(DeviceSettings, {**known, **os.environ})
+    try:
+        settings = read(DeviceSettings, {**known, **os.environ})
+    except SettingsInvalid as error:
+        raise click.ClickException(f"settings: {'; '.join(error.problems)}") from None
     if installation.fleet_file is not None:
         settings = settings.model_copy(update={"fleet_file": installation.fleet_file})
     return settings

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 from engine.config import CheckpointSpec
@@ -39,6 +40,9 @@ def main() -> int:
         answer = _tried(settings, fleet, order)
     except EngineError as problem:
         answer = {"problem": str(problem)}
+    except (MemoryError, torch.OutOfMemoryError) as problem:
+        reason = "the memory of the device does not hold it; try a half --precision"
+        answer = {"problem": f"{reason} ({problem})"}
     print(json.dumps(answer), flush=True)
     return 1 if "problem" in answer else 0
 

@@ -113,6 +113,7 @@ def test_help_in_an_image_says_which_commands_are_elsewhere():
         (["logs"], "docker compose logs"),
         (["demo"], "darkroom generate"),
         (["calibrate", "pocket"], "docker compose run --rm worker darkroom calibrate"),
+        (["models", "list"], "docker compose run --rm worker darkroom models"),
         (["audit", "verify"], "docker compose run --rm cli"),
         (["sql", "select 1"], "docker compose run --rm cli"),
         (["jobs"], "docker compose run --rm cli"),

@@ -122,8 +122,12 @@ def test_a_single_file_is_made_a_folder_and_added(place):
 
     assert done.exit_code == 0, done.output
     assert place.run("inspect", place.root / "mine").exit_code == 0
-    assert place.run("import", file, "mine", "--like", epsilon).exit_code == 1
-    assert place.run("add", "mine", place.root / "mine", "--prompt", "a cat").exit_code == 0
+    again = place.run("import", file, "mine", "--like", epsilon)
+    assert (again.exit_code, "is there already" in again.stderr) == (1, True)
+    told = ("--like", epsilon, "--prediction", "v_prediction", "--prompt", "a cat")
+    assert place.run("add", "yours", file, *told).exit_code == 0
+    config = json.loads((place.root / "yours/scheduler/scheduler_config.json").read_text())
+    assert config["prediction_type"] == "v_prediction"
 
 
 def spoil_weights(folder: Path) -> None:
@@ -234,3 +238,30 @@ def test_try_names_the_model_that_fails_and_goes_on_with_the_others(place):
     assert "bad@1: vae: lacks 1 tensors" in done.stderr
     assert "pocket@1, loaded in" in done.stdout
     assert [path.name for path in (place.data / "trials" / "pocket@1").iterdir()] == ["1.png"]
+
+
+def test_a_picture_of_another_size_than_was_asked_for_is_told():
+    from cli.trial import _notes
+
+    found = {
+        "from": "",
+        "size": "1024x1024",
+        "asked_size": "64x64",
+        "is_flat": True,
+        "file": "1.png",
+    }
+
+    assert _notes([found]) == [
+        "it made 1024x1024 where 64x64 was asked for: set `sizes` or `options`",
+        "1.png: is of one colour; something is wrong",
+    ]
+
+
+def test_a_setting_that_is_wrong_is_one_sentence(place, monkeypatch):
+    monkeypatch.setenv("DEVICE", "tpu")
+
+    done = place.run("list")
+
+    assert done.exit_code == 1
+    assert "DEVICE" in done.stderr
+    assert "Traceback" not in done.stderr
