@@ -55,6 +55,7 @@ _MODULES = {
     "backup": "cli.backup",
     "restore": "cli.backup",
     "check": "cli.check",
+    "models": "cli.models",
     "calibrate": "cli.calibrate",
     "demo": "cli.demo",
 }
@@ -67,6 +68,7 @@ _ELSEWHERE = {  # commands that need what an image does not hold, and what to do
     "status": f"{_STACK}, use docker compose ps or darkroom check",
     "env": f"{_STACK}, read the .env beside docker-compose.yml",
     "demo": f"{_STACK}, make an image with darkroom generate",
+    "models": "a worker has the checkpoints: docker compose run --rm worker darkroom models",
 }
 
 

@@ -472,6 +472,9 @@ ENDINGS = {
     ".lora_up.weight": "up",
     ".alpha": "alpha",
 }
+# What may stand before a denoiser's own names: nothing, what peft writes for a bare network, what
+# ComfyUI and its trainers write.
+DENOISER_PREFIXES = ("", "base_model.model.", "diffusion_model.")
 KOHYA_NETWORKS = {
     "lora_unet_": ("unet", "transformer"),
     "lora_transformer_": ("transformer",),
@@ -561,7 +564,8 @@ def _spellings(networks: Mapping[str, nn.Module]) -> dict[str, LayerName]:
                     if network in meant:
                         spellings[prefix + spelled.replace(".", "_")] = (network, name)
             if network in ("unet", "transformer"):
-                spellings[name] = (network, name)
+                for prefix in DENOISER_PREFIXES:
+                    spellings[prefix + name] = (network, name)
     return spellings
 
 

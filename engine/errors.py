@@ -3,6 +3,7 @@
 EngineError              the unplanned, with its cause attached: log it, count the attempt
 ├── UnknownCheckpoint    the checkpoint is not here: wrongly routed, another worker may hold it
 ├── UnsupportedRequest   no engine with this catalog could render it; names the field
+│   └── PackageMissing   the checkpoint is sound, and a package that reads it is not installed
 ├── CheckpointCorrupt    a file is missing, altered or unreadable; names the file
 ├── SnapshotRefused      no snapshot, damaged, or of another request or set-up: start from step 0
 ├── OutOfDeviceMemory    the device could not hold the work: try again alone, or elsewhere
@@ -42,6 +43,17 @@ class UnsupportedRequest(EngineError):
         super().__init__(f"{field}: {problem}")
         self.field = field
         self.problem = problem
+
+
+class PackageMissing(UnsupportedRequest):
+    """A part of the checkpoint needs a package that is not installed; `package` names it.
+
+    Install it where the worker runs, or serve another checkpoint.
+    """
+
+    def __init__(self, part: str, package: str) -> None:
+        super().__init__(part, f"needs the package {package}, which is not installed here")
+        self.package = package
 
 
 class CheckpointCorrupt(EngineError):

@@ -3,7 +3,6 @@
 No network, no pickle, no code from the folder.
 """
 
-import hashlib
 import json
 import logging
 import time
@@ -24,12 +23,12 @@ from engine.errors import CheckpointCorrupt, UnsupportedRequest
 from engine.families import family_named
 from engine.families.contract import Family
 from engine.families.latent import LatentFamily
+from engine.folders import digest_of, hash_files, sha256_of
 from engine.request import AdapterUse, ImageRequest
 
 log = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-READ_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,34 +148,6 @@ def _block_cache(spec: CheckpointSpec, family: Family) -> BlockCache | None:
     )
 
 
-def hash_files(path: Path, folders: tuple[str, ...]) -> dict[str, str]:
-    """Return the sha256 of every file a family may read, by its name relative to `path`.
-
-    Other precisions' variants are not read.
-    """
-    if not path.is_dir():
-        raise CheckpointCorrupt(str(path), "is not a folder")
-    found: dict[str, str] = {}
-    for folder in folders:
-        files = sorted(
-            file
-            for file in (path / folder).glob("*")
-            if file.is_file() and file.suffix in READ_SUFFIXES
-        )
-        if not files:
-            raise CheckpointCorrupt(folder, "is missing or empty")
-        for file in files:
-            if not _is_variant(file):
-                found[f"{folder}/{file.name}"] = _sha256(file)
-    return found
-
-
-def digest_of(found: dict[str, str]) -> str:
-    """Give one hex sha256 for all files, independent of where they lie."""
-    lines = "".join(f"{sha256}  {name}\n" for name, sha256 in sorted(found.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
 def _verify(path: Path, expected: dict[str, str], found: dict[str, str]) -> None:
     """Compare what lies in the folder with what the catalog says.
 
@@ -188,29 +159,13 @@ def _verify(path: Path, expected: dict[str, str], found: dict[str, str]) -> None
             file = path / name
             if not file.is_file():
                 raise CheckpointCorrupt(name, "is missing")
-            actual = _sha256(file)  # listed, although this family does not read it
+            actual = sha256_of(file)  # listed, although this family does not read it
         if actual != sha256.lower():
             raise CheckpointCorrupt(name, f"has sha256 {actual}, not {sha256.lower()}")
     if expected:
         for name in found:
             if name.endswith(".safetensors") and name not in expected:
                 raise CheckpointCorrupt(name, "would be read, but its sha256 is not listed")
-
-
-def _is_variant(file: Path) -> bool:
-    """Tell whether the file holds weights of another precision, such as model.fp16.safetensors.
-
-    Those are never read, nor should they change the digest.
-    """
-    return file.suffix == ".safetensors" and "." in file.stem
-
-
-def _sha256(file: Path) -> str:
-    try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as problem:
-        raise CheckpointCorrupt(file.name, str(problem)) from problem
 
 
 def _quiet_progress_bars() -> None:

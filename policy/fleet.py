@@ -3,12 +3,15 @@
 Pure: it is handed the text; `settings.py` reads the file. Errors name the key that is wrong.
 """
 
+import json
 import math
+import re
 import tomllib
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -19,6 +22,7 @@ from pydantic import (
     ValidationError,
 )
 
+# Of tiers, pools, samplers: they become names of queues, whose parts a dot divides.
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 # Ids that other programs have built in.
 ModelAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]
@@ -65,6 +69,16 @@ def _checked_size(text: str) -> str:
 Size = Annotated[str, AfterValidator(_checked_size)]
 
 
+def _checked_model_name(text: str) -> str:
+    """Return the name of a model, version or adapter: as its makers call it, "FLUX.1-dev"."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", text):
+        raise ValueError("a name has letters, digits, '.', '_' and '-', at most 63 of them")
+    return text
+
+
+ModelName = Annotated[str, AfterValidator(_checked_model_name)]
+
+
 class _Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -107,7 +121,7 @@ class ModelTier(_Table):
 class ModelVersion(_Table):
     """One set of weights. `traffic_weight` 0: loadable for replays, but gets no new jobs."""
 
-    id: Name
+    id: ModelName
     source: str = Field(min_length=1)
     traffic_weight: float = Field(1.0, ge=0)
     sha256: dict[str, Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]] = Field(
@@ -133,12 +147,16 @@ class Model(_Table):
     pipeline_class: str = ""
     # Families pipeline and plain: arguments of every call.
     options: dict[Name, str | int | float | bool] = Field(default_factory=dict)
-    adapters: dict[Name, Adapter] = Field(default_factory=dict)
+    adapters: dict[ModelName, Adapter] = Field(default_factory=dict)
+    # The largest rank of an adapter; device memory grows with it only where one has it.
+    max_adapter_rank: int = Field(64, ge=1, le=1024)
+    # Different adapters in one forward; at least as many as one request may name.
+    adapter_slots: int = Field(8, ge=8, le=256)
     channels_last: bool = False
     compile_blocks: bool = False
     cuda_graphs: bool = False
     block_cache_threshold: float = Field(0.0, ge=0, lt=1)  # 0: no block cache; sd3 and flux alone
-    licence: str
+    licence: str = "unknown"
     precision: Literal["fp32", "bf16", "fp16"]
     # Family flux: the network takes guidance as an input (dev); false: it does not (schnell).
     guidance_distilled: bool = True
@@ -150,7 +168,7 @@ class Model(_Table):
     max_prompt_chars: int = Field(2000, ge=1, le=100_000)
     # The count of its megapixel-step against budgets and quotas.
     cost_factor: float = Field(1.0, gt=0, le=1000)
-    created_at: datetime
+    created_at: datetime = datetime.fromtimestamp(0, UTC)  # 1970: nobody said
     tiers: dict[Name, ModelTier] = Field(default_factory=dict)
     versions: tuple[ModelVersion, ...] = Field(min_length=1)
 
@@ -158,7 +176,7 @@ class Model(_Table):
 class Pool(_Table):
     """Models that live together on a worker; a failure domain."""
 
-    models: tuple[Name, ...] = Field(min_length=1)
+    models: tuple[ModelName, ...] = Field(min_length=1)
     slots: int = Field(ge=1, le=1024)  # images resident on one device
     max_batch_rows: int = Field(ge=1, le=1024)
     # Sizes of best-effort forwards, ascending; (): exactly the rows there are.
@@ -210,7 +228,7 @@ class Fleet(_Table):
 
     currency: Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$")] = "USD"
     tiers: dict[Name, Tier] = Field(min_length=1)
-    models: dict[Name, Model] = Field(min_length=1)
+    models: dict[ModelName, Model] = Field(min_length=1)
     pools: dict[Name, Pool] = Field(min_length=1)
 
     @cached_property
@@ -279,19 +297,68 @@ class Fleet(_Table):
 def parse_fleet(text: str) -> Fleet:
     """Parse and cross-check the text of fleet.toml. Raises FleetInvalid."""
     try:
-        fleet = Fleet.model_validate(tomllib.loads(text))
+        tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise FleetInvalid([f"not TOML: {error}"]) from None
+    if problems := list(_unquoted_names(tables)):
+        raise FleetInvalid(problems)
+    try:
+        fleet = Fleet.model_validate(tables)
     except ValidationError as error:
         raise FleetInvalid(
             [
-                f"{'.'.join(str(p) for p in problem['loc'])}: {problem['msg']}"
+                f"{_key(*problem['loc'])}: {problem['msg'].removeprefix('Value error, ')}"
                 for problem in error.errors()
             ]
         ) from None
     if problems := list(_contradictions(fleet)):
         raise FleetInvalid(problems)
     return fleet
+
+
+def toml_key(name: str) -> str:
+    """Write one part of a key of a TOML file: quoted where it is no bare one."""
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
+
+
+def _key(*parts: str | int) -> str:
+    """Write the whole key of a table or value, as the file's reader would."""
+    marks = ("[key]",)  # pydantic's word for the key itself
+    return ".".join(
+        part if part in marks else toml_key(part) if isinstance(part, str) else str(part)
+        for part in parts
+    )
+
+
+def _unquoted_names(tables: Mapping[str, Any]) -> Iterator[str]:
+    """Tell of names with a dot that are not quoted, which TOML reads as tables within tables."""
+    models = tables.get("models")
+    if not isinstance(models, dict):
+        return
+    yield from _unquoted("models", models, Model)
+    for name, model in models.items():
+        adapters = model.get("adapters") if isinstance(model, dict) else None
+        if isinstance(adapters, dict):
+            yield from _unquoted(_key("models", name, "adapters"), adapters, Adapter)
+
+
+def _unquoted(place: str, entries: Mapping[str, Any], table: type[BaseModel]) -> Iterator[str]:
+    """Do so for the tables of one kind, each of which is expected directly under `place`."""
+    for name, entry in entries.items():
+        for dotted in _dotted(name, entry, table.model_fields):
+            yield f"{place}.{dotted}: a name with a dot is quoted: [{place}.{json.dumps(dotted)}]"
+
+
+def _dotted(name: str, entry: Any, fields: Mapping[str, Any]) -> Iterator[str]:
+    """Yield every dotted name that leads to an entry with one of the fields."""
+    if not isinstance(entry, dict):
+        return
+    for key, below in entry.items():
+        if key not in fields and isinstance(below, dict):
+            if fields.keys() & below.keys():
+                yield f"{name}.{key}"
+            else:
+                yield from _dotted(f"{name}.{key}", below, fields)
 
 
 def _contradictions(fleet: Fleet) -> list[str]:
@@ -308,7 +375,7 @@ def _contradictions(fleet: Fleet) -> list[str]:
     said = Counter([*fleet.models, *aliases])
     for name, model in fleet.models.items():
         problems += [
-            f"models.{name}.aliases: {alias!r} is taken"
+            f"{_key('models', name)}.aliases: {alias!r} is taken"
             for alias in model.aliases
             if said[alias] > 1
         ]
@@ -353,46 +420,44 @@ def _contradictions_of_pool(fleet: Fleet, name: str, pool: Pool) -> list[str]:
 
 
 def _contradictions_of_model(fleet: Fleet, name: str, model: Model, homes: int) -> list[str]:
+    place = _key("models", name)
     problems = []
     if homes != 1:
-        problems.append(f"models.{name}: must be in exactly one pool, is in {homes}")
+        problems.append(f"{place}: must be in exactly one pool, is in {homes}")
     if model.default_sampler not in model.samplers:
-        problems.append(f"models.{name}.default_sampler: must be one of samplers")
+        problems.append(f"{place}.default_sampler: must be one of samplers")
     for key, is_given in (("pipeline_class", model.pipeline_class), ("options", model.options)):
         if is_given and model.family not in OPEN_FAMILIES:
-            problems.append(f"models.{name}.{key}: means nothing to family {model.family!r}")
+            problems.append(f"{place}.{key}: means nothing to family {model.family!r}")
     if not model.guidance_distilled and model.family != "flux":
-        problems.append(
-            f"models.{name}.guidance_distilled: means nothing to family {model.family!r}"
-        )
+        problems.append(f"{place}.guidance_distilled: means nothing to family {model.family!r}")
     if model.block_cache_threshold and model.family not in BLOCK_CACHE_FAMILIES:
-        problems.append(
-            f"models.{name}.block_cache_threshold: means nothing to family {model.family!r}"
-        )
+        problems.append(f"{place}.block_cache_threshold: means nothing to family {model.family!r}")
     if model.default_guidance > model.max_guidance:
         problems.append(
-            f"models.{name}.default_guidance: must not exceed max_guidance ({model.max_guidance})"
+            f"{place}.default_guidance: must not exceed max_guidance ({model.max_guidance})"
         )
     if len({version.id for version in model.versions}) < len(model.versions):
-        problems.append(f"models.{name}.versions: ids must differ")
+        problems.append(f"{place}.versions: ids must differ")
     if not any(version.traffic_weight for version in model.versions):
-        problems.append(f"models.{name}.versions: no version has a traffic_weight above 0")
+        problems.append(f"{place}.versions: no version has a traffic_weight above 0")
     return problems + _contradictions_of_tiers(fleet, name, model)
 
 
 def _contradictions_of_tiers(fleet: Fleet, name: str, model: Model) -> list[str]:
     """Tell where the model and the tiers do not fit each other."""
+    place = _key("models", name)
     problems = []
     for tier_name, own in model.tiers.items():
         if tier_name not in fleet.tiers:
-            problems.append(f"models.{name}.tiers.{tier_name}: not a tier of this file")
+            problems.append(f"{place}.tiers.{tier_name}: not a tier of this file")
         elif own.default_steps is not None and own.default_steps > fleet.tiers[tier_name].max_steps:
             problems.append(
-                f"models.{name}.tiers.{tier_name}.default_steps: exceeds the tier's max_steps"
+                f"{place}.tiers.{tier_name}.default_steps: exceeds the tier's max_steps"
             )
         if own.default_guidance is not None and own.default_guidance > model.max_guidance:
             problems.append(
-                f"models.{name}.tiers.{tier_name}.default_guidance: exceeds max_guidance"
+                f"{place}.tiers.{tier_name}.default_guidance: exceeds max_guidance"
                 f" ({model.max_guidance})"
             )
     for tier_name, tier in fleet.tiers.items():
@@ -406,13 +471,25 @@ def _contradictions_of_tiers(fleet: Fleet, name: str, model: Model) -> list[str]
 def _contradictions_of_bucket_rows(
     fleet: Fleet, name: str, model: Model, tier_name: str
 ) -> list[str]:
+    place = _key("models", name)
     bucket_rows = model.tiers.get(tier_name, ModelTier()).bucket_rows
     rows_limit = min(
         (pool.max_batch_rows for pool in fleet.pools.values() if name in pool.models), default=0
     )
+    least_rows = most_rows_of_an_image(model)
     return [
-        f"models.{name}.tiers.{tier_name}.bucket_rows: {size!r} needs 2 to {rows_limit} rows,"
-        f" for tier {tier_name} is reproducible"
+        f"{place}.tiers.{tier_name}.bucket_rows: {size!r} needs {least_rows} to"
+        f" {rows_limit} rows, for tier {tier_name} is reproducible"
         for size in model.sizes
-        if not 2 <= bucket_rows.get(size, 0) <= rows_limit
+        if not least_rows <= bucket_rows.get(size, 0) <= rows_limit
     ]
+
+
+def most_rows_of_an_image(model: Model) -> int:
+    """Return how many rows of a forward an image of this model takes at most.
+
+    Guidance takes a second one, unless the network takes it as an input, or it never acts.
+    """
+    takes_guidance_as_input = model.family == "flux" and model.guidance_distilled
+    is_never_guided = model.family not in OPEN_FAMILIES and model.max_guidance <= 1
+    return 1 if takes_guidance_as_input or is_never_guided else 2

@@ -36,6 +36,8 @@ def _checkpoint_spec(name: str, model: Model, version: ModelVersion, root: Path)
         samplers=model.samplers,
         default_sampler=model.default_sampler,
         adapters=_adapter_specs(model, root),
+        adapter_slots=model.adapter_slots,
+        max_adapter_rank=model.max_adapter_rank,
         pipeline_class=model.pipeline_class,
         options=model.options,
         channels_last=model.channels_last,

@@ -331,6 +331,26 @@ def test_a_toml_example_fits_the_fleet_s_file(example):
         parse_fleet(_beside_the_shipped(parsed, example.text))
 
 
+def test_the_page_on_models_has_a_whole_table_for_every_kind_of_checkpoint():
+    whole = [
+        tomllib.loads(each.text)
+        for each in of("toml")
+        if name_of(each.page) == "docs/models.md" and "family" in each.text
+    ]
+
+    assert all("pools" in tables for tables in whole)
+    assert [name for tables in whole for name in tables["models"]] == [
+        "sd1.5",
+        "sdxl",
+        "sd3.5",
+        "FLUX.1-dev",
+        "FLUX.1-schnell",
+        "FLUX.1-Fill-dev",
+        "kontext",
+        "canny",
+    ]
+
+
 def _beside_the_shipped(parsed: dict[str, Any], text: str) -> str:
     """The fleet.toml that ships, with the example in place of the kinds of tables that it has."""
     shipped = (REPO / "fleet.toml").read_text()

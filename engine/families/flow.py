@@ -34,6 +34,7 @@ from engine.families.latent import (
     load_sampler_config,
     load_tokenizer,
 )
+from engine.folders import part_names
 from engine.inflight import InFlight
 from engine.request import ImageRequest
 from engine.samplers import FLOW_SAMPLERS, check_sampler, fresh_sampler
@@ -46,10 +47,10 @@ MOST_TEXT_TOKENS = 512  # of T5, in both pipelines
 class FlowFamily(LatentFamily):
     """One loaded checkpoint of SD3 or FLUX."""
 
+    NAME: ClassVar[str]  # of the family
     # The classes of the transformer and the text encoders, by folder.
     NETWORKS: ClassVar[Mapping[str, Any]]
     TOKENIZERS: ClassVar[Mapping[str, Any]]
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset()  # folders of those that a checkpoint may lack
     TEXT_TOKENS: ClassVar[int]  # of T5, unless a request says otherwise
     MAX_SHIFT: ClassVar[float]  # of a scheduler config that names none
 
@@ -73,12 +74,7 @@ class FlowFamily(LatentFamily):
 
     @classmethod
     def folders(cls, path: Path) -> tuple[str, ...]:
-        present = {
-            folder
-            for folder in (*cls.NETWORKS, *cls.TOKENIZERS)
-            if folder not in cls.OPTIONAL or (path / folder).is_dir()
-        }
-        return tuple(sorted(present | {"scheduler", "vae"}))
+        return part_names(cls.NAME, path)
 
     @classmethod
     def load(cls, spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.device) -> Self:

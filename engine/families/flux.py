@@ -36,6 +36,7 @@ class Flux(FlowFamily):
 
     published = FACTORS["flux"]
 
+    NAME: ClassVar[str] = "flux"
     NETWORKS: ClassVar[Mapping[str, Any]] = {
         "transformer": FluxTransformer2DModel,
         "text_encoder": CLIPTextModel,

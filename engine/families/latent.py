@@ -8,6 +8,7 @@ diffusers pipeline bit for bit, the order of its random draws included.
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +19,9 @@ import torch
 from diffusers.utils import is_accelerate_available
 from torch import Tensor, nn
 
-from engine.errors import CheckpointCorrupt, UnsupportedRequest
+from engine.errors import CheckpointCorrupt, PackageMissing, UnsupportedRequest
 from engine.families.contract import Recall, State
+from engine.folders import check_weights, variant_of
 from engine.inflight import InFlight
 from engine.previews import Projector, clean_latents, fit
 from engine.request import Fork, ImageRequest
@@ -28,6 +30,8 @@ from engine.samplerstate import load_generator, load_sampler, save_generator, sa
 from engine.tensors import Rows, Sampler, Tensors
 from engine.texts import UnreadText, cut_off, ignored
 
+# How diffusers and transformers tell of a package that they lack.
+_REQUIRES = re.compile(r"requires the (?P<package>[\w.-]+) library", re.IGNORECASE)
 PUBLISHED_VAE = (128, 256, 512, 512)  # channels by level of every family's own VAE
 
 
@@ -361,7 +365,9 @@ def load_network(
     Raises `CheckpointCorrupt` rather than fill a missing tensor by chance. The weights become ours
     alone: safetensors maps the file, and a file rewritten in place would change running weights.
     """
+    check_weights(path, folder)
     options = _loading_options(network_class, dtype)
+    options["variant"] = variant_of(path / folder)
     network = _read_whole(network_class, path, folder, options)
     network.requires_grad_(False)
     network.eval()
@@ -377,7 +383,7 @@ def _read_whole(network_class: Any, path: Path, folder: str, options: Mapping[st
     try:
         network, info = network_class.from_pretrained(str(path / folder), **options)
     except Exception as problem:
-        raise CheckpointCorrupt(folder, f"cannot be read: {problem}") from problem
+        raise not_loadable(folder, "cannot be read", problem) from problem
     missing = [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]
     if missing or info.get("error_msgs"):
         raise CheckpointCorrupt(folder, f"lacks {len(missing)} tensors, such as {missing[:3]}")
@@ -396,12 +402,34 @@ def _loading_options(network_class: Any, dtype: torch.dtype) -> dict[str, Any]:
     return options | {"torch_dtype": dtype, "low_cpu_mem_usage": is_accelerate_available()}
 
 
+def not_loadable(file: str, reason: str, problem: Exception) -> CheckpointCorrupt | PackageMissing:
+    """Return what to raise for a problem of a library with a part of a checkpoint.
+
+    Either a package is missing, or the part is not sound.
+    """
+    package = _missing_package(problem)
+    if package:
+        return PackageMissing(file, package)
+    return CheckpointCorrupt(file, f"{reason}: {problem}")
+
+
+def _missing_package(problem: BaseException) -> str:
+    """Name the package whose absence a problem tells of; "" for any other problem."""
+    if isinstance(problem, ModuleNotFoundError):
+        return (problem.name or "").partition(".")[0]
+    if isinstance(problem, ImportError):
+        told = _REQUIRES.search(str(problem))
+        return told["package"].lower() if told else " ".join(str(problem).split())
+    cause = problem.__cause__ or problem.__context__
+    return _missing_package(cause) if cause is not None else ""
+
+
 def load_tokenizer(tokenizer_class: Any, path: Path, folder: str) -> Any:
     """Read one tokenizer. Raises `CheckpointCorrupt`."""
     try:
         return tokenizer_class.from_pretrained(str(path / folder), local_files_only=True)
     except Exception as problem:
-        raise CheckpointCorrupt(folder, str(problem)) from problem
+        raise not_loadable(folder, "cannot be read", problem) from problem
 
 
 def load_sampler_config(path: Path) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from engine.families.latent import (
     load_sampler_config,
     load_tokenizer,
 )
+from engine.folders import part_names
 from engine.inflight import InFlight
 from engine.previews import FACTORS
 from engine.request import ImageRequest
@@ -68,7 +69,7 @@ class StableDiffusion(LatentFamily):
 
     @classmethod
     def folders(cls, path: Path) -> tuple[str, ...]:
-        return ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+        return part_names("sd", path)
 
     @classmethod
     def load(

@@ -33,6 +33,7 @@ class StableDiffusion3(FlowFamily):
 
     published = FACTORS["sd3"]
 
+    NAME: ClassVar[str] = "sd3"
     NETWORKS: ClassVar[Mapping[str, Any]] = {
         "transformer": SD3Transformer2DModel,
         "text_encoder": CLIPTextModelWithProjection,
@@ -44,7 +45,6 @@ class StableDiffusion3(FlowFamily):
         "tokenizer_2": CLIPTokenizer,
         "tokenizer_3": T5TokenizerFast,
     }
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"text_encoder_3", "tokenizer_3"})
     TEXT_TOKENS: ClassVar[int] = 256
     MAX_SHIFT: ClassVar[float] = 1.16
 

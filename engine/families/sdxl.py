@@ -29,6 +29,7 @@ from engine.families.latent import (
     load_tokenizer,
 )
 from engine.families.sd import StableDiffusion, load_unet
+from engine.folders import part_names
 from engine.previews import FACTORS
 from engine.request import ImageRequest
 from engine.tensors import Rows
@@ -49,15 +50,7 @@ class StableDiffusionXL(StableDiffusion):
 
     @classmethod
     def folders(cls, path: Path) -> tuple[str, ...]:
-        return (
-            "scheduler",
-            "text_encoder",
-            "text_encoder_2",
-            "tokenizer",
-            "tokenizer_2",
-            "unet",
-            "vae",
-        )
+        return part_names("sdxl", path)
 
     @classmethod
     def load(

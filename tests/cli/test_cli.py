@@ -126,6 +126,7 @@ NOT_IN_AN_IMAGE = [
     (["logs"], "docker compose logs"),
     (["demo"], "darkroom generate"),
     (["calibrate", "pocket"], "docker compose run --rm worker darkroom calibrate"),
+    (["models", "list"], "docker compose run --rm worker darkroom models"),
     (["audit", "verify"], "docker compose run --rm cli"),
     (["sql", "select 1"], "docker compose run --rm cli"),
     (["jobs"], "docker compose run --rm cli"),

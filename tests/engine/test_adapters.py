@@ -405,6 +405,21 @@ def test_files_of_kohyas_trainer_say_the_same_in_other_words(tmp_path, kind):
     )
 
 
+@pytest.mark.parametrize("prefix", ["base_model.model", "diffusion_model"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux"])
+def test_what_peft_saves_and_comfyui_takes_says_the_same(tmp_path, kind, prefix):
+    subject = SUBJECTS[kind]
+    network = subject.build()
+    tensors = lora_tensors(network, prefix=subject.name, seed=1)
+    stem = f"{subject.name}."
+    renamed = {f"{prefix}.{name.removeprefix(stem)}": each for name, each in tensors.items()}
+
+    assert same(
+        read(tmp_path, network, renamed, subject.name),
+        read(tmp_path, network, tensors, subject.name),
+    )
+
+
 def test_each_layer_has_its_own_alpha(tmp_path):
     network = adapter_builders.a_unet()
     tensors = lora_tensors(network, prefix="unet", seed=1, rank=4, only=is_attention)

@@ -11,7 +11,8 @@ from engine.device import Device
 from engine.engine import Engine
 from engine.errors import CheckpointCorrupt, UnsupportedRequest
 from engine.families.sd import StableDiffusion
-from engine.loading import hash_files, load_checkpoint
+from engine.folders import hash_files
+from engine.loading import load_checkpoint
 
 CPU = Device("cpu", num_threads=1)
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

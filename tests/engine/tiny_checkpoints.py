@@ -55,11 +55,12 @@ def save_tiny_sdxl(
     in_channels: int = 4,
     zeros_for_no_prompt: bool = True,
     vae=None,
+    projection: int = 24,
     seed: int = 0,
 ) -> Path:
     """A StableDiffusionXLPipeline folder; with 9 `in_channels` it only repaints.
 
-    `vae`: changes to its config.
+    `vae`: changes to its config. `projection`: the width of its second text encoder's vector.
     """
     from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -69,7 +70,7 @@ def save_tiny_sdxl(
         tokenizer=tiny_tokenizer(),
         tokenizer_2=tiny_tokenizer(),
         text_encoder=CLIPTextModel(tiny_clip_config(32)),
-        text_encoder_2=CLIPTextModelWithProjection(tiny_clip_config(48, projection_dim=24)),
+        text_encoder_2=CLIPTextModelWithProjection(tiny_clip_config(48, projection_dim=projection)),
         unet=UNet2DConditionModel(
             sample_size=8,
             in_channels=in_channels,
@@ -85,7 +86,7 @@ def save_tiny_sdxl(
             norm_num_groups=8,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=6 * 8 + 24,
+            projection_class_embeddings_input_dim=6 * 8 + projection,
         ),
         vae=AutoencoderKL(**TINY_VAE | (vae or {})),
         scheduler=scheduler,

@@ -178,7 +178,7 @@ def test_a_contradiction_is_named_by_its_key(changes, key, reason):
 
 
 def test_a_name_that_could_not_be_part_of_a_queue_s_is_refused():
-    assert problems_of({"pools.Big Ones": A_POOL})[0].startswith("pools.Big Ones")
+    assert problems_of({"pools.Big Ones": A_POOL})[0].startswith('pools."Big Ones"')
 
 
 def test_two_versions_may_not_share_an_id():
@@ -235,3 +235,98 @@ def test_a_size_is_width_times_height_in_multiples_of_eight():
 def test_anything_else_is_not_a_size(text):
     with pytest.raises(ValueError, match=r"multiples of 8|WIDTHxHEIGHT"):
         parse_size(text)
+
+
+def renamed(name: str, key: str) -> str:
+    """The shipped file with its model under another name; `key` is how the tables write it."""
+    text = (REPO / "fleet.toml").read_text()
+    return text.replace("models.pocket", f"models.{key}").replace('["pocket"]', f'["{name}"]')
+
+
+@pytest.mark.parametrize("name", ["sd3.5", "FLUX.1-dev", "v1.5_pruned", "2.1"])
+def test_a_model_may_be_called_as_its_makers_do(name):
+    fleet = parse_fleet(renamed(name, f'"{name}"'))
+
+    assert fleet.pool_of(name) == "local"
+
+
+def test_versions_and_adapters_may_have_dots_too():
+    fleet = a_fleet(
+        {
+            "models.pocket.versions.0.id": "1.5",
+            "models.pocket.adapters": {"ink.v2": {"source": "ink", "sha256": "0" * 64}},
+        }
+    )
+
+    assert list(fleet.models["pocket"].adapters) == ["ink.v2"]
+
+
+def test_a_dotted_name_without_quotes_is_one_sentence_that_says_how_to_write_it():
+    with pytest.raises(FleetInvalid) as refusal:
+        parse_fleet(renamed("sd3.5", "sd3.5"))
+
+    assert refusal.value.problems == ['models.sd3.5: a name with a dot is quoted: [models."sd3.5"]']
+
+
+def test_so_is_a_dotted_name_of_an_adapter_or_beside_a_model_of_its_first_part():
+    text = (REPO / "fleet.toml").read_text()
+    more = '\n[models.pocket.adapters.ink.v2]\nsource = "ink"\n[models.pocket.2.1]\nfamily = "sd"\n'
+
+    with pytest.raises(FleetInvalid) as refusal:
+        parse_fleet(text + more)
+
+    assert refusal.value.problems == [
+        'models.pocket.2.1: a name with a dot is quoted: [models."pocket.2.1"]',
+        "models.pocket.adapters.ink.v2: a name with a dot is quoted:"
+        ' [models.pocket.adapters."ink.v2"]',
+    ]
+
+
+def test_an_error_quotes_a_dotted_name_as_the_file_does():
+    with pytest.raises(FleetInvalid) as refusal:
+        parse_fleet(renamed("sd3.5", '"sd3.5"').replace("max_guidance = 15.0", "max_guidance = 1"))
+
+    assert refusal.value.problems == [
+        'models."sd3.5".default_guidance: must not exceed max_guidance (1.0)'
+    ]
+
+
+@pytest.mark.parametrize("name", ["org/model", "with space", ".hidden", "a" * 64])
+def test_a_name_that_is_none_is_told_what_a_name_is(name):
+    with pytest.raises(FleetInvalid) as refusal:
+        parse_fleet(renamed(name, f'"{name}"'))
+
+    assert "a name has letters, digits, '.', '_' and '-'" in refusal.value.problems[0]
+
+
+def test_licence_and_date_need_not_be_said():
+    fleet = a_fleet({"models.pocket.licence": GONE, "models.pocket.created_at": GONE})
+
+    assert fleet.models["pocket"].licence == "unknown"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"models.pocket.family": "flux"},
+        {"models.pocket.max_guidance": 1.0, "models.pocket.default_guidance": 1.0},
+    ],
+)
+def test_an_image_of_one_row_may_be_pinned_to_one(changes):
+    fleet = a_fleet({f"{BUCKETS}.128x128": 1, **changes})
+
+    assert fleet.models["pocket"].tiers["quality"].bucket_rows["128x128"] == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"models.pocket.family": "flux", "models.pocket.guidance_distilled": False},
+        {"models.pocket.family": "pipeline"},
+    ],
+)
+def test_an_image_that_may_take_two_rows_is_not(changes):
+    assert problems_of({f"{BUCKETS}.128x128": 1, **changes}) == [
+        f"{BUCKETS}: '128x128' needs 2 to 16 rows, for tier quality is reproducible"
+    ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,15 @@ from torch import nn
 
 from engine.config import CheckpointSpec
 from engine.errors import CheckpointCorrupt, UnsupportedRequest
-from engine.families.latent import load_network
+from engine.families.latent import load_network, not_loadable
+from engine.folders import INDEX, NOT_LOADED, classes_of, read_index
 
-INDEX = "model_index.json"
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
-NOT_LOADED = "safety_checker"  # what may be seen is decided elsewhere in the house
 
 
 def folder_names(path: Path) -> tuple[str, ...]:
     """Name the folders of the parts that are read. Raises `CheckpointCorrupt`."""
-    return tuple(sorted(_components(_read_index(path))))
+    return tuple(sorted(_components(read_index(path))))
 
 
 def index_sha256(path: Path) -> str:
@@ -40,7 +38,7 @@ def load_pipeline(spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.dev
     Raises `CheckpointCorrupt`, and `UnsupportedRequest` for a class that cannot be served.
     """
     path = Path(spec.path)
-    index = _read_index(path)
+    index = read_index(path)
     pipeline_class = _pipeline_class(spec.pipeline_class or index.get("_class_name"))
     taken = inspect.signature(pipeline_class.__init__).parameters
     given: dict[str, Any] = {
@@ -67,8 +65,7 @@ def _assembled(pipeline_class: Any, path: Path, given: Mapping[str, Any]) -> Any
             **given,
         )
     except Exception as problem:
-        reason = f"{name} cannot be made of it: {problem}"
-        raise CheckpointCorrupt(INDEX, reason) from problem
+        raise not_loadable(INDEX, f"{name} cannot be made of it", problem) from problem
     if not isinstance(getattr(pipe, "scheduler", None), SchedulerMixin):
         reason = f"{name} has no scheduler to count steps by"
         raise UnsupportedRequest("pipeline_class", reason)
@@ -86,30 +83,16 @@ def _let_layers_be_skipped(networks: Iterable[Any]) -> None:
             vars(network)["text_model"] = network
 
 
-def _read_index(path: Path) -> dict[str, Any]:
-    try:
-        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise CheckpointCorrupt(INDEX, str(problem)) from problem
-    if not isinstance(index, dict):
-        raise CheckpointCorrupt(INDEX, "is no object")
-    return index
-
-
-def _components(index: Mapping[str, Any]) -> dict[str, Any]:
+def _components(index: dict[str, Any]) -> dict[str, Any]:
     """Find the class of every part that is read, by the name of its folder.
 
     Raises `CheckpointCorrupt` for a class from elsewhere.
     """
     components = {}
-    for name, place in index.items():
-        is_private = name.startswith("_") or name == NOT_LOADED
-        if is_private or not isinstance(place, list) or place == [None, None]:
-            continue
-        library, kind = map(str, place) if len(place) == 2 else ("", "")
+    for name, (library, kind) in classes_of(index).items():
         found = getattr(LIBRARIES.get(library), kind, None)
         if not isinstance(found, type):
-            reason = f"{name} is {place}, which is no class of {' or '.join(LIBRARIES)}"
+            reason = f"{name} is {[library, kind]}, which is no class of {' or '.join(LIBRARIES)}"
             raise CheckpointCorrupt(INDEX, reason)
         components[name] = found
     return components

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from engine.config import CheckpointSpec
-from engine.errors import CheckpointCorrupt
 from engine.families.calls import Run
-from engine.families.pipeline.folder import INDEX
+from engine.families.latent import not_loadable
 from engine.families.pipeline.signature import OWN_SAMPLER, CallSignature
+from engine.folders import INDEX
 from engine.inflight import BatchKey, InFlight
 from engine.request import ImageRequest, Picture
 
@@ -46,8 +46,8 @@ def try_calls(
     try:
         return trials + call(replace(bare, **pictures))
     except Exception as problem:
-        reason = f"a trial call of {signature.name} failed: {problem}"
-        raise CheckpointCorrupt(INDEX, reason) from problem
+        reason = f"a trial call of {signature.name} failed"
+        raise not_loadable(INDEX, reason, problem) from problem
 
 
 def _grey_pictures(signature: CallSignature, request: ImageRequest) -> dict[str, Any]:
