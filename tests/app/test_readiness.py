@@ -9,7 +9,7 @@ from sqlalchemy.exc import OperationalError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from structlog.testing import capture_logs
 
-from app.live.readiness import Readiness
+from app.live.readiness import ANSWERS_WITHIN_S, CHECK_EVERY_S, Readiness
 from tests.app.conftest import bearer
 from tests.app.problem import assert_problem
 from tests.builders import a_fleet, until
@@ -112,6 +112,7 @@ def test_a_pool_without_its_warm_workers_is_named(gateway_with):
 
 
 def test_a_part_that_hangs_keeps_nobody_waiting(monkeypatch):
+    assert ANSWERS_WITHIN_S == 1
     monkeypatch.setattr("app.live.readiness.ANSWERS_WITHIN_S", 0.1)
     hangs = threading.Event()
     readiness = Readiness(
@@ -129,6 +130,7 @@ def test_a_part_that_hangs_keeps_nobody_waiting(monkeypatch):
 
 
 def test_a_part_that_fails_in_a_new_way_is_asked_again(monkeypatch):
+    assert CHECK_EVERY_S == 2
     monkeypatch.setattr("app.live.readiness.CHECK_EVERY_S", 0.1)
     failures = iter([ValueError("a library's own")])
 

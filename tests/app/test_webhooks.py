@@ -239,51 +239,57 @@ def test_a_receiver_that_says_gone_is_told_nothing_more(tenant, receiver):
     until(lambda: len(receiver.heard) == 2)
 
 
-def test_a_receiver_that_hangs_holds_up_neither_jobs_nor_other_receivers(
-    tenant, receiver, new_tenant
-):
-    other = new_tenant()
-    subscribe(tenant, receiver)
-    receiver.hang_s = 8
-    for _ in range(8):
-        cancel(tenant)
-    until(lambda: len(receiver.heard) >= 4)
-
-    with a_receiver() as quick:
-        subscribe(other, quick)
-        job = render(other)
-        until(lambda: quick.heard)
-
-    assert job["state"] == "succeeded"
-    # at most four at a time, whatever waits
-    told_in_s = quick.heard[0].at - receiver.heard[0].at
-    assert len(receiver.heard) == 4 or told_in_s > receiver.hang_s
+HANG_S = 8  # less than an attempt may take
+TRIES = 3  # a busy machine may need longer for one than a receiver hangs
 
 
-def test_one_tenant_s_hanging_receivers_hold_up_nobody_else_s_webhooks(
-    tenant, receiver, new_tenant
-):
+def most_at_once(receiver, lasting_s: float) -> int:
+    """How many attempts that last so long were under way together, at least."""
+    times = [heard.at for heard in receiver.heard]
+    return max(sum(0 <= time - begun < lasting_s for time in times) for begun in times)
+
+
+def test_a_receiver_that_hangs_holds_up_neither_jobs_nor_other_receivers(new_tenant):
+    def is_told_meanwhile() -> bool:
+        """Whether another receiver is told of a job while the first attempts hang."""
+        tenant, other = new_tenant(), new_tenant()
+        with a_receiver() as hanging, a_receiver() as quick:
+            subscribe(tenant, hanging)
+            subscribe(other, quick)
+            hanging.hang_s = HANG_S
+            for _ in range(8):
+                cancel(tenant)
+            until(lambda: len(hanging.heard) >= 4)
+            assert render(other)["state"] == "succeeded"
+            until(lambda: quick.heard)
+            assert most_at_once(hanging, HANG_S / 2) <= 4, "whatever waits"
+            return quick.heard[0].at - hanging.heard[0].at < HANG_S
+
+    assert any(is_told_meanwhile() for _ in range(TRIES))
+
+
+def test_one_tenant_s_hanging_receivers_hold_up_nobody_else_s_webhooks(new_tenant):
     """Twenty endpoints that never answer, each with five events: they hold a few threads."""
-    for _ in range(MAX_ENDPOINTS):
-        subscribe(tenant, receiver)
-    receiver.hang_s = 60
-    for _ in range(5):
-        cancel(tenant)
-    until(lambda: len(receiver.heard) >= AT_ONCE_PER_TENANT)
-    held_since = receiver.heard[0].at
 
-    other = new_tenant()
-    with a_receiver() as quick:
-        subscribe(other, quick)
-        for number in range(1, 3):
-            cancel(other)
-            until(lambda number=number: len(quick.heard) == number)
+    def are_told_meanwhile() -> bool:
+        """Whether another tenant's receiver is told of two jobs while the first attempts hang."""
+        tenant, other = new_tenant(), new_tenant()
+        with a_receiver() as hanging, a_receiver() as quick:
+            hanging.hang_s = 60
+            endpoints = [subscribe(tenant, hanging) for _ in range(MAX_ENDPOINTS)]
+            subscribe(other, quick)
+            for _ in range(5):
+                cancel(tenant)
+            until(lambda: len(hanging.heard) >= AT_ONCE_PER_TENANT)
+            for number in range(1, 3):
+                cancel(other)
+                until(lambda number=number: len(quick.heard) == number)
+            assert most_at_once(hanging, ATTEMPT_S / 2) <= AT_ONCE_PER_TENANT
+            for endpoint in endpoints:
+                tenant.delete(endpoint["urls"]["self"])
+            return quick.heard[-1].at - hanging.heard[0].at < ATTEMPT_S
 
-    told_in_s = quick.heard[-1].at - held_since
-    # while the first attempts are under way there are no others
-    assert len(receiver.heard) == AT_ONCE_PER_TENANT or told_in_s > ATTEMPT_S
-    for endpoint in tenant.get("/v1/webhooks").json()["data"]:
-        tenant.delete(endpoint["urls"]["self"])
+    assert any(are_told_meanwhile() for _ in range(TRIES))
 
 
 def test_a_rotated_secret_signs_beside_the_one_before_it(tenant, receiver):

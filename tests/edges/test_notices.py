@@ -341,12 +341,12 @@ def test_gcp_tells_at_the_moment_of_preemption(gcp, watch):
     heard = watch(GcpNotices(gcp.url, hold_s=600))
     until(lambda: gcp.held_for, within_s=60, what="the held question")
     assert nothing(heard)
+    assert gcp.held_for == ["600"]
 
     gcp.preempt()
 
     notice = heard.get(timeout=60)
     assert (notice.source, notice.within_s) == ("gcp", 30)
-    assert gcp.held_for == ["600"]
 
 
 def test_a_preemption_between_two_polls_of_gcp_is_not_missed(gcp):

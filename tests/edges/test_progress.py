@@ -162,7 +162,8 @@ def test_a_job_that_is_over_is_not_waited_for(endings, monkeypatch):
     endings.wait(uuid.uuid4(), 30, lambda: True)
 
 
-def test_a_wait_ends_when_its_time_is_up(endings):
+def test_a_wait_ends_when_its_time_is_up(endings, monkeypatch):
+    monkeypatch.setattr(progress, "LOOK_EVERY_S", 60.0)  # its time is up before the next look
     started = time.monotonic()
 
     endings.wait(uuid.uuid4(), 0.3, lambda: False)

@@ -145,13 +145,6 @@ class Rig:
         """How often the workers' loops have turned."""
         return int(self.notes.get("turns"))
 
-    def is_asked(self) -> bool:
-        """Whether a BRPOP is pending.
-
-        One of a connection that is gone takes a message along, which the sweeper has to notice.
-        """
-        return any("b" in client["flags"] for client in self.broker.client_list())
-
     def is_served(self, name: str) -> bool:
         """Whether the task has ended, or one that is sent now in its place, as the sweeper would.
 

@@ -372,6 +372,8 @@ def test_a_running_job_stops_when_it_is_canceled(client, sql, stack):
     assert canceled.state == "canceled"
     attempt = attempts_of(sql, job)[0]
     assert (attempt["outcome"], attempt["waste_class"]) == ("canceled", "canceled")
+    [done] = sql("SELECT sum(steps_done) AS steps FROM images WHERE job_id = :id", id=job.id)
+    assert done["steps"] < 60 * 8, "it was stopped, and did not come to its end meanwhile"
     assert client.job(job.id).state == "canceled"
     assert client.cancel(job.id).state == "canceled", "harmless when repeated"
 

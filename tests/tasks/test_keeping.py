@@ -35,6 +35,7 @@ def here(fleet_here, settings_here, engine_here) -> Iterator[WorkerHere]:
 def clock(here, monkeypatch) -> KeptClock:
     """The clock of all keepers, whose watches look at it very often."""
     clock = KeptClock()
+    assert tasks.keeper.RETRY_S <= 1, "how late it may notice what a test notices at once"
     monkeypatch.setattr(tasks.keeper, "RETRY_S", 0.02)
     monkeypatch.setattr(tasks.keeper, "time", clock)
     return clock

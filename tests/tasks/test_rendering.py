@@ -61,6 +61,8 @@ def test_end_of_a_job_on_its_worker_lets_the_next_one_of_its_tier_go_at_once(her
 
     assert here.row(next_one).announced_at is not None
     assert here.row(other_tier).announced_at is None
+    if how == "given up":
+        assert here.row(job).announced_at is not None, "to another worker"
 
 
 @pytest.mark.parametrize("how", ENDS)
@@ -111,3 +113,5 @@ def test_broker_that_is_away_keeps_no_worker_from_the_rest_of_its_job(here, monk
 
     row = here.row(job)
     assert (row.state, row.attempt, row.counted_attempts) == ("storing", 1, 0)
+    swept_in_s = (row.store_by - row.rendered_at).total_seconds()
+    assert swept_in_s == pytest.approx(here.settings.store_within_s, abs=1)
