@@ -7,12 +7,13 @@ be replayed from its row.
 import math
 from typing import Any, TypeVar
 
-from policy.fleet import Fleet, Model, ModelTier, ModelVersion, parse_size
+from policy.fleet import OPEN_FAMILIES, Fleet, Model, ModelTier, ModelVersion, parse_size
 from policy.params import PARAMS, PassThrough, RequestedParams, Resolved
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
 RANDOM_SEED = -1  # what other programs send for a seed that is drawn
-DEFAULT_STRENGTH = 0.8  # without a mask; with one it is 1: the masked part is painted anew
+# Native families: without a mask; with one it is 1: the masked part is painted anew.
+DEFAULT_STRENGTH = 0.8
 MAX_ADAPTERS = 8
 MAX_ADAPTER_STRENGTH = 4.0
 
@@ -69,7 +70,7 @@ def resolve(
         seed=_seed(requested, default_seed, num_images),
         num_images=num_images,
         **_passed_through(model, model_id, requested),
-        strength=_strength(requested, steps),
+        strength=_strength(model, requested, steps),
         adapters=_adapters(model, model_id, requested),
         precision=model.precision,
         determinism=tier.determinism,
@@ -129,12 +130,17 @@ def _seed(requested: RequestedParams, default_seed: int, num_images: int) -> int
     return seed
 
 
-def _strength(requested: RequestedParams, num_steps: int) -> float | None:
-    """Return how far from the picture that it starts with a job goes; None without a picture."""
+def _strength(model: Model, requested: RequestedParams, num_steps: int) -> float | None:
+    """Return how far from the picture that it starts with a job goes.
+
+    None without a picture, and where it is left to a pipeline's own call, which may know of none.
+    """
     if requested.init_image is None:
         for field, said in (("mask", requested.mask), ("strength", requested.strength)):
             if said is not None:
                 raise InvalidParam(field, "needs an init_image")
+        return None
+    if requested.strength is None and model.family in OPEN_FAMILIES:
         return None
     strength = _first(requested.strength, DEFAULT_STRENGTH if requested.mask is None else 1.0)
     least = math.ceil(10_000 / num_steps) / 10_000  # below that no step is left

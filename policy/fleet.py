@@ -20,6 +20,8 @@ from pydantic import (
 )
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+# An argument of a diffusers pipeline's call; some begin with an underscore.
+OptionName = Annotated[str, StringConstraints(pattern=r"^[a-z_][a-z0-9_]{0,62}$")]
 # Ids that other programs have built in.
 ModelAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]
 MAX_SIDE_PX = 4096
@@ -132,7 +134,7 @@ class Model(_Table):
     # Families pipeline and plain: the diffusers class; "": the one that the checkpoint names.
     pipeline_class: str = ""
     # Families pipeline and plain: arguments of every call.
-    options: dict[Name, str | int | float | bool] = Field(default_factory=dict)
+    options: dict[OptionName, str | int | float | bool] = Field(default_factory=dict)
     adapters: dict[Name, Adapter] = Field(default_factory=dict)
     channels_last: bool = False
     compile_blocks: bool = False
