@@ -7,7 +7,7 @@ be replayed from its row.
 import math
 from typing import Any, TypeVar
 
-from policy.fleet import OPEN_FAMILIES, Fleet, Model, ModelTier, ModelVersion, parse_size
+from policy.fleet import OPEN_FAMILIES, Family, Fleet, Model, ModelTier, ModelVersion, parse_size
 from policy.params import PARAMS, PassThrough, RequestedParams, Resolved
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
@@ -15,6 +15,9 @@ RANDOM_SEED = -1  # what other programs send for a seed that is drawn
 # Native families: without a mask; with one it is 1: the masked part is painted anew.
 DEFAULT_STRENGTH = 0.8
 MAX_ADAPTERS = 8
+# Of flow matching: they cannot mix a picture with noise. tests/engine/test_door.py compares.
+FLOW_FAMILIES: tuple[Family, ...] = ("sd3", "flux")
+NOISE_ONLY_SAMPLERS = ("flow_dpmpp_2m", "flow_unipc")
 MAX_ADAPTER_STRENGTH = 4.0
 
 Number = TypeVar("Number", int, float)
@@ -54,6 +57,8 @@ def resolve(
     num_images = _within("n", requested.n, 1, tier.max_images, f"tier {tier_id}")
     steps = _first(requested.steps, fleet.default_steps(model_id, tier_id))
     guidance = _first(requested.guidance, own.default_guidance, model.default_guidance)
+    sampler = _one_of("sampler", _first(requested.sampler, model.default_sampler), model.samplers)
+    _check_sampler_fits(sampler, model, requested)
     return Resolved(
         model=model_id,
         model_alias=model_name if model_name != model_id else None,
@@ -64,9 +69,7 @@ def resolve(
         height_px=height_px,
         num_steps=_within("steps", steps, 1, tier.max_steps, f"tier {tier_id}"),
         guidance=_within("guidance", guidance, 0.0, model.max_guidance, f"model {model_id}"),
-        sampler=_one_of(
-            "sampler", _first(requested.sampler, model.default_sampler), model.samplers
-        ),
+        sampler=sampler,
         seed=_seed(requested, default_seed, num_images),
         num_images=num_images,
         **_passed_through(model, model_id, requested),
@@ -116,6 +119,15 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:  # a lone surrogate
         return False
     return True
+
+
+def _check_sampler_fits(sampler: str, model: Model, requested: RequestedParams) -> None:
+    if requested.init_image is None or model.family not in FLOW_FAMILIES:
+        return
+    if sampler in NOISE_ONLY_SAMPLERS:
+        able = [name for name in model.samplers if name not in NOISE_ONLY_SAMPLERS]
+        detail = f"{sampler!r} cannot start from an init_image; accepted: {', '.join(able)}"
+        raise InvalidParam("sampler", detail, able)
 
 
 def _seed(requested: RequestedParams, default_seed: int, num_images: int) -> int:
@@ -184,10 +196,15 @@ def _adapters(
     if len(requested.adapters) > MAX_ADAPTERS:
         detail = f"has {len(requested.adapters)} entries; at most {MAX_ADAPTERS} are accepted"
         raise InvalidParam("adapters", detail, {"max": MAX_ADAPTERS})
+    names = [adapter.name for adapter in requested.adapters]
     for place, adapter in enumerate(requested.adapters):
         if not model.adapters:
             raise InvalidParam("adapters", f"are not offered by model {model_id}", [])
         _one_of(f"adapters/{place}/name", adapter.name, tuple(model.adapters))
+        if adapter.name in names[:place]:
+            left = [name for name in model.adapters if name not in names]
+            detail = f"names {adapter.name!r} again; each adapter is accepted once"
+            raise InvalidParam(f"adapters/{place}/name", detail, left)
         field = f"adapters/{place}/strength"
         most = MAX_ADAPTER_STRENGTH
         _within(field, adapter.strength, -most, most, "every adapter")
