@@ -94,8 +94,9 @@ class ImageRequest:
     init_image: Picture | None = None
     # [height_px, width_px]: repaint where it is 255; needs `init_image`.
     mask: Picture | None = None
-    # 0..1: how much of `init_image` is noise at the start; the steps behind that are skipped.
-    strength: float = 1.0
+    # 0..1: how much of `init_image` is noise at the start; the steps behind that are skipped. None:
+    # what the call of a pipeline does by itself; everywhere else 1.
+    strength: float | None = None
     control_image: Picture | None = None  # what a control network follows
     clip_skip: int = 0  # layers of the CLIP text encoder left out at its end
     adapters: tuple[AdapterUse, ...] = ()
@@ -112,6 +113,11 @@ class ImageRequest:
     def is_guided(self) -> bool:
         """Tell whether the request asks for classifier-free guidance."""
         return self.guidance > 1
+
+    @property
+    def noise_share(self) -> float:
+        """Return the strength, 1 where the request leaves it open."""
+        return 1.0 if self.strength is None else self.strength
 
     @property
     def is_reproducible(self) -> bool:

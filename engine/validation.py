@@ -36,8 +36,7 @@ def check_values(request: ImageRequest) -> None:
 def _check_numbers(request: ImageRequest) -> None:
     for name in ("width_px", "height_px", "num_steps", "seed", "rank", "clip_skip"):
         check_integer(name, getattr(request, name))
-    for name in ("guidance", "strength"):
-        value = getattr(request, name)
+    for name, value in (("guidance", request.guidance), ("strength", request.noise_share)):
         if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
             raise UnsupportedRequest(name, f"{value!r} is not a finite number from 0 up")
     if not 0 <= request.seed < 2**63:

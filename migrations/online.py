@@ -42,6 +42,11 @@ def add_check(table: str, name: str, condition: str) -> None:
     _add_constraint(table, name, f"CHECK ({condition})")
 
 
+def drop_check(table: str, name: str) -> None:
+    """Accept rows again that did not meet the check, if it is there."""
+    _run(f"ALTER TABLE {table} DROP CONSTRAINT IF EXISTS {name}")
+
+
 def add_foreign_key(table: str, column: str, other: str, *, on_delete: str = "NO ACTION") -> None:
     """Make `column` name a row of `other` by its id."""
     action = "" if on_delete == "NO ACTION" else f" ON DELETE {on_delete}"

@@ -7,13 +7,17 @@ be replayed from its row.
 import math
 from typing import Any, TypeVar
 
-from policy.fleet import Fleet, Model, ModelTier, ModelVersion, parse_size
+from policy.fleet import OPEN_FAMILIES, Family, Fleet, Model, ModelTier, ModelVersion, parse_size
 from policy.params import PARAMS, PassThrough, RequestedParams, Resolved
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
 RANDOM_SEED = -1  # what other programs send for a seed that is drawn
-DEFAULT_STRENGTH = 0.8  # without a mask; with one it is 1: the masked part is painted anew
+# Native families: without a mask; with one it is 1: the masked part is painted anew.
+DEFAULT_STRENGTH = 0.8
 MAX_ADAPTERS = 8
+# Of flow matching: they cannot mix a picture with noise. tests/engine/test_door.py compares.
+FLOW_FAMILIES: tuple[Family, ...] = ("sd3", "flux")
+NOISE_ONLY_SAMPLERS = ("flow_dpmpp_2m", "flow_unipc")
 MAX_ADAPTER_STRENGTH = 4.0
 
 Number = TypeVar("Number", int, float)
@@ -53,6 +57,8 @@ def resolve(
     num_images = _within("n", requested.n, 1, tier.max_images, f"tier {tier_id}")
     steps = _first(requested.steps, fleet.default_steps(model_id, tier_id))
     guidance = _first(requested.guidance, own.default_guidance, model.default_guidance)
+    sampler = _one_of("sampler", _first(requested.sampler, model.default_sampler), model.samplers)
+    _check_sampler_fits(sampler, model, requested)
     return Resolved(
         model=model_id,
         model_alias=model_name if model_name != model_id else None,
@@ -63,13 +69,11 @@ def resolve(
         height_px=height_px,
         num_steps=_within("steps", steps, 1, tier.max_steps, f"tier {tier_id}"),
         guidance=_within("guidance", guidance, 0.0, model.max_guidance, f"model {model_id}"),
-        sampler=_one_of(
-            "sampler", _first(requested.sampler, model.default_sampler), model.samplers
-        ),
+        sampler=sampler,
         seed=_seed(requested, default_seed, num_images),
         num_images=num_images,
         **_passed_through(model, model_id, requested),
-        strength=_strength(requested, steps),
+        strength=_strength(model, requested, steps),
         adapters=_adapters(model, model_id, requested),
         precision=model.precision,
         determinism=tier.determinism,
@@ -117,6 +121,15 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
+def _check_sampler_fits(sampler: str, model: Model, requested: RequestedParams) -> None:
+    if requested.init_image is None or model.family not in FLOW_FAMILIES:
+        return
+    if sampler in NOISE_ONLY_SAMPLERS:
+        able = [name for name in model.samplers if name not in NOISE_ONLY_SAMPLERS]
+        detail = f"{sampler!r} cannot start from an init_image; accepted: {', '.join(able)}"
+        raise InvalidParam("sampler", detail, able)
+
+
 def _seed(requested: RequestedParams, default_seed: int, num_images: int) -> int:
     """Return the seed of image 0; RANDOM_SEED stands for one that is drawn."""
     seed = (
@@ -129,12 +142,17 @@ def _seed(requested: RequestedParams, default_seed: int, num_images: int) -> int
     return seed
 
 
-def _strength(requested: RequestedParams, num_steps: int) -> float | None:
-    """Return how far from the picture that it starts with a job goes; None without a picture."""
+def _strength(model: Model, requested: RequestedParams, num_steps: int) -> float | None:
+    """Return how far from the picture that it starts with a job goes.
+
+    None without a picture, and where it is left to a pipeline's own call, which may know of none.
+    """
     if requested.init_image is None:
         for field, said in (("mask", requested.mask), ("strength", requested.strength)):
             if said is not None:
                 raise InvalidParam(field, "needs an init_image")
+        return None
+    if requested.strength is None and model.family in OPEN_FAMILIES:
         return None
     strength = _first(requested.strength, DEFAULT_STRENGTH if requested.mask is None else 1.0)
     least = math.ceil(10_000 / num_steps) / 10_000  # below that no step is left
@@ -178,10 +196,15 @@ def _adapters(
     if len(requested.adapters) > MAX_ADAPTERS:
         detail = f"has {len(requested.adapters)} entries; at most {MAX_ADAPTERS} are accepted"
         raise InvalidParam("adapters", detail, {"max": MAX_ADAPTERS})
+    names = [adapter.name for adapter in requested.adapters]
     for place, adapter in enumerate(requested.adapters):
         if not model.adapters:
             raise InvalidParam("adapters", f"are not offered by model {model_id}", [])
         _one_of(f"adapters/{place}/name", adapter.name, tuple(model.adapters))
+        if adapter.name in names[:place]:
+            left = [name for name in model.adapters if name not in names]
+            detail = f"names {adapter.name!r} again; each adapter is accepted once"
+            raise InvalidParam(f"adapters/{place}/name", detail, left)
         field = f"adapters/{place}/strength"
         most = MAX_ADAPTER_STRENGTH
         _within(field, adapter.strength, -most, most, "every adapter")

@@ -24,6 +24,8 @@ from pydantic import (
 
 # Of tiers, pools, samplers: they become names of queues, whose parts a dot divides.
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+# An argument of a diffusers pipeline's call; some begin with an underscore.
+OptionName = Annotated[str, StringConstraints(pattern=r"^[a-z_][a-z0-9_]{0,62}$")]
 # Ids that other programs have built in.
 ModelAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]
 MAX_SIDE_PX = 4096
@@ -146,7 +148,7 @@ class Model(_Table):
     # Families pipeline and plain: the diffusers class; "": the one that the checkpoint names.
     pipeline_class: str = ""
     # Families pipeline and plain: arguments of every call.
-    options: dict[Name, str | int | float | bool] = Field(default_factory=dict)
+    options: dict[OptionName, str | int | float | bool] = Field(default_factory=dict)
     adapters: dict[ModelName, Adapter] = Field(default_factory=dict)
     # The largest rank of an adapter; device memory grows with it only where one has it.
     max_adapter_rank: int = Field(64, ge=1, le=1024)

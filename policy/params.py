@@ -228,7 +228,8 @@ class Resolved:
         float | None,
         Param(
             "strength",
-            "How much `init_image` is changed, above 0 and at most 1; null without it.",
+            "How much `init_image` is changed, above 0 and at most 1; null without it, or where"
+            " the model's pipeline decides.",
             Use.ENGINE | Use.OPENAI,
         ),
     ]

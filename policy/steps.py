@@ -55,8 +55,9 @@ def denoising_of(fleet: Fleet, job: Resolved) -> Denoising:
 def steps_made(family: str, *, num_steps: int, strength: float | None) -> int:
     """Count the denoise steps of an image, without those that a picture to start from spares.
 
-    strength: how far from that picture it starts, above 0 and at most 1; None without one. Of the
-    open families it is the most likely number: the engine tells the true one when the image begins.
+    strength: how far from that picture it starts, above 0 and at most 1; None without one, or where
+    a pipeline decides. Of the open families it is the most likely number: the engine tells the true
+    one when the image begins.
     """
     if strength is None:
         return num_steps

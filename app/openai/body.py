@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 
 from app.http.body import check_bounds, check_metadata
 from app.problems import InvalidImageRequest, ModelNotFound, NotOffered
-from policy.fleet import Fleet, parse_size
+from policy.fleet import OPEN_FAMILIES, Family, Fleet, parse_size
 from policy.formats import FORMATS
 from policy.params import OPENAI_REQUEST, RequestedAdapter, RequestedParams
 from policy.text import is_human
@@ -349,7 +349,8 @@ def _requested_params(
         if extras["steps"] is None:
             model_id = fleet.model_ids[model or fleet.default_model()]
             extras["steps"] = steps_of(quality, fleet, model_id)
-    completed = _complete_extras(extras, kind, has_prompt=bool(said.get("prompt")))
+    family = fleet.models[fleet.model_ids[model or fleet.default_model()]].family
+    completed = _complete_extras(extras, kind, family, has_prompt=bool(said.get("prompt")))
     return RequestedParams(
         prompt=said.text("prompt", "") or "",
         model=model,
@@ -360,14 +361,20 @@ def _requested_params(
     )
 
 
-def _complete_extras(extras: dict[str, Any], kind: str, *, has_prompt: bool) -> dict[str, Any]:
-    """Fill in what a variation needs. Raises InvalidImageRequest for what has no effect."""
+def _complete_extras(
+    extras: dict[str, Any], kind: str, family: Family, *, has_prompt: bool
+) -> dict[str, Any]:
+    """Fill in what a variation needs.
+
+    How much a pipeline changes a picture by itself is its own affair.  Raises InvalidImageRequest
+    for what has no effect.
+    """
     completed = dict(extras)
     if kind == VARIATION:
         # With an empty prompt, guidance would double the work and change nothing.
         if extras["guidance"] is None and not has_prompt:
             completed["guidance"] = 1.0
-        if extras["strength"] is None:
+        if extras["strength"] is None and family not in OPEN_FAMILIES:
             completed["strength"] = VARIATION_STRENGTH
     elif kind == GENERATION and extras["strength"] is not None:
         raise InvalidImageRequest.at(

@@ -26,7 +26,8 @@ ABOUT = {
     "control_image": "The picture that the model's control network follows. Given like"
     " `init_image`.",
     "strength": "How much `init_image` is changed, above 0 and at most 1; at 1 nothing of it"
-    " stays.",
+    " stays. Without one it is 0.8, or 1 with a mask; models of the families `pipeline` and `plain`"
+    " decide it themselves, and edit models have none.",
     "adapters": "Adapters (LoRA) of the model, each with its strength.",
     "metadata": "Your own entries, kept with the job; `GET /v1/jobs?metadata.<key>=<value>` finds"
     " the job by one.",

@@ -130,7 +130,7 @@ class FlowFamily(LatentFamily):
         self._check_sampler_fits(request)
         if _skipped_steps(request) == request.num_steps:
             raise UnsupportedRequest(
-                "strength", f"{request.strength} leaves none of {request.num_steps} steps"
+                "strength", f"{request.noise_share} leaves none of {request.num_steps} steps"
             )
         check_native(request, self.option_names())
         length = request.options.get("max_sequence_length", self.TEXT_TOKENS)
@@ -315,7 +315,7 @@ def _skipped_steps(request: ImageRequest) -> int:
     `get_timesteps` of the pipelines.
     """
     return int(
-        max(request.num_steps - min(request.num_steps * request.strength, request.num_steps), 0)
+        max(request.num_steps - min(request.num_steps * request.noise_share, request.num_steps), 0)
     )
 
 

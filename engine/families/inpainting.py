@@ -47,16 +47,16 @@ def check_pictures(request: ImageRequest) -> None:
     if request.init_image is None:
         if request.mask is not None:
             raise UnsupportedRequest("mask", "needs an init_image to repaint")
-        if request.strength != 1.0:
+        if request.noise_share != 1.0:
             raise UnsupportedRequest(
-                "strength", f"{request.strength} needs an init_image; without one it is 1.0"
+                "strength", f"{request.noise_share} needs an init_image; without one it is 1.0"
             )
         return
     _check_pixels("init_image", request.init_image, (*size, 3))
     if request.mask is not None:
         _check_pixels("mask", request.mask, size)
-    if not 0 < request.strength <= 1:
-        raise UnsupportedRequest("strength", f"{request.strength} is not above 0 and at most 1")
+    if not 0 < request.noise_share <= 1:
+        raise UnsupportedRequest("strength", f"{request.noise_share} is not above 0 and at most 1")
 
 
 def _check_pixels(field_name: str, picture: Picture, shape: tuple[int, ...]) -> None:

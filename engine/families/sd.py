@@ -102,7 +102,7 @@ class StableDiffusion(LatentFamily):
             )
         if _skipped_steps(request) == request.num_steps:
             raise UnsupportedRequest(
-                "strength", f"{request.strength} leaves none of {request.num_steps} steps"
+                "strength", f"{request.noise_share} leaves none of {request.num_steps} steps"
             )
         if not 0 <= request.clip_skip <= self._most_clip_skip():
             raise UnsupportedRequest(
@@ -199,7 +199,7 @@ class StableDiffusion(LatentFamily):
 
         picture: [1, 3, h, w].  mask: [1, 1, h, w].
         """
-        is_strongest = request.strength == 1.0
+        is_strongest = request.noise_share == 1.0
         clean: Any = (
             None if self._sees_mask and is_strongest else self.encode_picture(picture, generator)
         )
@@ -341,7 +341,7 @@ def _skipped_steps(request: ImageRequest) -> int:
 
     The noise they would remove is not there.
     """
-    return request.num_steps - int(request.num_steps * request.strength)
+    return request.num_steps - int(request.num_steps * request.noise_share)
 
 
 def _repaired(config: dict[str, Any]) -> dict[str, Any]:

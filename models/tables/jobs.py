@@ -190,7 +190,7 @@ class Job(Base):
             "mask_file_id IS NULL OR init_file_id IS NOT NULL", name="jobs_mask_needs_init"
         ),
         CheckConstraint(
-            "(init_file_id IS NULL) = (strength IS NULL)", name="jobs_strength_with_init"
+            "strength IS NULL OR init_file_id IS NOT NULL", name="jobs_strength_needs_init"
         ),
         Index("jobs_by_tenant", "tenant_id", "id"),
         Index("jobs_by_tenant_state", "tenant_id", "state", "id"),

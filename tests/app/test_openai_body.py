@@ -436,6 +436,13 @@ def test_guidance_and_strength_of_a_picture_are_as_asked_or_as_the_call_needs(
     assert (requested.guidance, requested.strength) == (guidance, strength)
 
 
+@pytest.mark.parametrize("kind", [EDIT, VARIATION])
+def test_how_much_a_pipeline_changes_a_picture_is_left_to_it(kind):
+    fleet = a_fleet({"models.pocket.family": "pipeline"})
+
+    assert read(kind, {"prompt": "x"}, fleet).requested.strength is None
+
+
 def test_a_generation_starts_from_no_picture_and_takes_no_strength():
     with pytest.raises(InvalidImageRequest, match="strength needs a picture"):
         read(GENERATION, {"prompt": "x", "strength": 0.5}, FLEET)

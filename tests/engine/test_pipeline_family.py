@@ -5,6 +5,7 @@ The list in tiny_pipelines.py, each in every respect.
 
 import copy
 import gc
+import inspect
 import json
 import os
 import random
@@ -20,6 +21,7 @@ import torch
 from PIL import Image
 from tiny_pipelines import (
     OTHER_PROMPT,
+    OTHERS,
     PIPELINES,
     SIZE,
     a_mask,
@@ -29,7 +31,9 @@ from tiny_pipelines import (
     save_tiny_pipeline,
 )
 
+from engine.config import EngineConfig
 from engine.device import Device
+from engine.engine import Engine
 from engine.errors import CheckpointCorrupt, UnsupportedRequest
 from engine.families.contract import State
 from engine.families.coroutine import Coroutine, Returned
@@ -73,17 +77,18 @@ def piped(loaded):
 
     def call(name, request, precision="fp32"):
         pictures = {"init_image": "image", "mask": "mask_image", "control_image": "image"}
-        tiny = PIPELINES[name]
+        tiny = (PIPELINES | OTHERS)[name]
+        taken = inspect.signature(type(pipe(name, precision)).__call__).parameters
         given = {
             pictures[field]: Image.fromarray(getattr(request, field).pixels)
             for field in tiny.pictures
         }
-        if name != "sd-img2img":
-            given |= {"height": request.height_px, "width": request.width_px}
-        if request.init_image is not None:
-            given["strength"] = request.strength
+        wanted = {"height": request.height_px, "width": request.width_px}
+        if request.init_image is not None and request.strength is not None:
+            wanted["strength"] = request.strength
+        given |= {argument: value for argument, value in wanted.items() if argument in taken}
         return pipe(name, precision)(
-            request.prompt,
+            prompt=request.prompt,
             negative_prompt=request.negative_prompt,
             num_inference_steps=request.num_steps,
             generator=torch.Generator().manual_seed(request.seed),
@@ -555,6 +560,48 @@ def test_with_the_weights_of_a_picture_half_kept_the_bits_are_still_the_pipeline
     assert torch.equal(rendered(loaded("sd-img2img"), request), piped("sd-img2img", request))
 
 
+@pytest.mark.parametrize("name", ["sd-img2img", "sd-inpaint", "flux-kontext", "instruct-pix2pix"])
+def test_without_a_strength_an_image_is_what_the_pipeline_makes_by_itself(loaded, piped, name):
+    request = a_pipeline_request(name, num_steps=5, guidance=1.0, strength=None)
+    loaded(name).check(request)
+
+    pixels = rendered(loaded(name), request)
+
+    assert torch.equal(pixels, piped(name, request))
+    if name == "sd-img2img":  # whose own strength is 0.8
+        assert not torch.equal(pixels, rendered(loaded(name), replace(request, strength=1.0)))
+
+
+def test_the_own_strength_of_a_pipeline_leaves_a_step_or_the_request_is_refused(loaded):
+    with pytest.raises(UnsupportedRequest) as refused:
+        loaded("sd-img2img").check(a_pipeline_request("sd-img2img", num_steps=1, strength=None))
+
+    assert refused.value.field == "strength"
+
+
+@pytest.mark.parametrize("name", ["flux-kontext", "instruct-pix2pix"])
+def test_an_edit_pipeline_takes_no_strength_but_1_and_needs_none(loaded, name):
+    for strength in (None, 1.0):
+        loaded(name).check(a_pipeline_request(name, strength=strength))
+
+    with pytest.raises(UnsupportedRequest) as refused:
+        loaded(name).check(a_pipeline_request(name, strength=0.8))
+    assert refused.value.field == "strength"
+
+
+def test_a_pipeline_that_makes_another_size_than_is_offered_stops_the_start(loaded):
+    sizes = ((SIZE, SIZE), (SIZE, 2 * SIZE))  # its options say the area of the first
+    spec = a_pipeline_spec("flux-kontext", loaded.folder("flux-kontext"), sizes=sizes)
+    engine = Engine(EngineConfig(), [spec])
+
+    with pytest.raises(UnsupportedRequest) as refused:
+        engine.start()
+
+    assert refused.value.field == "sizes"
+    for told in ("FluxKontextPipeline", "where 32x64 is asked for", "max_area, _auto_resize"):
+        assert told in refused.value.problem
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpmpp_2m_sde", "unipc"])
 def test_a_sampler_of_the_house_gives_the_bits_of_the_pipeline_with_that_scheduler(loaded, sampler):
     from engine.samplers import fresh_sampler
@@ -622,7 +669,8 @@ def test_pixels_of_a_pipeline_reach_the_runner_without_the_loss_of_a_bit(loaded)
     A pipeline may have done more to them than that.
     """
     given = torch.rand((1, 3, 256, 256), generator=torch.Generator().manual_seed(7)) / 3
-    image = in_flight(loaded("sd3"), a_pipeline_request("sd3"))
+    size = {"width_px": 256, "height_px": 256}
+    image = in_flight(loaded("sd3"), a_pipeline_request("sd3", **size))
     image.held = RunningCall(Coroutine(lambda ask: None), returned=Returned((given,)))
 
     assert torch.equal(decoded(loaded("sd3"), image), given)

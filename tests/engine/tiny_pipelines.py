@@ -70,6 +70,7 @@ def a_pipeline_request(name: str, id: str = "image", **changes) -> ImageRequest:
         "guidance": 3.0,
         "sampler": "default",
         "seed": 7,
+        "strength": 1.0,
     }
     return ImageRequest(
         **given
@@ -225,6 +226,13 @@ def a_stable_diffusion_controlnet():
     return a_stable_diffusion(diffusers.StableDiffusionControlNetPipeline, controlnet=controlnet)
 
 
+def an_instruct_pix2pix():
+    """Gives the size of its picture: its call takes none."""
+    pipe = a_stable_diffusion(diffusers.StableDiffusionInstructPix2PixPipeline)
+    pipe.register_modules(unet=a_unet(in_channels=8))
+    return pipe
+
+
 def a_stable_diffusion_xl():
     unet = a_unet(
         cross_attention_dim=64,
@@ -274,7 +282,7 @@ def a_stable_diffusion_3():
     )
 
 
-def a_flux():
+def a_flux(kind=diffusers.FluxPipeline):
     transformer = diffusers.FluxTransformer2DModel(
         in_channels=16,
         num_layers=1,
@@ -286,7 +294,7 @@ def a_flux():
         axes_dims_rope=(4, 4, 8),
         guidance_embeds=True,
     )
-    return diffusers.FluxPipeline(
+    return kind(
         tokenizer=tiny_tokenizer(),
         tokenizer_2=a_t5_tokenizer(),
         text_encoder=a_clip(),
@@ -495,7 +503,10 @@ def a_ddim():
     return diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler())
 
 
-OTHERS = {"ddim": Tiny(a_ddim, rows=(1, 1))}
+OTHERS = {
+    "ddim": Tiny(a_ddim, rows=(1, 1)),
+    "instruct-pix2pix": Tiny(an_instruct_pix2pix, pictures=("init_image",), rows=(1, 3)),
+}
 
 PIPELINES: dict[str, Tiny] = {
     "sd": Tiny(a_stable_diffusion),
@@ -511,6 +522,12 @@ PIPELINES: dict[str, Tiny] = {
     "sdxl": Tiny(a_stable_diffusion_xl),
     "sd3": Tiny(a_stable_diffusion_3, {"max_sequence_length": 40}),
     "flux": Tiny(a_flux, {"max_sequence_length": 40}, rows=(1, 1)),
+    "flux-kontext": Tiny(
+        partial(a_flux, diffusers.FluxKontextPipeline),
+        {"max_sequence_length": 40, "max_area": SIZE * SIZE, "_auto_resize": False},
+        pictures=("init_image",),
+        rows=(1, 1),
+    ),
     "chroma": Tiny(a_chroma, {"max_sequence_length": 40}, rows=(1, 1)),
     "pixart-sigma": Tiny(
         a_pixart_sigma,

@@ -273,6 +273,21 @@ def test_a_parameter_that_the_family_has_not_is_refused_by_name(family, field, v
     assert refusal.value.field == field
 
 
+@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize(
+    ("family", "without", "masked"),
+    [("sd", 0.8, 1.0), ("pipeline", None, None), ("plain", None, None)],
+)
+def test_without_a_strength_a_pipeline_decides_and_others_take_their_usual_one(
+    family, without, masked, with_mask
+):
+    fleet = a_fleet({"models.pocket.family": family})
+    pictures = {"init_image": UUID(int=1)} | ({"mask": UUID(int=2)} if with_mask else {})
+
+    assert resolved(fleet, **pictures).strength == (masked if with_mask else without)
+    assert resolved(fleet, **pictures, strength=0.5).strength == 0.5
+
+
 def test_pictures_become_the_files_of_their_roles():
     fleet = a_fleet({"models.pocket.family": "pipeline"})
     requested = {"init_image": UUID(int=1), "mask": UUID(int=2), "control_image": UUID(int=3)}

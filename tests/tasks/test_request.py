@@ -41,7 +41,7 @@ def test_a_request_says_what_its_job_says():
 def test_parameters_that_a_job_leaves_open_are_the_engine_s_own_defaults():
     request = request_of(resolved())
 
-    assert (request.strength, request.clip_skip, request.bucket_rows) == (1.0, 0, None)
+    assert (request.strength, request.clip_skip, request.bucket_rows) == (None, 0, None)
     assert (request.init_image, request.mask, request.control_image) == (None, None, None)
     assert request.adapters == ()
 

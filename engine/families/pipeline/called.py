@@ -150,7 +150,9 @@ class CalledPipeline(ABC):
         """Run the call to its end; pixels [1, 3, h, w] in -1..1.
 
         In float64: pipelines give 0..1, and in less that would not survive -1..1 and back. A call
-        that fails in here is over: to decode again fails too.
+        that fails in here is over: to decode again fails too. Raises `UnsupportedRequest` for a
+        picture of another size than the request's: the warm-up, which tries every size that is
+        offered, ends the start with it.
         """
         running = running_of(image)
         while running.returned is None:
@@ -161,7 +163,20 @@ class CalledPipeline(ABC):
             pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2)
         if not isinstance(pictures, Tensor) or pictures.shape[:-2] != (1, 3):
             raise EngineError(f"{self._signature.name} did not give one picture")
+        self._check_size(image.request, pictures)
         return pictures.double() * 2 - 1
+
+    def _check_size(self, request: ImageRequest, pictures: Tensor) -> None:
+        height_px, width_px = pictures.shape[-2:]
+        if (height_px, width_px) == (request.height_px, request.width_px):
+            return
+        reason = (
+            f"{self._signature.name} makes {width_px}x{height_px} where"
+            f" {request.width_px}x{request.height_px} is asked for: offer sizes that it makes"
+        )
+        if self._signature.size_options:
+            reason += f", or set in its options {', '.join(self._signature.size_options)}"
+        raise UnsupportedRequest("sizes", reason)
 
     def fork(self, image: InFlight, latents: Tensor, recall: Recall) -> None:
         """Refuse: the latents are the pipeline's own."""

@@ -25,6 +25,8 @@ SAID_BY_NOBODY = (
     *("callback", "callback_steps"),
     *("callback_on_step_end", "callback_on_step_end_tensor_inputs"),
 )
+# Options by which pipelines of diffusers choose another size than the one asked for.
+SIZE_OPTIONS = ("max_area", "_auto_resize", "use_resolution_binning", "sample_size")
 
 
 class CallSignature:
@@ -59,6 +61,11 @@ class CallSignature:
         return self._guidance is not None
 
     @property
+    def size_options(self) -> list[str]:
+        """Name the options of the call that change the size of what it makes."""
+        return [name for name in SIZE_OPTIONS if name in self._parameters]
+
+    @property
     def can_double(self) -> bool:
         """Tell whether one call can make two images of one prompt."""
         return "num_images_per_prompt" in self._parameters
@@ -76,14 +83,22 @@ class CallSignature:
         self._check_options(request.options)
         self._check_pictures(request)
         self._check_arguments(request)
-        if request.num_steps * request.strength < 1:
-            reason = f"{request.strength} of {request.num_steps} steps leaves none"
+        strength = self._strength_of(request)
+        if request.num_steps * strength < 1:
+            reason = f"{strength} of {request.num_steps} steps leaves none"
             raise UnsupportedRequest("strength", reason)
+
+    def _strength_of(self, request: ImageRequest) -> float:
+        """Tell the strength of the call: where nobody says one, its own default."""
+        if request.strength is not None:
+            return request.strength
+        own = self._parameters["strength"].default if "strength" in self._parameters else None
+        return float(own) if isinstance(own, int | float) else 1.0
 
     def _check_arguments(self, request: ImageRequest) -> None:
         asked = {
             "negative_prompt": bool(request.negative_prompt),
-            "strength": request.strength != 1,
+            "strength": request.noise_share != 1,
             "clip_skip": request.clip_skip > 0,
         }
         refused = [name for name in asked if asked[name] and name not in self._parameters]
@@ -131,6 +146,8 @@ class CallSignature:
         }
         if self._guidance is not None:
             wanted[self._guidance] = request.guidance
+        if request.strength is None:
+            del wanted["strength"]
         wanted |= self._picture_arguments(request)
         taken = {name: value for name, value in wanted.items() if name in self._parameters}
         arguments = taken | dict(self._options) | dict(request.options)

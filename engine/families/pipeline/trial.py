@@ -76,6 +76,7 @@ def _smallest_request(spec: CheckpointSpec) -> ImageRequest:
         height_px=height_px,
         num_steps=2,
         guidance=1.0,
+        strength=1.0,  # so that both steps are made
         sampler=OWN_SAMPLER,
         seed=0,
     )
