@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import hypothesis
 import pytest
+import structlog
 from sqlalchemy import Engine, event
 
 from darkroom_client import Client
@@ -96,6 +97,14 @@ ENGINES: "weakref.WeakSet[Engine]" = weakref.WeakSet()
 @event.listens_for(Engine, "engine_connect")
 def note_engine(connection) -> None:
     ENGINES.add(connection.engine)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def logs_stay_as_configured():
+    """Show who configures logs anew: later tests could not capture what loggers in use write."""
+    before = structlog.get_config()["processors"]
+    yield
+    assert structlog.get_config()["processors"] is before, "a test of this file configured logs"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -226,11 +226,14 @@ def test_process_of_a_role_ends_with_its_role_s_status(settings_here, monkeypatc
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["tasks.serve", "maintenance"])
     monkeypatch.setattr(tasks.roles.maintenance, "serve", lambda settings, fleet: status)
+    levels: list[str] = []  # the logs of this process stay as they are
+    monkeypatch.setattr(tasks.serve.telemetry, "configure_logs", levels.append)
 
     with pytest.raises(SystemExit) as ended:
         tasks.serve.main()
 
     assert ended.value.code == status
+    assert levels == ["INFO"]
 
 
 def urls_of(settings) -> dict[str, str]:
