@@ -398,7 +398,7 @@ class WorkerSettings(Settings, DeviceSettings):
     """Hold a GPU worker's settings; its pool decides which models it holds."""
 
     worker_pool: str = "local"  # a pool of fleet.toml
-    worker_name: str = ""  # gpuN@host; the launcher sets it
+    worker_name: str = ""  # POOL-gpuN@host; the launcher sets it
     # Source of notices that the machine will be taken away: aws, gcp, azure or file:/PATH, in
     # which {worker} stands for the worker's name.
     preemption_notices: str = ""

@@ -35,9 +35,7 @@ def calibrate(installation: Installation, model: str, repeats: int) -> None:
     from settings import DeviceSettings, load, load_fleet_or_exit
     from tasks.engines import checkpoint_specs, engine_config
 
-    settings = load(DeviceSettings)
-    if installation.fleet_file is not None:
-        settings = settings.model_copy(update={"fleet_file": installation.fleet_file})
+    settings = load(DeviceSettings).model_copy(update=installation.remembered())
     folder = settings.curves_folder or installation.data_dir / "curves"
     fleet = load_fleet_or_exit(settings)
     if model not in fleet.models:

@@ -108,14 +108,14 @@ def _environments(
 
         env = {**os.environ, **installation.stack().process_env()}
         with suppress(FleetInvalid):  # or it is told in its place
-            env["WORKER_POOL"] = processes.worker_pool(read(FleetSettings, env).load_fleet())
+            fleet = read(FleetSettings, env).load_fleet()
+            env["WORKER_POOL"] = processes.pools_served(fleet, env)[0]
         return {
             name: as_handed_to(name, env)
             for name in roles or ("gateway", "worker", "results", "sweeper", "webhooks", "flower")
         }
     own = dict(os.environ)
-    if installation.fleet_file is not None:
-        own["FLEET_FILE"] = str(installation.fleet_file)
+    own |= {name.upper(): str(path) for name, path in installation.remembered().items()}
     if roles:
         return dict.fromkeys(roles, own)
     return {name: own for name, kind in ROLES.items() if _has_all(kind, own)}

@@ -83,11 +83,25 @@ class Installation:
         from settings import FleetSettings, load, load_fleet_or_exit
 
         settings = load(FleetSettings)
-        if self.fleet_file is not None:
-            settings = settings.model_copy(update={"fleet_file": self.fleet_file})
-        return load_fleet_or_exit(settings)
+        return load_fleet_or_exit(settings.model_copy(update=self.remembered()))
 
-    def stack(self, *, workers: int = 1) -> "Stack":
+    def remembered(self) -> dict[str, Path]:
+        """Return the settings `fleet_file` and `checkpoint_root` as this installation has them.
+
+        What the caller says wins over what `up` has kept in `<data>/env`; without both it is left
+        out.
+        """
+        kept = dotenv_values(self.data_dir / "env", interpolate=False)
+        told: dict[str, Path] = {}
+        fleet_file = self.fleet_file or kept.get("FLEET_FILE")
+        if fleet_file:
+            told["fleet_file"] = Path(fleet_file)
+        root = os.environ.get("CHECKPOINT_ROOT") or kept.get("CHECKPOINT_ROOT")
+        if root:
+            told["checkpoint_root"] = Path(root)
+        return told
+
+    def stack(self, *, workers: int | str = 1) -> "Stack":
         """Return the stack of the data directory."""
         from fleet.stack import Stack
 

@@ -3,7 +3,7 @@
 import signal
 from datetime import UTC, datetime
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 import httpx
@@ -20,10 +20,11 @@ from fleet.stack import ProcessStatus, Stack
 )
 @click.option(
     "--workers",
-    type=click.IntRange(1, 64),
-    default=1,
+    metavar="NUMBER|POOL=NUMBER,…",
+    default="1",
     show_default=True,
-    help="Number of worker processes.",
+    help="Worker processes of each pool; a pool that is not named gets one. With WORKER_POOL in "
+    "the environment, that pool alone gets any.",
 )
 @click.option(
     "--wait",
@@ -34,7 +35,7 @@ from fleet.stack import ProcessStatus, Stack
     help="Seconds to wait until everything is ready.",
 )
 @pass_installation
-def up(installation: Installation, detach: bool, workers: int, wait_s: float) -> None:
+def up(installation: Installation, detach: bool, workers: str, wait_s: float) -> None:
     """Start the whole stack on this machine.
 
     These are Postgres, Redis, an S3 store, gateway, workers, results, sweeper, webhooks and Flower.
@@ -46,7 +47,11 @@ def up(installation: Installation, detach: bool, workers: int, wait_s: float) ->
     try:
         with screen.err().status("starting") as spinner:
             stack.up(wait_s, on_stage=spinner.update)
+        if was_up and stack.restarted:
+            screen.err().print(f"started anew: {', '.join(stack.restarted)}")
         show_addresses(stack)
+        for problem in stack.load_problems():
+            screen.complain(problem)
         if detach:
             return
         for number in (signal.SIGTERM, signal.SIGHUP):
@@ -93,7 +98,57 @@ def status(ctx: click.Context, installation: Installation) -> None:
     screen.out().print(
         screen.table(["process", "state", "pid", "up", ""], rows, numbers=["pid", "up"])
     )
+    _show_workers(stack)
     screen.out().print(f"\n{_readiness(stack.env['DARKROOM_URL'])}")
+
+
+_WORKERS = """
+SELECT pool, worker, state, device, models, failed_models, problem, restarts, failed_starts,
+       to_char(started_at AT TIME ZONE 'UTC', 'MM-DD HH24:MI:SS') AS since
+FROM workers_now ORDER BY pool, worker
+"""
+
+
+def _show_workers(stack: Stack) -> None:
+    """Print the workers by pool, with what they serve and what they cannot load; then why."""
+    from sqlalchemy import text
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from models.database import make_engine
+
+    engine = make_engine(stack.env["DATABASE_URL"], pool_size=1)
+    try:
+        with engine.connect() as connection:
+            workers = connection.execute(text(_WORKERS)).all()
+    except SQLAlchemyError as error:
+        screen.complain(f"Which workers there are cannot be read: {type(error).__name__}.")
+        return
+    finally:
+        engine.dispose()
+    columns = ["pool", "worker", "state", "device", "serves", "cannot load", "restarts", "since"]
+    rows = [
+        (
+            worker.pool,
+            worker.worker,
+            _worker_state(worker),
+            worker.device,
+            worker.models,
+            worker.failed_models,
+            worker.restarts,
+            worker.since,
+        )
+        for worker in workers
+    ]
+    screen.out().print(screen.table(columns, rows, numbers=["restarts"]))
+    for problem in dict.fromkeys(worker.problem for worker in workers if worker.problem):
+        screen.complain(problem)
+
+
+def _worker_state(worker: Any) -> str:
+    """Name the state, and how often the worker was started in vain."""
+    if worker.failed_starts and worker.state != "ready":
+        return f"{worker.state}, {worker.failed_starts} starts failed"
+    return str(worker.state)
 
 
 @click.command()
@@ -118,6 +173,7 @@ def show_addresses(stack: Stack) -> None:
         ("S3", env["S3_ENDPOINT_URL"], f"bucket {env['S3_BUCKET']}"),
         ("Postgres", at["DATABASE_URL"], 'darkroom sql "select * from job_history"'),
         ("Redis", f"{at['BROKER_URL']}  {at['HANDOFF_URL']}", "broker, hand-off"),
+        ("serves", stack.fleet_file, ""),
     ]
     screen.out().print(screen.table(["", "address", ""], rows))
 

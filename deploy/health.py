@@ -67,27 +67,30 @@ def _worker() -> str:
 
     settings = load(WorkerSettings)
     try:
-        names = _live_workers(settings.database_url, settings.lease_ttl_s)
+        live = _live_workers(settings.database_url, settings.lease_ttl_s)
     except SQLAlchemyError as error:
         if not settings.metrics_port:
             sys.exit(f"Postgres: {type(error).__name__}")
         answer = _answer(f"http://127.0.0.1:{settings.metrics_port}/metrics")
         return f"Postgres is away ({type(error).__name__}); {answer}"
-    here = [name for name in names if name.endswith(f"@{socket.gethostname()}")]
-    # The launcher gives each GPU's worker the next port.
-    for place in range(len(here) if settings.metrics_port else 0):
-        url = f"http://127.0.0.1:{settings.metrics_port + place}/metrics"
+    here = {name: port for name, port in live.items() if name.endswith(f"@{socket.gethostname()}")}
+    for port in filter(None, here.values()):
+        url = f"http://127.0.0.1:{port}/metrics"
         with suppress(OSError):  # its leases are renewed, so it is there
             _moving(url, _get(url)[1])
     return ", ".join(here) or sys.exit("no live worker of this host")
 
 
-def _live_workers(database_url: str, silent_for_s: float) -> list[str]:
+def _live_workers(database_url: str, silent_for_s: float) -> dict[str, int]:
+    """Return the port for metrics of each live worker, by name; 0: it has none."""
     from models import workers
     from models.database import make_engine, transaction
 
     with transaction(make_engine(database_url, pool_size=1)) as session:
-        return [worker.name for worker in workers.live(session, silent_for_s=silent_for_s)]
+        return {
+            worker.name: int(worker.facts.get("metrics_port", 0))
+            for worker in workers.live(session, silent_for_s=silent_for_s)
+        }
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from policy import queues
 from policy.fleet import Fleet
 from policy.release import PickedJob, ReleaseLimits, release_limits
 from policy.states import JobState
+from policy.workers import checkpoints_of
 
 log = structlog.get_logger(__name__)
 
@@ -37,6 +38,7 @@ class Release:
         self._broker = broker
         self._fleet = fleet
         self._worker_silence_s = worker_silence_s
+        self._checkpoints = {pool: checkpoints_of(fleet, pool) for pool in fleet.pools}
 
     def release(self, pool: str, tier: str, *, tenant_id: uuid.UUID | None = None) -> int:
         """Announce the next waiting jobs of (pool, tier), in fair order; return how many.
@@ -49,7 +51,12 @@ class Release:
             capacity = workers.capacity(session, pool=pool, silent_for_s=self._worker_silence_s)
             limits = self.limits(pool, tier, capacity.slots)
             picked = releasing.pick(
-                session, pool=pool, tier=tier, limits=limits, tenant_id=tenant_id
+                session,
+                pool=pool,
+                tier=tier,
+                limits=limits,
+                tenant_id=tenant_id,
+                lacking=self._lacking(pool, capacity),
             )
             lacking = inputs.ask(session, pool=pool, tier=tier, most=limits.limit_images)
             return picked, lacking
@@ -90,6 +97,24 @@ class Release:
             job = session.get(Job, job_id)
         if job is not None and job.state == JobState.QUEUED:
             self.reannounce(job.pool, job.tier, [job_id])
+
+    def put_back(self, job_id: uuid.UUID) -> None:
+        """Take back the announcement of a job that came to a worker which lacks its model.
+
+        It is announced again at once if another live worker has it, and otherwise waits.
+        """
+        with transaction(self._engine) as session:
+            job = session.get(Job, job_id)
+            if job is None or job.state != JobState.QUEUED:
+                return
+            releasing.withdraw(session, [job_id])
+        self.release(job.pool, job.tier)
+
+    def _lacking(self, pool: str, capacity: workers.Capacity) -> frozenset[str]:
+        """List the pool's checkpoints that no live worker serves; none if nothing is known."""
+        if capacity.held is None:
+            return frozenset()
+        return self._checkpoints.get(pool, frozenset()) - capacity.held
 
     def _ask_for_inputs(self, tier: str, job_ids: Sequence[uuid.UUID]) -> None:
         if left := self._publish_asking(tier, job_ids):

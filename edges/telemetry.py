@@ -203,6 +203,14 @@ OLDEST_WAIT = Gauge(
 LIVE_WORKERS = Gauge(
     "darkroom_live_workers", "Workers that sent a heartbeat within a lease", ["pool"]
 )
+FAILING_WORKERS = Gauge(
+    "darkroom_failing_workers", "Workers that do not get ready, however often started", ["pool"]
+)
+MODELS_NOT_LOADED = Gauge(
+    "darkroom_models_not_loaded",
+    "Live workers that cannot load a version of a model",
+    ["pool", "model"],
+)
 INFLIGHT = Gauge("darkroom_engine_inflight_images", "Images resident on the device")
 FORWARDS = Gauge("darkroom_engine_forwards", "Denoiser forwards since start")
 MEAN_ROWS = Gauge("darkroom_engine_mean_rows", "Mean rows of a denoiser forward since start")
@@ -347,13 +355,23 @@ def watch_engine(stats: Callable[[], Mapping[str, Any]]) -> None:
     read(CACHE_LOOKUPS, "block_cache_rows_computed", cache="blocks", outcome="miss")
 
 
-def serve_metrics(port: int, host: str = "127.0.0.1") -> None:
-    """Serve /metrics from a thread; do nothing for port 0; log a warning if the port is taken."""
-    if port:
+def serve_metrics(port: int, host: str = "127.0.0.1", *, tries: int = 1) -> int:
+    """Serve /metrics from a thread; return the port, 0 if it is none or taken.
+
+    tries: ports to try, the following ones included. Logs a warning if all are taken.
+    """
+    for candidate in range(port, port + tries) if port else ():
         try:
-            start_http_server(port, addr=host)
+            start_http_server(candidate, addr=host)
         except OSError as error:
-            log.warning("metrics_port_taken", port=port, reason=str(error))
+            reason = str(error)
+            continue
+        if candidate != port:
+            log.info("metrics_port_moved", port=candidate, wanted=port)
+        return candidate
+    if port:
+        log.warning("metrics_port_taken", port=port, reason=reason)
+    return 0
 
 
 def serve_metrics_on(listener: socket.socket, *, of_all_processes: bool) -> None:

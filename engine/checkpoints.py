@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from engine.config import CheckpointSpec
-from engine.device import Device
-from engine.errors import UnknownCheckpoint
+from engine.device import Device, is_out_of_memory
+from engine.errors import (
+    CheckpointCorrupt,
+    LoadFailure,
+    LoadProblem,
+    NothingLoaded,
+    UnknownCheckpoint,
+    UnsupportedRequest,
+)
 from engine.fingerprint import Fingerprint, fingerprint
 from engine.inflight import BatchKey, InFlight
 from engine.loading import LoadedCheckpoint, load_checkpoint
 from engine.request import ImageRequest
 from engine.validation import check_offered, check_rows, check_values
+
+log = logging.getLogger(__name__)
 
 MAX_FINGERPRINTS = 256  # remembered; strengths of adapters are anybody's numbers
 SPEED = ("channels_last", "compile_blocks", "cuda_graphs")  # what a spec asks of `acceleration.py`
@@ -25,11 +36,19 @@ class LoadedCheckpoints(Mapping[str, LoadedCheckpoint]):
     Empty until `load`, which the device thread calls; any thread may read.
     """
 
-    def __init__(self, specs: Sequence[CheckpointSpec], *, max_batch_rows: int) -> None:
-        """Raise `ValueError` where two have one name. max_batch_rows: of one forward."""
+    def __init__(
+        self, specs: Sequence[CheckpointSpec], *, max_batch_rows: int, may_lack_some: bool = False
+    ) -> None:
+        """Raise `ValueError` where two have one name.
+
+        max_batch_rows: of one forward.  may_lack_some: one that cannot be loaded does not keep the
+        others from being served.
+        """
         self.specs = {spec.name: spec for spec in specs}
         if len(self.specs) != len(specs):
             raise ValueError("two checkpoints have one name")
+        self.failures: dict[str, LoadFailure] = {}  # by checkpoint
+        self._may_lack_some = may_lack_some
         self.load_s = 0.0  # reading and verifying all of them
         self._max_batch_rows = max_batch_rows
         self._loaded: dict[str, LoadedCheckpoint] = {}
@@ -46,11 +65,43 @@ class LoadedCheckpoints(Mapping[str, LoadedCheckpoint]):
         return len(self._loaded)
 
     def load(self, device: Device) -> None:
-        """Verify and read every checkpoint once. Raises as `load_checkpoint`."""
+        """Verify and read every checkpoint once.
+
+        Raises as `load_checkpoint`; if some may be lacking, `NothingLoaded` when all are.
+        """
         self._device_facts = device.facts()
         for spec in self.specs.values():
-            self._loaded[spec.name] = load_checkpoint(spec, device)
+            with self.may_fail(spec.name, device):
+                self._loaded[spec.name] = load_checkpoint(spec, device)
+        self.check_any_is_loaded()
         self.load_s = sum(loaded.load_s for loaded in self._loaded.values())
+
+    @contextmanager
+    def may_fail(self, name: str, device: Device) -> Iterator[None]:
+        """Drop the checkpoint and note why, if it may be lacking and the block raises."""
+        try:
+            yield
+        except Exception as problem:
+            if not self._may_lack_some:
+                raise
+            failure = _failure(name, problem)
+            is_planned = failure.kind is not LoadProblem.UNPLANNED
+            log.error(
+                "checkpoint_not_loaded",
+                extra={"checkpoint": name, "problem": failure.problem},
+                exc_info=None if is_planned else problem,
+            )
+            self.failures[name] = failure
+            self._loaded.pop(name, None)
+        else:
+            return
+        # Here and not above: the error held the tensors by its traceback.
+        device.free_cached_memory()
+
+    def check_any_is_loaded(self) -> None:
+        """Raise `NothingLoaded` if every checkpoint failed."""
+        if self.failures and not self._loaded:
+            raise NothingLoaded(list(self.failures.values()))
 
     def find(self, name: str) -> LoadedCheckpoint:
         """Give the checkpoint of that name. Raises `UnknownCheckpoint`."""
@@ -145,6 +196,19 @@ class LoadedCheckpoints(Mapping[str, LoadedCheckpoint]):
             "block_cache_rows_skipped": sum(cache.rows_skipped for cache in block_caches),
             "block_cache_rows_computed": sum(cache.rows_computed for cache in block_caches),
         }
+
+
+def _failure(name: str, problem: Exception) -> LoadFailure:
+    if isinstance(problem, CheckpointCorrupt):
+        return LoadFailure(name, LoadProblem.FILES, str(problem))
+    if isinstance(problem, UnsupportedRequest):
+        return LoadFailure(name, LoadProblem.SETTINGS, str(problem))
+    if is_out_of_memory(problem):
+        text = "it does not fit into the memory that the device has left"
+        return LoadFailure(name, LoadProblem.MEMORY, text)
+    lines = str(problem).strip().splitlines() or [""]
+    text = f"{type(problem).__name__}: {lines[0]}"[:300]
+    return LoadFailure(name, LoadProblem.UNPLANNED, text)
 
 
 def _block_facts(loaded: LoadedCheckpoint) -> dict[str, Any] | None:

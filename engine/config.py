@@ -38,6 +38,8 @@ class EngineConfig:
     previews_per_s: float = 2.0  # of one image, at most
     # What `./darkroom calibrate` measured; "": everything is measured at warm-up.
     curves_folder: str = ""
+    # Start with those checkpoints that can be loaded, as long as there is one.
+    may_lack_checkpoints: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

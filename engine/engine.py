@@ -24,7 +24,7 @@ from engine.conditioning import ConditioningCache
 from engine.config import CheckpointSpec, EngineConfig
 from engine.costs import CostModel
 from engine.device import Device
-from engine.errors import EngineStopped, SnapshotRefused
+from engine.errors import EngineStopped, LoadFailure, SnapshotRefused
 from engine.events import OnEvent
 from engine.families.contract import State
 from engine.fingerprint import Fingerprint
@@ -61,7 +61,11 @@ class Engine:
         self.config = config
         self.costs = CostModel()
         max_rows = config.max_batch_rows
-        self._checkpoints = LoadedCheckpoints(checkpoints, max_batch_rows=max_rows)
+        self._checkpoints = LoadedCheckpoints(
+            checkpoints,
+            max_batch_rows=max_rows,
+            may_lack_some=config.may_lack_checkpoints,
+        )
         device = Device(
             config.device,
             num_threads=config.num_threads,
@@ -93,7 +97,8 @@ class Engine:
     def start(self) -> None:
         """Start the device thread; return when every checkpoint is loaded and warm.
 
-        Raises what stopped it from getting there.
+        Raises what stopped it from getting there. With `may_lack_checkpoints` a checkpoint that
+        cannot be loaded does not: `failures` says why it is not served.
         """
         if self._thread is not None:
             raise RuntimeError("an engine is started once")
@@ -313,6 +318,16 @@ class Engine:
         return wanted
 
     # --- what it knows of itself ---
+
+    @property
+    def checkpoints(self) -> tuple[str, ...]:
+        """Return the names of the checkpoints that this engine serves."""
+        return tuple(self._checkpoints)
+
+    @property
+    def failures(self) -> Sequence[LoadFailure]:
+        """Return why other checkpoints that it was started with are not served."""
+        return tuple(self._checkpoints.failures.values())
 
     @property
     def load_s(self) -> float:

@@ -5,6 +5,7 @@ EngineError              the unplanned, with its cause attached: log it, count t
 ├── UnsupportedRequest   no engine with this catalog could render it; names the field
 │   └── PackageMissing   the checkpoint is sound, and a package that reads it is not installed
 ├── CheckpointCorrupt    a file is missing, altered or unreadable; names the file
+├── NothingLoaded        none of the checkpoints can be loaded; holds why, for each
 ├── SnapshotRefused      no snapshot, damaged, or of another request or set-up: start from step 0
 ├── OutOfDeviceMemory    the device could not hold the work: try again alone, or elsewhere
 ├── ImageNotFinite       the checkpoint produced NaN or infinity: the same request fails again
@@ -13,6 +14,31 @@ EngineError              the unplanned, with its cause attached: log it, count t
 └── EngineStopped        the engine is not running: another worker can render it from the start
     └── EngineDied       its device thread broke while it held this image, maybe because of it
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+
+
+class LoadProblem(Enum):
+    """Name what keeps a checkpoint from being loaded, for whoever tells the way out."""
+
+    FILES = auto()  # one is missing, altered or unreadable
+    SETTINGS = auto()  # the spec asks for what the checkpoint, or the engine, does not have
+    MEMORY = auto()  # the device has too little
+    UNPLANNED = auto()  # anything else; its traceback is in the log
+
+
+@dataclass(frozen=True)
+class LoadFailure:
+    """Say why one checkpoint is not served.
+
+    problem: names the file or the setting.
+    """
+
+    checkpoint: str
+    kind: LoadProblem
+    problem: str
 
 
 class EngineError(Exception):
@@ -66,6 +92,17 @@ class CheckpointCorrupt(EngineError):
         super().__init__(f"{file}: {problem}")
         self.file = file
         self.problem = problem
+
+
+class NothingLoaded(EngineError):
+    """None of the engine's checkpoints can be loaded; `failures` says why, for each.
+
+    Mend what they name and start the engine again.
+    """
+
+    def __init__(self, failures: "Sequence[LoadFailure]") -> None:
+        super().__init__("; ".join(f"{each.checkpoint}: {each.problem}" for each in failures))
+        self.failures = tuple(failures)
 
 
 class SnapshotRefused(EngineError):

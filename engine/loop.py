@@ -119,13 +119,18 @@ class DeviceLoop:
         self._device.prepare()
         self._checkpoints.load(self._device)
         started = time.perf_counter()
-        for name, spec in self._checkpoints.specs.items():
-            if self._config.curves_folder:
-                bits = self._checkpoints.fingerprint(name)
-                load_curves(self._costs, Path(self._config.curves_folder), name, bits)
-            self._warm_up(spec)
+        for name in tuple(self._checkpoints):
+            with self._checkpoints.may_fail(name, self._device):
+                self._load_curves(name)
+                self._warm_up(self._checkpoints.specs[name])
+        self._checkpoints.check_any_is_loaded()
         self._scheduler.memory_budget_bytes = self._device.memory_budget_bytes()
         self.warm_up_s = time.perf_counter() - started
+
+    def _load_curves(self, name: str) -> None:
+        if self._config.curves_folder:
+            bits = self._checkpoints.fingerprint(name)
+            load_curves(self._costs, Path(self._config.curves_folder), name, bits)
 
     def _warm_up(self, spec: CheckpointSpec) -> None:
         warm_up(

@@ -9,7 +9,7 @@ import math
 import os
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -18,7 +18,9 @@ from pydantic_settings import BaseSettings
 from fleet.addresses import as_handed_to
 from fleet.supervision import Program
 from policy.fleet import Fleet
+from policy.workers import worker_name
 from settings import (
+    EX_CONFIG,
     REPO,
     FlowerSettings,
     GatewayProcessSettings,
@@ -40,15 +42,16 @@ _KINDS: dict[str, type[BaseSettings]] = {
 }
 _DEFAULTS = {"TORCH_THREADS": "1", "DEVICE": "auto"}
 METRICS_STRIDE = 10
+FLEET_DIGEST = "FLEET_DIGEST"  # of fleet.toml as it was when the process was started
 # Priorities: those that take in work stop first, so that the others can still finish it.
 _TAKES_IN_WORK = 90
 _FINISHES_IT = 50
 
 
-def programs(env: Mapping[str, str], fleet: Fleet, *, num_workers: int) -> list[Program]:
+def programs(env: Mapping[str, str], fleet: Fleet, *, workers: Mapping[str, int]) -> list[Program]:
     """List what runs on top of the services.
 
-    env: the stack's own variables, which win over the caller's.
+    env: the stack's own variables, which win over the caller's.  workers: how many each pool gets.
     """
     gunicorn = ["gunicorn", "-c", "deploy/gunicorn.conf.py", "app.wsgi:application"]
     handed = {name: as_handed_to(name, env) for name in _KINDS}
@@ -56,25 +59,27 @@ def programs(env: Mapping[str, str], fleet: Fleet, *, num_workers: int) -> list[
     own = {name: _only(handed[name], kind) for name, kind in _KINDS.items()}
     started = [
         _program("gateway", gunicorn, _TAKES_IN_WORK, 40, own["gateway"]),
-        *_workers(handed["worker"], fleet, num_workers),
+        *_workers(handed["worker"], fleet, workers),
         _program("flower", ["tasks.serve", "flower"], _TAKES_IN_WORK, 10, own["flower"]),
         _program("results", ["tasks.serve", "results"], _FINISHES_IT, 30, own["results"]),
         _program("webhooks", ["tasks.serve", "webhooks"], _FINISHES_IT, 20, own["webhooks"]),
         _program("sweeper", ["tasks.serve", "maintenance"], _FINISHES_IT, 20, own["sweeper"]),
     ]
-    return [
+    # A process reads fleet.toml at its start: an edited file makes it another program.
+    digest = {name: env[name] for name in (FLEET_DIGEST,) if name in env}
+    with_ports = [
         _with_a_metrics_port_of_its_own(program, place) for place, program in enumerate(started)
     ]
-
-
-def _workers(env: Mapping[str, str], fleet: Fleet, num_workers: int) -> list[Program]:
-    names = [f"worker-{number}" for number in range(1, num_workers + 1)]
-    # "" leaves the naming to the launcher.
-    own_names = names if num_workers > 1 else [""] * num_workers
     return [
-        _worker(name, _worker_environment(env, fleet, own_name))
-        for name, own_name in zip(names, own_names, strict=True)
+        replace(program, environment={**program.environment, **digest}) for program in with_ports
     ]
+
+
+def _workers(env: Mapping[str, str], fleet: Fleet, workers: Mapping[str, int]) -> Iterator[Program]:
+    for pool, count in workers.items():
+        for number in range(1, count + 1):
+            name = f"worker-{pool}-{number}" if len(fleet.pools) > 1 else f"worker-{number}"
+            yield _worker(name, _worker_environment(env, pool, number))
 
 
 def _with_a_metrics_port_of_its_own(program: Program, place: int) -> Program:
@@ -90,7 +95,13 @@ def _with_a_metrics_port_of_its_own(program: Program, place: int) -> Program:
 
 
 def _program(
-    name: str, module: list[str], priority: int, stop_wait_s: int, environment: Mapping[str, str]
+    name: str,
+    module: list[str],
+    priority: int,
+    stop_wait_s: int,
+    environment: Mapping[str, str],
+    *,
+    final_statuses: Sequence[int] = (),
 ) -> Program:
     return Program(
         name=name,
@@ -99,6 +110,7 @@ def _program(
         environment={**environment, "PYTHONUNBUFFERED": "1"},
         priority=priority,
         stop_wait_s=stop_wait_s,
+        final_statuses=final_statuses,
     )
 
 
@@ -108,7 +120,15 @@ def _worker(name: str, environment: Mapping[str, str]) -> Program:
     with suppress(SettingsInvalid):  # then it will not start, and says why
         notice_s = read(WorkerSettings, environment).shutdown_notice_s
         stop_wait_s = max(45, math.ceil(notice_s) + 25)
-    return _program(name, ["fleet.worker"], _TAKES_IN_WORK, stop_wait_s, environment)
+    return _program(
+        name,
+        ["fleet.worker"],
+        _TAKES_IN_WORK,
+        stop_wait_s,
+        environment,
+        # It would load for a while only to fail again; `up` starts it, once that is mended.
+        final_statuses=(EX_CONFIG,),
+    )
 
 
 def problems(programs: Sequence[Program]) -> list[str]:
@@ -122,17 +142,26 @@ def problems(programs: Sequence[Program]) -> list[str]:
     return list(found)
 
 
-def _worker_environment(env: Mapping[str, str], fleet: Fleet, name: str) -> dict[str, str]:
-    own = {
-        "WORKER_POOL": worker_pool(fleet),
-        "WORKER_NAME": name and f"{name}@{socket.gethostname()}",
-    }
+def _worker_environment(env: Mapping[str, str], pool: str, number: int) -> dict[str, str]:
+    own = {"WORKER_POOL": pool, "WORKER_NAME": name_of_worker(pool, number)}
     return _only({**env, **own}, WorkerSettings)
 
 
-def worker_pool(fleet: Fleet) -> str:
-    """Return the pool of the stack's workers: the caller's WORKER_POOL, or the file's first."""
-    return os.environ.get("WORKER_POOL") or next(iter(fleet.pools))
+def name_of_worker(pool: str, number: int) -> str:
+    """Return what the stack's worker of that number calls itself.
+
+    With several GPUs each worker puts its device into the name.
+    """
+    return worker_name(pool, str(number), socket.gethostname())
+
+
+def pools_served(fleet: Fleet, env: Mapping[str, str]) -> tuple[str, ...]:
+    """List the pools that the stack starts workers for: WORKER_POOL, or all of the file.
+
+    env: the stack's own variables; the caller's win.
+    """
+    only = os.environ.get("WORKER_POOL") or env.get("WORKER_POOL")
+    return (only,) if only else tuple(fleet.pools)
 
 
 def _only(env: Mapping[str, str], *settings: type[BaseSettings]) -> dict[str, str]:

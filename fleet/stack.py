@@ -9,12 +9,13 @@ they are ready.
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,17 @@ from sqlalchemy.exc import SQLAlchemyError
 from fleet import backup, processes, services
 from fleet.addresses import LISTENERS, Addresses, read_env, write_env
 from fleet.errors import StackError
-from fleet.supervision import ProcessStatus, Supervisor
-from models import api_keys, tenants
+from fleet.supervision import ProcessStatus, Program, Supervisor
+from models import api_keys, tenants, workers
 from models.database import make_engine, transaction
 from policy.fleet import Fleet, FleetInvalid, parse_fleet
-from settings import REPO, MigrationSettings
+from policy.workers import WorkerNow, WorkersInvalid, workers_by_pool
+from settings import EX_CONFIG, REPO, MigrationSettings
 
 __all__ = ["FIRST_TENANT", "ProcessStatus", "Stack", "StackError"]
 
 FIRST_TENANT = "demo"
+WORKER_SILENT_AFTER_S = 15.0
 # A process that dies this often before the stack is ready will not get better by waiting.
 _DEATHS_BEFORE_GIVING_UP = 3
 
@@ -41,10 +44,19 @@ _DEATHS_BEFORE_GIVING_UP = 3
 class Stack:
     """Control one installation, by its data directory. Cheap to make: it starts nothing."""
 
-    def __init__(self, data_dir: Path, *, fleet_file: Path | None = None, workers: int = 1) -> None:
+    def __init__(
+        self, data_dir: Path, *, fleet_file: Path | None = None, workers: int | str = 1
+    ) -> None:
+        """Know where it is.
+
+        fleet_file: None: the one that it was started with before, or the repository's.  workers:
+        of each pool, or as `policy.workers.workers_by_pool` reads it.
+        """
         self.data_dir = data_dir.absolute()
-        self.fleet_file = fleet_file.absolute() if fleet_file else None
         self.workers = workers
+        self._fleet_file = fleet_file.absolute() if fleet_file else None
+        # Processes that the last `up` stopped because they have to start anew.
+        self.restarted: list[str] = []
         self._supervisor = Supervisor(self.data_dir)
 
     @property
@@ -56,6 +68,13 @@ class Stack:
     def env_path(self) -> Path:
         """Return the path of the dotenv file that holds every address and secret."""
         return self.data_dir / "env"
+
+    @property
+    def fleet_file(self) -> Path:
+        """Return the path of the fleet file: the given one, the remembered, or the repository's."""
+        if self._fleet_file is not None:
+            return self._fleet_file
+        return Path(self.env.get("FLEET_FILE") or REPO / "fleet.toml")
 
     def is_up(self) -> bool:
         """Tell whether this stack was started and not stopped, whatever its processes do."""
@@ -78,10 +97,14 @@ class Stack:
             addresses = self._ensure_first_key(addresses)
             on_stage("starting gateway, workers and the other processes")
             env = self._process_env(addresses)
-            for program in processes.programs(env, self._fleet(), num_workers=self.workers):
+            fleet = self._fleet()
+            counts = self._worker_counts(fleet)
+            programs = processes.programs(env, fleet, workers=counts)
+            self._stop_workers_that_lack_models(programs)
+            for program in programs:
                 self._supervisor.start(program.name)
-            on_stage("loading the model")
-            self._wait_ready(deadline)
+            on_stage("loading the models")
+            self._wait_ready(deadline, counts)
 
     def down(self) -> None:
         """Stop Darkroom's processes, then the services. Data stay; no process does."""
@@ -100,12 +123,11 @@ class Stack:
         """
         if self.pid("postgres") is None:
             raise StackError("Postgres does not run; a backup is made of a running stack")
-        fleet_file = self.fleet_file or REPO / "fleet.toml"
         return backup.write(
             folder,
             data_dir=self.data_dir,
             addresses=Addresses.from_env(self.env),
-            fleet_file=fleet_file,
+            fleet_file=self.fleet_file,
         )
 
     def restore(self, folder: Path, wait_s: float = 120) -> backup.Manifest:
@@ -137,7 +159,7 @@ class Stack:
         return self._supervisor.status()
 
     def pid(self, name: str) -> int | None:
-        """Return the process id of `name` ("worker" is worker-1); None while it does not run.
+        """Return the process id of `name` ("worker": the first); None while it does not run.
 
         Raises StackError if there is no such process.
         """
@@ -161,22 +183,53 @@ class Stack:
             raise StackError(f"{name} does not run")
         os.kill(pid, signal_number)
 
+    def load_problems(self) -> list[str]:
+        """Say of each model that a live worker cannot load why; a sentence of several is one."""
+        told = [dict(one.failed or {}).values() for one in self._known_workers() if one.is_live]
+        return list(dict.fromkeys(sentence for sentences in told for sentence in sentences))
+
+    def _known_workers(self) -> list[WorkerNow]:
+        """List the workers by their rows; none while Postgres does not answer."""
+        engine = make_engine(self.env["DATABASE_URL"], pool_size=1)
+        try:
+            with transaction(engine) as session:
+                return workers.now(session, silent_for_s=WORKER_SILENT_AFTER_S)
+        except SQLAlchemyError:
+            return []
+        finally:
+            engine.dispose()
+
+    def _stop_workers_that_lack_models(self, programs: Iterable[Program]) -> None:
+        """Stop them, so that they start anew: what kept a model from being loaded may be mended."""
+        lacking = [one.name for one in self._known_workers() if one.is_live and one.failed]
+        names = [
+            program.name
+            for program in programs
+            if (own := program.environment.get("WORKER_NAME"))
+            and any(_is_worker_of(own, name) for name in lacking)
+        ]
+        self._supervisor.stop(names)
+        self.restarted += [name for name in names if name not in self.restarted]
+
     def log_path(self, name: str) -> Path:
         """Return the path of the log of `name`, standard output and error together."""
-        return self._supervisor.log_path("worker-1" if name == "worker" else name)
+        return self._supervisor.log_path(self._first_worker() if name == "worker" else name)
 
     def _up_services(self, deadline: float) -> Addresses:
         """Give supervisord all programs, start the four services and wait until each answers."""
         fleet = self._fleet()
+        counts = self._worker_counts(fleet)
         if not self.is_up():
             # Stray processes of a killed supervisord would still hold our ports.
             self._supervisor.shut_down()
         addresses = self._addresses(keep={status.name for status in self.status() if status.pid})
         prepared = services.prepare(self.data_dir, addresses)
-        programs = processes.programs(self._process_env(addresses), fleet, num_workers=self.workers)
+        programs = processes.programs(self._process_env(addresses), fleet, workers=counts)
         if problems := processes.problems(programs):
             raise StackError("\n".join(f"settings: {problem}" for problem in problems))
-        self._supervisor.run([*(service.program for service in prepared), *programs])
+        self.restarted = self._supervisor.run(
+            [*(service.program for service in prepared), *programs]
+        )
         for service in prepared:
             self._supervisor.start(service.program.name)
         for service in prepared:
@@ -189,8 +242,28 @@ class Stack:
         return self._process_env(Addresses.from_env(self.env))
 
     def _process_env(self, addresses: Addresses) -> dict[str, str]:
-        own = {"FLEET_FILE": str(self.fleet_file)} if self.fleet_file else {}
-        return {**addresses.env(), "CURVES_FOLDER": str(self.data_dir / "curves"), **own}
+        own = {"CURVES_FOLDER": str(self.data_dir / "curves"), "FLEET_FILE": str(self.fleet_file)}
+        with contextlib.suppress(OSError):
+            digest = hashlib.sha256(self.fleet_file.read_bytes()).hexdigest()
+            own[processes.FLEET_DIGEST] = digest[:16]
+        return {**addresses.env(), **own}
+
+    def _worker_counts(self, fleet: Fleet) -> dict[str, int]:
+        """Return how many workers each pool gets. Raises StackError."""
+        pools = processes.pools_served(fleet, self.env)
+        try:
+            return workers_by_pool(str(self.workers), pools)
+        except WorkersInvalid as error:
+            raise StackError(f"workers: {error}") from None
+
+    def _remembered(self) -> dict[str, str]:
+        """Return what the caller says that later calls shall go by, too."""
+        told = {}
+        if self._fleet_file is not None:
+            told["FLEET_FILE"] = str(self._fleet_file)
+        if root := os.environ.get("CHECKPOINT_ROOT"):
+            told["CHECKPOINT_ROOT"] = str(Path(root).absolute())
+        return told
 
     def _addresses(self, keep: set[str]) -> Addresses:
         """Return the addresses of the first start, with new ports for those that others use.
@@ -206,6 +279,7 @@ class Stack:
                 "or move the file away together with the data"
             ) from None
         addresses = addresses.with_free_ports([name for name in LISTENERS if name not in keep])
+        addresses = replace(addresses, extra={**addresses.extra, **self._remembered()})
         write_env(self.env_path, addresses.env())
         return addresses
 
@@ -245,14 +319,14 @@ class Stack:
         write_env(self.env_path, addresses.env())
         return addresses
 
-    def _wait_ready(self, deadline: float) -> None:
-        """Wait for `/readyz`, and for every worker that we started."""
+    def _wait_ready(self, deadline: float, counts: Mapping[str, int]) -> None:
+        """Wait for `/readyz`, and for every worker that we started. counts: these, by pool."""
         last = "the gateway does not answer"
 
         def probe() -> None:
             nonlocal last
             parts = gateway.get("/readyz").json()["parts"]
-            waiting = _unready_parts(parts, num_workers=self.workers)
+            waiting = _unready_parts(parts, counts)
             if waiting:
                 last = "not ready: " + ", ".join(waiting)
                 raise ConnectionError(last)
@@ -283,27 +357,34 @@ class Stack:
             if time.monotonic() > deadline:
                 why = reason() or str(failure)
                 tail = self._supervisor.tail(
-                    name or ("worker-1" if "workers" in why else "gateway")
+                    name or (self._first_worker() if "workers" in why else "gateway")
                 )
                 raise StackError(f"{name or 'the stack'} is not ready in time: {why}{tail}")
             time.sleep(every_s)  # not more often: what we wait for needs the processor
 
     def _count_deaths(self, deaths: dict[str, set[object]], name: str | None) -> None:
-        """Add to `deaths` the processes that are dead now, by their start.
+        """Add to `deaths` the starts that are seen of each process, the present one included.
 
-        Raises StackError when one has died too often. name: as for `_wait_until`.
+        Raises StackError when one has died too often, or has said that another start would not
+        help. name: as for `_wait_until`.
         """
         for status in self.status():
-            if status.state in ("backoff", "fatal") and name in (None, status.name):
-                died_at = deaths.setdefault(status.name, set())
-                died_at.add(status.started_at)
-                if len(died_at) >= _DEATHS_BEFORE_GIVING_UP or status.state == "fatal":
-                    raise StackError(
-                        f"{status.name} keeps dying{self._supervisor.tail(status.name)}"
-                    )
+            if name not in (None, status.name):
+                continue
+            if status.state == "exited" and status.exit_status == EX_CONFIG:
+                raise StackError(
+                    f"{status.name} cannot start{self._supervisor.last_words(status.name)}"
+                )
+            starts = deaths.setdefault(status.name, set())
+            if status.state in ("running", "starting", "backoff", "fatal"):
+                starts.add(status.started_at)
+            is_dead = status.state in ("backoff", "fatal")
+            num_deaths = len(starts) - (0 if is_dead else 1)
+            if num_deaths >= _DEATHS_BEFORE_GIVING_UP or status.state == "fatal":
+                raise StackError(f"{status.name} keeps dying{self._supervisor.tail(status.name)}")
 
     def _find(self, name: str) -> ProcessStatus:
-        wanted = "worker-1" if name == "worker" else name
+        wanted = self._first_worker() if name == "worker" else name
         by_name = {status.name: status for status in self.status()}
         if wanted not in by_name:
             if not by_name:
@@ -311,8 +392,14 @@ class Stack:
             raise StackError(f"no process {name!r}; there are: {', '.join(by_name)}")
         return by_name[wanted]
 
+    def _first_worker(self) -> str:
+        """Name the process that "worker" stands for."""
+        names = [status.name for status in self.status() if status.name.startswith("worker-")]
+        logs = sorted(path.stem for path in self._supervisor.log_dir.glob("worker-*.log"))
+        return next(iter([*names, *logs]), "worker-1")
+
     def _fleet(self) -> Fleet:
-        path = self.fleet_file or REPO / "fleet.toml"
+        path = self.fleet_file
         try:
             return parse_fleet(path.read_text())
         except OSError as error:
@@ -339,6 +426,13 @@ class Stack:
             yield
 
 
+def _is_worker_of(launcher: str, name: str) -> bool:
+    """Tell whether the launcher of that name runs the worker, on one of several devices or not."""
+    own, _, host = launcher.partition("@")
+    prefix, _, other_host = name.partition("@")
+    return host == other_host and (prefix == own or prefix.startswith(f"{own}-"))
+
+
 def _waves(by_name: dict[str, ProcessStatus]) -> list[list[str]]:
     """Group the processes by the order of their stop.
 
@@ -354,14 +448,22 @@ def _waves(by_name: dict[str, ProcessStatus]) -> list[list[str]]:
     ]
 
 
-def _unready_parts(parts: Mapping[str, Mapping[str, Any]], *, num_workers: int) -> list[str]:
-    """List the parts of an answer of `/readyz` that are not ready, with their details."""
+def _unready_parts(parts: Mapping[str, Mapping[str, Any]], counts: Mapping[str, int]) -> list[str]:
+    """List the parts of an answer of `/readyz` that are not ready, with their details.
+
+    counts: the workers that there should be, by pool.
+    """
     waiting = [
         f"{name} ({part.get('detail', 'not ready')})"
         for name, part in parts.items()
-        if not part["ready"]
+        if not part["ready"] and "pools" not in part
     ]
-    live = int(parts["workers"].get("live", 0))
-    if not waiting and live < num_workers:
-        waiting = [f"workers ({live} of {num_workers})"]
-    return waiting
+    # Of the workers only the live ones count. What else may be amiss with them, waiting does not
+    # mend: a model that cannot be loaded, a warm floor that was not started.
+    live: Mapping[str, int] = parts["workers"].get("pools", {})
+    short = [
+        f"workers of pool {pool} ({live.get(pool, 0)} of {count})"
+        for pool, count in counts.items()
+        if live.get(pool, 0) < count
+    ]
+    return waiting or short

@@ -59,6 +59,8 @@ class Program:
     priority: int  # of stopping, the highest first; starts are in no order of supervisord's
     stop_signal: str = "TERM"
     stop_wait_s: int = 15  # patience between the stop signal and SIGKILL
+    # Exit statuses by which it says that another start would not help; others start it again.
+    final_statuses: Sequence[int] = ()
     user: str | None = None
 
 
@@ -76,6 +78,7 @@ class ProcessStatus:
     started_at: datetime | None
     log_path: Path
     detail: str
+    exit_status: int | None = None  # of one that has exited
 
 
 class Supervisor:
@@ -97,22 +100,24 @@ class Supervisor:
             except (OSError, HTTPException, xmlrpc.client.Error):
                 return False
 
-    def run(self, programs: Sequence[Program]) -> None:
+    def run(self, programs: Sequence[Program]) -> list[str]:
         """Give supervisord exactly these `programs`; start supervisord if need be.
 
-        New and changed programs are left stopped.
+        New and changed programs are left stopped. Returns the names of the changed ones.
         """
         self._write_config(programs)
         if not self.is_alive():
             self._launch()
-            return
+            return []
         with self._rpc() as rpc:
             added, changed, removed = rpc.reloadConfig()[0]
+            # All at once: each may take its time to finish what it has.
+            self.stop([*changed, *removed])
             for name in [*changed, *removed]:
-                _forgive(rpc.stopProcess, name)
                 rpc.removeProcessGroup(name)
             for name in [*added, *changed]:
                 rpc.addProcessGroup(name)
+            return list(changed)
 
     def start(self, name: str) -> None:
         """Start one process if it does not run; do not wait until it is ready."""
@@ -181,6 +186,20 @@ class Supervisor:
         lines = path.read_text(errors="replace").splitlines()[-num_lines:] if path.exists() else []
         return "".join(f"\n  {name} | {line}" for line in lines)
 
+    def last_words(self, name: str) -> str:
+        """Return the last plain lines of a process's log, those that are no log events.
+
+        By these a process says why it cannot start. Ready to be appended to an error message.
+        """
+        path = self.log_path(name)
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        words: list[str] = []
+        for line in reversed(lines[-50:]):
+            if line.startswith("{"):
+                break
+            words.insert(0, line)
+        return "".join(f"\n  {name} | {line}" for line in words) or self.tail(name)
+
     def _launch(self) -> None:
         """Start supervisord in a session of its own, so that no Ctrl-C meant for us reaches it."""
         _make_private(self._socket.parent)
@@ -226,6 +245,7 @@ class Supervisor:
             started_at=datetime.fromtimestamp(info["start"], UTC) if info["start"] else None,
             log_path=self.log_path(info["name"]),
             detail=info["spawnerr"] or info["description"],
+            exit_status=info["exitstatus"] if state == "exited" else None,
         )
 
     def _write_config(self, programs: Sequence[Program]) -> None:
@@ -260,7 +280,8 @@ class Supervisor:
             "environment": _environment(program),
             "priority": program.priority,
             "autostart": "false",  # the stack starts services first, and waits until they answer
-            "autorestart": "true",
+            "autorestart": "unexpected" if program.final_statuses else "true",
+            "exitcodes": ",".join(map(str, program.final_statuses)) or "0",
             "startsecs": 1,
             "startretries": 100,  # after 1 s, 2 s, 3 s … so it gives up after an hour and a half
             "stopsignal": program.stop_signal,

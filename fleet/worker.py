@@ -12,9 +12,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from policy.workers import device_label, name_on_device, worker_name
 from settings import EX_CONFIG, WorkerSettings, load, load_fleet_or_exit
 
 SERVE = [sys.executable, "-m", "tasks.serve", "render"]
@@ -41,26 +43,36 @@ def visible_gpus(cuda_visible_devices: str | None) -> list[str]:
     return [line.strip() for line in listed.stdout.splitlines() if line.strip()]
 
 
+def environments(settings: WorkerSettings, gpus: Sequence[str]) -> list[dict[str, str]]:
+    """Give the variables of each GPU's process: its own device, a name and a port of its own."""
+    host = socket.gethostname()
+    found = []
+    for place, gpu in enumerate(gpus):
+        label = device_label(gpu)
+        if not settings.worker_name:
+            name = worker_name(settings.worker_pool, label, host)
+        elif len(gpus) == 1:
+            name = settings.worker_name
+        else:
+            name = name_on_device(settings.worker_name, label)
+        environment = {"CUDA_VISIBLE_DEVICES": gpu, "WORKER_NAME": name, "DEVICE": "cuda:0"}
+        if settings.metrics_port:
+            # By the device's own number where it is known: another launcher has other devices.
+            offset = int(gpu) if gpu.isdigit() else place
+            environment["METRICS_PORT"] = str(settings.metrics_port + offset)
+        found.append(environment)
+    return found
+
+
 def main() -> None:
     settings = load(WorkerSettings)
     load_fleet_or_exit(settings)
-    host = socket.gethostname()
     gpus = [] if settings.device == "cpu" else visible_gpus(settings.cuda_visible_devices)
     if not gpus:
-        name = settings.worker_name or f"cpu0@{host}"
+        name = settings.worker_name
+        name = name or worker_name(settings.worker_pool, "cpu", socket.gethostname())
         os.execve(SERVE[0], SERVE, os.environ | {"WORKER_NAME": name, "DEVICE": "cpu"})
-    prefix, _, at = (settings.worker_name or f"gpu@{host}").partition("@")
-    environments = []
-    for number, gpu in enumerate(gpus):
-        environment = {
-            "CUDA_VISIBLE_DEVICES": gpu,
-            "WORKER_NAME": f"{prefix}{number}@{at or host}",
-            "DEVICE": "cuda:0",
-        }
-        if settings.metrics_port:
-            environment["METRICS_PORT"] = str(settings.metrics_port + number)
-        environments.append(environment)
-    sys.exit(Launcher(environments).run())
+    sys.exit(Launcher(environments(settings, gpus)).run())
 
 
 @dataclass
@@ -76,7 +88,7 @@ class Launcher:
     """Keep one process alive per environment until told to stop."""
 
     def __init__(self, environments: list[dict[str, str]]) -> None:
-        self._stopping = self._is_refused = False
+        self._stopping = False
         self._children = [_Child(env, _spawn(env), time.monotonic()) for env in environments]
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._pass_on)
@@ -84,15 +96,15 @@ class Launcher:
     def run(self) -> int:
         """Return when every child has ended for good: 0 if they were told to end and had no error.
 
-        EX_CONFIG if one refuses its configuration: all have the same, and another start would not
-        change it.
+        A child that ends with EX_CONFIG is not started again: it can load nothing, or its name is
+        taken. The others go on; EX_CONFIG if there is no other.
         """
         children = self._children
         while any(c.process.poll() is None or c.again_at is not None for c in children):
             for child in children:
                 self._look_after(child)
             time.sleep(0.2)
-        if self._is_refused:
+        if all(child.process.returncode == EX_CONFIG for child in children):
             return EX_CONFIG
         as_told = (0, -signal.SIGTERM, -signal.SIGINT)
         all_as_told = all(child.process.returncode in as_told for child in children)
@@ -107,9 +119,8 @@ class Launcher:
                 child.process = _spawn(child.environment)
                 child.started_at = now
                 child.again_at = None
-        elif child.process.poll() == EX_CONFIG and not self._stopping:
-            self._is_refused = True
-            self._pass_on(signal.SIGTERM, None)
+        elif child.process.poll() == EX_CONFIG:
+            return
         elif child.process.poll() is not None and not self._stopping:
             child.crashes = 0 if now - child.started_at > HEALTHY_AFTER_S else child.crashes + 1
             wait_s = BACK_OFF_S[max(0, min(child.crashes, len(BACK_OFF_S)) - 1)]

@@ -10,7 +10,7 @@ A job whose pictures are not in the hand-off yet is not in line and takes no roo
 
 import uuid
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -64,6 +64,7 @@ _COLUMNS = (Job.id, Job.tenant_id, Job.num_images, Job.release_tag, Job.attempt)
 _IS_OUTSTANDING = or_(
     (Job.state == JobState.QUEUED) & Job.announced_at.is_not(None), Job.state == JobState.RUNNING
 )
+_CHECKPOINT = Job.model + "@" + Job.model_version  # policy.catalog.checkpoint_name
 _IS_WAITING = (Job.state == JobState.QUEUED, Job.announced_at.is_(None), ~Job.lacks_inputs)
 
 
@@ -71,18 +72,23 @@ def _heads_statement() -> Select[Any]:
     """Make the query of each tenant's first waiting jobs.
 
     It is made once, for making it costs more than running it. Of the tenant `only`, if that is
-    given; of none in `without`.
+    given; of none in `without`, and of no checkpoint in `lacking`.
     """
     pool = bindparam("pool", type_=Text)
     tier = bindparam("tier", type_=Text)
     only = bindparam("only", type_=Uuid)
     without = bindparam("without", type_=ARRAY(Uuid))
+    lacking = bindparam("lacking", type_=ARRAY(Text))
     flow = select(Flow.tenant_id).where(
         Flow.pool == pool, Flow.tier == tier, Flow.queued_jobs > 0, Flow.tenant_id != all_(without)
     )
     tenant = flow.where(or_(only.is_(None), Flow.tenant_id == only)).subquery()
     waiting = select(*_COLUMNS).where(
-        Job.pool == pool, Job.tier == tier, Job.tenant_id == tenant.c.tenant_id, *_IS_WAITING
+        Job.pool == pool,
+        Job.tier == tier,
+        Job.tenant_id == tenant.c.tenant_id,
+        all_(lacking) != _CHECKPOINT,
+        *_IS_WAITING,
     )
     head = (
         waiting.order_by(Job.release_tag, Job.id)
@@ -108,6 +114,7 @@ def pick(
     tier: str,
     limits: ReleaseLimits,
     tenant_id: uuid.UUID | None = None,
+    lacking: Collection[str] = (),
 ) -> list[PickedJob]:
     """Stamp the next waiting jobs of (pool, tier) as announced, as far as the limits allow.
 
@@ -115,17 +122,19 @@ def pick(
     the limits hold.
 
     tenant_id: when the limit is reached, look for this tenant's jobs only; at accept nobody else's
-    can have become due.
+    can have become due.  lacking: checkpoints that no live worker serves; their jobs wait, and
+    take no room from others.
     """
     session.execute(
         text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": _lock_name(pool, tier)}
     )
     outstanding = outstanding_in(session, pool=pool, tier=tier)
     selection = Selection(outstanding, limits)
-    line = _in_order(session, pool, tier, limits, outstanding)
+    line = _in_order(session, pool, tier, limits, outstanding, lacking=list(lacking))
     selection.take_in_order(line)
     if selection.leaves_out_some_of(line):
-        selection.take_those_behind(_heads(session, pool, tier, only=tenant_id))
+        heads = _heads(session, pool, tier, only=tenant_id, lacking=list(lacking))
+        selection.take_those_behind(heads)
     if not selection.picked:
         return []
     stamped = _stamp(session, list(selection.picked.values()))
@@ -198,7 +207,13 @@ def _outstanding(session: Session, *conditions: ColumnElement[bool]) -> dict[str
 
 
 def _in_order(
-    session: Session, pool: str, tier: str, limits: ReleaseLimits, outstanding: Outstanding
+    session: Session,
+    pool: str,
+    tier: str,
+    limits: ReleaseLimits,
+    outstanding: Outstanding,
+    *,
+    lacking: Sequence[str],
 ) -> list[WaitingJob]:
     """Read the first waiting jobs in fair order, as many as there may be room for.
 
@@ -214,8 +229,11 @@ def _in_order(
             for tenant, held in outstanding.images.items()
             if exceeds_cap(limits, held=held, num_images=1)
         ]
-        return _heads(session, pool, tier, of_each=min(room, limits.max_per_tenant), without=capped)
+        of_each = min(room, limits.max_per_tenant)
+        return _heads(session, pool, tier, of_each=of_each, without=capped, lacking=lacking)
     waiting = select(*_COLUMNS).where(Job.pool == pool, Job.tier == tier, *_IS_WAITING)
+    if lacking:
+        waiting = waiting.where(_CHECKPOINT.not_in(lacking))
     query = waiting.order_by(Job.release_tag, Job.id).limit(room)
     return [WaitingJob(*row) for row in session.execute(query)]
 
@@ -228,12 +246,20 @@ def _heads(
     of_each: int = OF_EACH_TENANT,
     only: uuid.UUID | None = None,
     without: Sequence[uuid.UUID] = (),
+    lacking: Sequence[str] = (),
 ) -> list[WaitingJob]:
     """Read the first waiting jobs of each tenant, in fair order.
 
     One probe of an index a tenant, whatever the length of its backlog.
     """
-    asked = {"pool": pool, "tier": tier, "of_each": of_each, "only": only, "without": list(without)}
+    asked = {
+        "pool": pool,
+        "tier": tier,
+        "of_each": of_each,
+        "only": only,
+        "without": list(without),
+        "lacking": list(lacking),
+    }
     return [WaitingJob(*row) for row in session.execute(_HEADS, asked)]
 
 

@@ -1,17 +1,124 @@
-"""Keep a row for every live worker, refreshed with its leases.
+"""Keep a row for every worker from its start on, refreshed with its leases.
 
-A pool's capacity is the sum of its live workers' slots.
+A pool's capacity is the sum of its live workers' slots. A name belongs to one process at a time:
+every write to the row names the instance that has it, as leases name their attempt.
 """
 
-from collections.abc import Sequence
-from datetime import timedelta
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import ColumnElement, case, delete, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from models.tables import Worker
+from policy.workers import LIVE, WorkerNow, WorkerState
+
+FAILED_KEPT_FOR = 24  # times the silence after which other rows are removed
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewWorker:
+    """A process that starts as the worker `name`.
+
+    process: what tells it from every other process of its host; "": nobody can.
+    """
+
+    name: str
+    pool: str
+    device: str
+    instance: uuid.UUID
+    host: str = ""
+    pid: int = 0
+    process: str = ""
+
+
+@dataclass(frozen=True)
+class NameHolder:
+    """The process that has a name. failed_starts: of the caller, if it has the name now."""
+
+    instance: uuid.UUID | None
+    pool: str
+    state: str
+    host: str | None
+    pid: int | None
+    process: str | None
+    started_at: datetime
+    seen_at: datetime
+    failed_starts: int
+
+
+def claim(
+    session: Session,
+    new: NewWorker,
+    *,
+    silent_after_s: float,
+    gone: uuid.UUID | None = None,
+) -> NameHolder | None:
+    """Give the name to this process; return who has it then, None if it vanished just now.
+
+    One statement, so of two that start at once one gets the name. It is free if no row has it,
+    since a worker that ends in good order removes its own; or if its holder can load nothing and
+    has ended, was silent for longer than it may be, or is `gone`: an instance whose process is
+    known not to run any more. Harmless when repeated.
+    """
+    now = func.clock_timestamp()
+    is_own = Worker.instance == new.instance
+    silent = func.make_interval(0, 0, 0, 0, 0, 0, Worker.silent_after_s)
+    got_ready = Worker.state.in_(LIVE)
+    values = {
+        "pool": new.pool,
+        "device": new.device,
+        "slots": 0,
+        "facts": {},
+        "state": WorkerState.LOADING,
+        "instance": new.instance,
+        "host": new.host,
+        "pid": new.pid,
+        "process": new.process,
+        "held": [],
+        "failed": {},
+        "silent_after_s": silent_after_s,
+    }
+    statement = insert(Worker).values(name=new.name, **values)
+    taken = statement.on_conflict_do_update(
+        index_elements=[Worker.name],
+        set_={
+            **values,
+            "started_at": case((is_own, Worker.started_at), else_=now),
+            "seen_at": now,
+            "starts": case((is_own, Worker.starts), else_=Worker.starts + 1),
+            "failed_starts": case(
+                (is_own, Worker.failed_starts),
+                (got_ready, 0),
+                else_=Worker.failed_starts + 1,
+            ),
+        },
+        where=or_(
+            is_own,
+            Worker.state == WorkerState.FAILED,
+            Worker.seen_at < now - silent,
+            Worker.instance == gone,
+        ),
+    )
+    session.execute(taken)
+    found = session.execute(
+        select(
+            Worker.instance,
+            Worker.pool,
+            Worker.state,
+            Worker.host,
+            Worker.pid,
+            Worker.process,
+            Worker.started_at,
+            Worker.seen_at,
+            Worker.failed_starts,
+        ).where(Worker.name == new.name)
+    ).one_or_none()
+    return None if found is None else NameHolder(*found)
 
 
 def heartbeat(
@@ -23,10 +130,16 @@ def heartbeat(
     slots: int,
     facts: dict[str, Any],
     silent_after_s: float = 15.0,
-) -> None:
-    """Note that the worker is alive, now by the database's clock.
+    instance: uuid.UUID | None = None,
+    state: WorkerState = WorkerState.READY,
+    held: Sequence[str] | None = None,
+    failed: Mapping[str, str] | None = None,
+) -> bool:
+    """Note that the worker is alive, now by the database's clock; False if its name is another's.
 
-    silent_after_s: without a heartbeat for so long it counts as gone.
+    silent_after_s: without a heartbeat for so long it counts as gone.  instance: of the process, as
+    it claimed the name.  held: checkpoints that it serves; None: all of its pool.  failed: why it
+    does not serve others.
     """
     row = {
         "pool": pool,
@@ -35,45 +148,111 @@ def heartbeat(
         "facts": facts,
         "seen_at": func.clock_timestamp(),
         "silent_after_s": silent_after_s,
+        "instance": instance,
+        "state": state,
+        "held": None if held is None else list(held),
+        "failed": dict(failed or {}),
     }
-    session.execute(
+    if state in LIVE:
+        row |= {"failed_starts": 0, "problem": None}
+    # An insert, for the row of a worker that was silent for an hour is removed.
+    written = session.execute(
         insert(Worker)
         .values(name=name, **row)
-        .on_conflict_do_update(index_elements=[Worker.name], set_=row)
+        .on_conflict_do_update(index_elements=[Worker.name], set_=row, where=_is(instance))
+        .returning(Worker.name)
+    )
+    return written.one_or_none() is not None
+
+
+def fail(session: Session, name: str, instance: uuid.UUID, problem: str) -> None:
+    """Note why the worker can load nothing, as it ends."""
+    session.execute(
+        update(Worker)
+        .where(Worker.name == name, _is(instance))
+        .values(
+            state=WorkerState.FAILED,
+            slots=0,
+            problem=problem,
+            seen_at=func.clock_timestamp(),
+        )
     )
 
 
-def leave(session: Session, name: str) -> None:
-    """Remove the row of a worker that stops in good order."""
-    session.execute(delete(Worker).where(Worker.name == name))
+def leave(session: Session, name: str, instance: uuid.UUID | None = None) -> None:
+    """Remove the row of a worker that stops in good order, if it is still its own."""
+    session.execute(delete(Worker).where(Worker.name == name, _is(instance)))
 
 
 def live(session: Session, *, silent_for_s: float) -> Sequence[Worker]:
-    """List the workers heard of in the last `silent_for_s`, by name."""
-    fresh = func.clock_timestamp() - timedelta(seconds=silent_for_s)
-    return session.scalars(select(Worker).where(Worker.seen_at > fresh).order_by(Worker.name)).all()
+    """List the workers that are ready, heard of in the last `silent_for_s`, by name."""
+    return session.scalars(
+        select(Worker).where(*_is_live(silent_for_s)).order_by(Worker.name)
+    ).all()
+
+
+def now(session: Session, *, silent_for_s: float) -> list[WorkerNow]:
+    """List every worker with its state, by name; also those that fail or are silent."""
+    is_silent = Worker.seen_at <= func.clock_timestamp() - timedelta(seconds=silent_for_s)
+    columns = (
+        Worker.name,
+        Worker.pool,
+        Worker.state,
+        is_silent,
+        Worker.failed_starts,
+        Worker.held,
+        Worker.failed,
+    )
+    return [WorkerNow(*row) for row in session.execute(select(*columns).order_by(Worker.name))]
 
 
 class Capacity(NamedTuple):
     """The capacity of a pool's live workers.
 
     slots: images that they can hold at once.  devices: workers that take jobs; a worker that is
-    leaving has no slots any more.
+    leaving has no slots any more.  held: the checkpoints that one of them serves at least; None:
+    all of the pool.
     """
 
     slots: int
     devices: int
+    held: frozenset[str] | None = None
 
 
 def capacity(session: Session, *, pool: str, silent_for_s: float) -> Capacity:
     """Add up the capacity of the workers heard of in the last `silent_for_s`."""
-    fresh = func.clock_timestamp() - timedelta(seconds=silent_for_s)
-    columns = (func.coalesce(func.sum(Worker.slots), 0), func.count().filter(Worker.slots > 0))
-    query = select(*columns).where(Worker.pool == pool, Worker.seen_at > fresh)
-    return Capacity(*session.execute(query).one())
+    takes_jobs = Worker.slots > 0
+    columns = (
+        func.coalesce(func.sum(Worker.slots), 0),
+        func.count().filter(takes_jobs),
+        func.bool_or(Worker.held.is_(None)).filter(takes_jobs),
+        # As a rule all hold the same, and this is one line.
+        func.string_agg(func.array_to_string(Worker.held, " ").distinct(), "\n").filter(takes_jobs),
+    )
+    query = select(*columns).where(Worker.pool == pool, *_is_live(silent_for_s))
+    slots, devices, holds_all, held = session.execute(query).one()
+    is_known = devices and not holds_all
+    return Capacity(slots, devices, frozenset((held or "").split()) if is_known else None)
 
 
 def forget_the_silent(session: Session, *, silent_for_s: float) -> None:
-    """Remove rows of workers that died without a last heartbeat."""
+    """Remove rows of workers that died without a last heartbeat.
+
+    Those that can load nothing keep theirs for a day, for somebody to read why.
+    """
     oldest = func.clock_timestamp() - timedelta(seconds=silent_for_s)
-    session.execute(delete(Worker).where(Worker.seen_at < oldest))
+    oldest_failed = func.clock_timestamp() - FAILED_KEPT_FOR * timedelta(seconds=silent_for_s)
+    is_old = case(
+        (Worker.state == WorkerState.FAILED, Worker.seen_at < oldest_failed),
+        else_=Worker.seen_at < oldest,
+    )
+    session.execute(delete(Worker).where(is_old))
+
+
+def _is(instance: uuid.UUID | None) -> ColumnElement[bool]:
+    return Worker.instance.is_not_distinct_from(instance)
+
+
+def _is_live(silent_for_s: float) -> tuple[ColumnElement[bool], ...]:
+    fresh = func.clock_timestamp() - timedelta(seconds=silent_for_s)
+    return Worker.state.in_(LIVE), Worker.seen_at > fresh

@@ -1,7 +1,7 @@
 """Decide which jobs are accepted, and estimate how long they will wait."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from policy.fleet import Fleet
@@ -58,6 +58,7 @@ class PoolSnapshot:
     running: Mapping[str, RunningJobs] = field(default_factory=dict)
     handoff_fill: float = 0.0
     own: Mapping[str, TenantBacklog] = field(default_factory=dict)
+    held: Collection[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -140,16 +141,22 @@ def refusal(
     *,
     pool: str,
     tier: str,
+    checkpoint: str,
     job_device_s: float,
     draw: float,
 ) -> Refusal | None:
     """Decide why a job must not be accepted now; None if it may.
 
-    job_device_s: its predicted device seconds.  draw: in [0, 1), for the jitter of Retry-After.
+    checkpoint: that it is rendered by.  job_device_s: its predicted device seconds.  draw: in
+    [0, 1), for the jitter of Retry-After.
     """
     shape = fleet.pools[pool]
     if not snapshot.devices and not shape.warm_floor and not shape.scalable:
         detail = f"No worker of pool {pool} is alive, and nothing starts one."
+        return Refusal("unserved", detail, _jittered(60, draw))
+    if snapshot.devices and snapshot.held is not None and checkpoint not in snapshot.held:
+        model, _, version = checkpoint.partition("@")
+        detail = f"No live worker serves version {version} of model {model}."
         return Refusal("unserved", detail, _jittered(60, draw))
     full = _refuse_full_queue(fleet, snapshot, tier=tier, job_device_s=job_device_s, draw=draw)
     if full is not None:

@@ -6,12 +6,20 @@ from pathlib import Path
 import torch
 
 from engine.config import AdapterSpec, CheckpointSpec, EngineConfig
+from engine.errors import LoadFailure, LoadProblem
 from policy.catalog import checkpoint_name
 from policy.fleet import Fleet, Model, ModelVersion, Pool, parse_size
 from settings import DeviceSettings
 
 # Of one image, while somebody looks. A preview takes a millisecond, and quick images get some, too.
 PREVIEWS_PER_S = 10.0
+# What helps when a version of a model cannot be loaded.
+_WAY_OUT = {
+    LoadProblem.FILES: "fetch its files again, or correct source and sha256 of this version",
+    LoadProblem.SETTINGS: "correct this model in fleet.toml",
+    LoadProblem.MEMORY: "put it into a pool of its own, or use a device with more memory",
+    LoadProblem.UNPLANNED: "the traceback is in the worker's log, at checkpoint_not_loaded",
+}
 
 
 def checkpoint_specs(fleet: Fleet, models: Iterable[str], root: Path) -> list[CheckpointSpec]:
@@ -55,10 +63,32 @@ def _adapter_specs(model: Model, root: Path) -> tuple[AdapterSpec, ...]:
     )
 
 
+def failure_sentence(fleet: Fleet, failure: LoadFailure, root: Path) -> str:
+    """Say which version of which model cannot be loaded, from where, why, and what helps."""
+    model, version, source = next(
+        (model, version.id, version.source)
+        for model, entry in fleet.models.items()
+        for version in entry.versions
+        if checkpoint_name(model, version.id) == failure.checkpoint
+    )
+    return (
+        f"model {model!r}, version {version!r} ({root / source}) cannot be loaded: "
+        f"{failure.problem}; {_WAY_OUT[failure.kind]}, then start the worker again"
+    )
+
+
 def engine_config(
-    settings: DeviceSettings, fleet: Fleet, pool: Pool, *, warm_up_repeats: int = 1
+    settings: DeviceSettings,
+    fleet: Fleet,
+    pool: Pool,
+    *,
+    warm_up_repeats: int = 1,
+    may_lack_checkpoints: bool = False,
 ) -> EngineConfig:
-    """Make the engine's configuration for a pool."""
+    """Make the engine's configuration for a pool.
+
+    may_lack_checkpoints: it starts without those that cannot be loaded.
+    """
     device = settings.device
     if device == "auto":
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -73,6 +103,7 @@ def engine_config(
         curves_folder=str(settings.curves_folder or ""),
         warm_up_repeats=warm_up_repeats,
         previews_per_s=PREVIEWS_PER_S,
+        may_lack_checkpoints=may_lack_checkpoints,
     )
 
 

@@ -11,9 +11,7 @@ import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import structlog
 from sqlalchemy import Engine
@@ -28,7 +26,9 @@ from models.database import run_transaction, transaction
 from models.learning import CostKey, ImageTimings
 from models.leases import Lease
 from policy import gates
+from policy.workers import WorkerState
 from tasks.held import HeldLease
+from tasks.registration import NameClaim, WorkerIdentity
 
 log = structlog.get_logger(__name__)
 
@@ -38,15 +38,8 @@ RETRY_S = 0.5  # a renewal that failed is not put off until the next beat
 EXCLUSIVE_FROM = 2
 
 
-@dataclass(frozen=True, kw_only=True)
-class WorkerIdentity:
-    """Describe the worker, as every heartbeat does."""
-
-    name: str
-    pool: str
-    device: str
-    slots: int
-    facts: dict[str, Any]
+class _NameLost(Exception):
+    """The row of the worker's name is another process's."""
 
 
 def _nothing() -> None:
@@ -90,6 +83,10 @@ class LeaseKeeper:
         self._renewed_at = time.monotonic()
         self._leaving = ""
         self._note_turn: Callable[[], None] = _nothing
+        self._claim = NameClaim(self._beats, identity, silent_after_s=ttl_s)
+        self._has_name = True
+        # Called when another process has taken the name.
+        self.on_name_lost: Callable[[], None] = _nothing
         self._threads = [
             threading.Thread(target=run, name=run.__name__.strip("_"), daemon=True)
             for run in (self._renew, self._watch)
@@ -99,7 +96,8 @@ class LeaseKeeper:
         """Register this worker and begin to renew.
 
         Jobs that a predecessor of its name held are put back or fail first. Waits for a database
-        that is away, because the models are loaded already.
+        that is away, because the models are loaded already, and for the name, if its holder may be
+        gone. Raises NameTaken.
         """
         self._note_turn = telemetry.loop("leases")
         while not self._begins(max_attempts):
@@ -217,7 +215,7 @@ class LeaseKeeper:
         try:
             with transaction(self._database) as session:
                 learning.observe(session, seen)
-                workers.leave(session, self.identity.name)
+                workers.leave(session, self.identity.name, self.identity.instance)
         except SQLAlchemyError as error:
             log.info("sign_off_failed", reason=type(error).__name__)
 
@@ -233,6 +231,8 @@ class LeaseKeeper:
 
     def _begins(self, max_attempts: int) -> bool:
         try:
+            if self._claim.attempt() is None:
+                return False
             self._take_over(max_attempts)
             self._beat()
             return True
@@ -281,6 +281,8 @@ class LeaseKeeper:
 
     def _beat(self) -> None:
         """Renew everything in one UPDATE and say that this worker is alive."""
+        if not self._has_name:
+            return
         snapshot = self.all_held()
         with self._lock:
             seen, self._seen = self._seen, defaultdict(ImageTimings)
@@ -288,6 +290,9 @@ class LeaseKeeper:
         write = partial(self._write_beat, snapshot=snapshot, seen=seen)
         try:
             kept = run_transaction(self._beats, write)
+        except _NameLost:
+            self._lose_name()
+            return
         except (OperationalError, PoolTimeout):
             # Not after other errors: what Postgres refuses would fail every heartbeat to come.
             self._learn_again(seen)
@@ -303,25 +308,41 @@ class LeaseKeeper:
     def _write_beat(
         self, session: Session, *, snapshot: list[HeldLease], seen: Mapping[CostKey, ImageTimings]
     ) -> set[uuid.UUID]:
-        """Write all that a heartbeat says; return the jobs whose leases are still ours."""
+        """Write all that a heartbeat says; return the jobs whose leases are still ours.
+
+        Raises _NameLost.
+        """
         who = self.identity
-        slots = gates.offered_slots(who.slots, is_leaving=bool(self.leaving))
+        is_ours = workers.heartbeat(
+            session,
+            name=who.name,
+            pool=who.pool,
+            device=who.device,
+            slots=gates.offered_slots(who.slots, is_leaving=bool(self.leaving)),
+            facts=who.facts,
+            silent_after_s=self._ttl_s,
+            instance=who.instance,
+            state=WorkerState.LEAVING if self.leaving else WorkerState.READY,
+            held=who.held,
+            failed=who.failed,
+        )
+        if not is_ours:
+            raise _NameLost
         own = [(held.lease.job_id, held.lease.attempt) for held in snapshot]
         kept = leases.renew(session, own, worker=who.name, ttl_s=self._ttl_s)
         leases.note_steps(
             session, _steps_of(held for held in snapshot if held.lease.job_id in kept)
         )
-        workers.heartbeat(
-            session,
-            name=who.name,
-            pool=who.pool,
-            device=who.device,
-            slots=slots,
-            facts=who.facts,
-            silent_after_s=self._ttl_s,
-        )
         learning.observe(session, seen)
         return kept
+
+    def _lose_name(self) -> None:
+        """Give everything up: another process has the name, and has ended our leases by it."""
+        log.error("worker_name_lost", worker=self.identity.name, pool=self.identity.pool)
+        self._has_name = False
+        self.take_no_more("another process has the name of this worker")
+        self._lose([held for held in self.all_held() if not held.is_lost])
+        self.on_name_lost()
 
     def _learn_again(self, seen: Mapping[CostKey, ImageTimings]) -> None:
         """Keep for the next heartbeat what was measured before one that failed."""

@@ -48,6 +48,7 @@ from tasks.health import Health
 from tasks.held import HeldLease
 from tasks.inputs import InputPictures
 from tasks.keeper import EXCLUSIVE_FROM, LeaseKeeper
+from tasks.lacking import LackingModels
 from tasks.previews import Previews
 from tasks.verdicts import Verdicts, persist
 from tasks.work import End, ImageEnding, RenderResult, RenderWork, TextsUnread
@@ -69,6 +70,7 @@ class Renderer:
     database: Database
     broker: Broker
     release: Release
+    lacking: LackingModels
     handoff: Handoff
     progress: ProgressWriter
     previews: Previews
@@ -91,6 +93,8 @@ class Renderer:
     def _render_job(self, job_id: uuid.UUID) -> None:
         if self.keeper.leaving:  # the broker was asked for it before that was known
             self.release.return_to_queue(job_id)
+            return
+        if self.lacking.puts_back(job_id):
             return
         with self.keeper.leased(job_id) as held:
             if held is None:

@@ -51,6 +51,7 @@ from policy.fleet import Fleet
 from policy.prediction import EtaRatios, learn_ratios
 from policy.states import FINAL_STATES
 from policy.webhooks import GIVE_UP_AFTER_S
+from policy.workers import WorkerNow, keeps_failing
 from settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -384,17 +385,13 @@ class Sweeper:
         with transaction(self.database) as session:
             rows = session.execute(_QUEUE_NOW).all()
             telemetry.WEBHOOKS_PENDING.set(webhooks.pending(session))
-            live = [
-                worker.pool
-                for worker in workers.live(session, silent_for_s=self.settings.lease_ttl_s)
-            ]
+            known = workers.now(session, silent_for_s=self.settings.lease_ttl_s)
             lacking = inputs.asked_and_lacking(session)
         telemetry.JOBS_LACKING_INPUTS.clear()
         for (pool, tier), jobs_lacking in lacking.items():
             telemetry.JOBS_LACKING_INPUTS.labels(pool, tier).set(jobs_lacking)
         _gauge_queues(rows)
-        for pool in self.fleet.pools:
-            telemetry.LIVE_WORKERS.labels(pool).set(live.count(pool))
+        _gauge_workers(self.fleet.pools, known)
         telemetry.HANDOFF_FILL.set(self.fill())
 
     def _etas(self) -> None:
@@ -553,6 +550,24 @@ def _gauge_queues(rows: Iterable[Row[Any]]) -> None:
             count = getattr(row, state)
             telemetry.QUEUE_JOBS.labels(row.pool, row.tier, state).set(count)
         telemetry.OLDEST_WAIT.labels(row.pool, row.tier).set(row.oldest_wait_s or 0)
+
+
+def _gauge_workers(pools: Iterable[str], known: Sequence[WorkerNow]) -> None:
+    """Set the gauges of every pool's workers."""
+    live = Counter(worker.pool for worker in known if worker.is_live)
+    failing = Counter(worker.pool for worker in known if keeps_failing(worker))
+    for pool in {*pools, *failing}:
+        telemetry.LIVE_WORKERS.labels(pool).set(live[pool])
+        telemetry.FAILING_WORKERS.labels(pool).set(failing[pool])
+    lacking = Counter(
+        (worker.pool, checkpoint)
+        for worker in known
+        if worker.is_live
+        for checkpoint in worker.failed or ()
+    )
+    telemetry.MODELS_NOT_LOADED.clear()
+    for (pool, checkpoint), count in lacking.items():
+        telemetry.MODELS_NOT_LOADED.labels(pool, checkpoint).set(count)
 
 
 def _passes(check: Callable[[], None]) -> bool:

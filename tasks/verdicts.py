@@ -34,7 +34,7 @@ from engine.errors import (
 from models import leases
 from models.leases import LeaseLost
 from models.tables import Job
-from policy.failures import FailureCode
+from policy.failures import FailureCode, is_our_fault
 from tasks.health import Health
 from tasks.held import HeldLease
 from tasks.inputs import InputGone, InputsMissing
@@ -61,7 +61,7 @@ class Verdicts:
     def decide(self, held: HeldLease, error: BaseException) -> None:
         """Write down what becomes of the job; nothing if the lease was lost."""
         telemetry.RENDER_ERRORS.labels(type(error).__name__).inc()
-        log.warning("render_failed", attempt=held.lease.attempt, exc_info=error)
+        _log(held, error)
         if isinstance(error, EngineStopped):
             self.health.give_up(str(error))  # a worker without its device thread is of no use
         is_ours = is_unplanned(error) and self.health.is_at_fault(str(held.lease.job_id))
@@ -89,6 +89,15 @@ class Verdicts:
         return leases.count_error(
             session, lease, detail=detail[:500], max_attempts=self.max_attempts
         )
+
+
+def _log(held: HeldLease, error: BaseException) -> None:
+    """Log the error; with a traceback unless the request itself is at fault."""
+    code = failure_code(error, is_exclusive=held.is_exclusive)
+    if code is not None and not is_our_fault(code):
+        log.info("render_refused", attempt=held.lease.attempt, code=code, detail=str(error)[:300])
+    else:
+        log.warning("render_failed", attempt=held.lease.attempt, exc_info=error)
 
 
 def failure_code(error: BaseException, *, is_exclusive: bool) -> FailureCode | None:

@@ -435,9 +435,9 @@ def test_a_model_that_is_not_there_ends_the_worker(tmp_path):
     )
 
     assert end.returncode == 78
-    assert end.stderr.splitlines()[-1].startswith(
-        "fleet.toml: a model of pool 'local' cannot be loaded: "
-    )
+    told = end.stderr.splitlines()[-1]
+    assert told.startswith("model 'pocket', version '1' (")
+    assert "pocket/nothing) cannot be loaded: " in told
 
 
 @pytest.mark.parametrize(
@@ -510,7 +510,7 @@ SAID_IN_WORDS = {
     "FLEET_FILE": ("`fleet.toml` in the repository", REPO / "fleet.toml"),
     "CHECKPOINT_ROOT": ("the repository", REPO),
     "CUDA_VISIBLE_DEVICES": ("all", None),
-    "WORKER_NAME": ("`gpuN@host`", ""),
+    "WORKER_NAME": ("`POOL-gpuN@host`", ""),
     "S3_ENDPOINT_URL": ("AWS", None),
     "S3_PUBLIC_ENDPOINT_URL": ("the same", None),
     "GATEWAY_MAX_WAITS": ("half", None),

@@ -27,6 +27,7 @@ from models.inputs import MissingInputs
 from models.tables import Job
 from policy import admission, prediction
 from policy.admission import PoolSnapshot, QueuePosition, Refusal, RunningJobs, TenantBacklog
+from policy.catalog import checkpoint_name
 from policy.fleet import Fleet
 from policy.params import Resolved, pictures_of
 from policy.prediction import DeviceCost, Eta, EtaRatios, QueuedFlow, TierQueue
@@ -90,12 +91,14 @@ NOTHING: Mapping[str, BookedJobs] = {}
 class _PoolState:
     """A pool as it was read from the database.
 
+    held: the checkpoints that a live worker serves at least; None: all of the pool.
     flows: by tier and tenant. sharing: by tier, the tenants with outstanding or waiting jobs.
     lacking_inputs: tiers with jobs that wait for their pictures, not for workers.
     """
 
     devices: int
     slots: int
+    held: frozenset[str] | None
     flows: Mapping[tuple[str, uuid.UUID], FlowBacklog]
     queues: Mapping[str, TierQueue]
     running: Mapping[str, RunningJobs]
@@ -128,6 +131,7 @@ def _pool_state(
     return _PoolState(
         devices=capacity.devices,
         slots=capacity.slots,
+        held=capacity.held,
         flows={(flow.tier, flow.tenant_id): flow for flow in backlogs},
         queues={tier: TierQueue(map(_queued_flow, here)) for tier, here in by_tier.items()},
         running={
@@ -221,6 +225,7 @@ class QueueForecaster:
             ratios,
             pool=params.pool,
             tier=params.tier,
+            checkpoint=checkpoint_name(params.model, params.model_version),
             job_device_s=job_device_s,
             draw=random.random(),
         )
@@ -317,7 +322,14 @@ class QueueForecaster:
                 counted.weight, counted.jobs + added.jobs, counted.cost_s + added.cost_s
             )
             own[tier] = TenantBacklog(counted, now)
-        return PoolSnapshot(state.devices, state.queues, state.running, self._gauge.fill(), own)
+        return PoolSnapshot(
+            devices=state.devices,
+            queues=state.queues,
+            running=state.running,
+            handoff_fill=self._gauge.fill(),
+            own=own,
+            held=state.held,
+        )
 
     def _pool_state(self, pool: str, *, needs_pictures: bool) -> _PoolState:
         """Return the pool as this job sees it, as it was at most `FRESH_FOR_S` ago.

@@ -23,6 +23,7 @@ from models import workers
 from models.database import make_engine, transaction
 from policy import connections
 from policy.fleet import Fleet
+from policy.workers import keeps_failing, unheld
 from settings import GatewaySettings
 
 log = structlog.get_logger(__name__)
@@ -124,16 +125,32 @@ def _takes_writes(database: Engine) -> dict[str, Any]:
 
 
 def _has_workers(database: Engine, fleet: Fleet, *, silent_for_s: float) -> dict[str, Any]:
-    """Check that every pool with a warm floor has that many live workers.
+    """Check that pools have their workers, that these get ready, and that each model is served.
 
-    Jobs for other pools wait in Postgres.
+    A pool with a warm floor must have that many live workers; jobs for other pools wait in
+    Postgres.
     """
     with transaction(database) as session:
-        found = workers.live(session, silent_for_s=silent_for_s)
-        live = [worker.pool for worker in found]
+        found = workers.now(session, silent_for_s=silent_for_s)
+    live = [worker.pool for worker in found if worker.is_live]
     short = [name for name, pool in fleet.pools.items() if live.count(name) < pool.warm_floor]
-    detail = {"detail": f"too few workers in pool {', '.join(short)}"} if short else {}
-    return {"ready": not short, "live": len(live), **detail}
+    failing = [worker.name for worker in found if keeps_failing(worker)]
+    unserved = [name for names in unheld(found).values() for name in names]
+    problems = []
+    if short:
+        problems.append(f"too few workers in pool {', '.join(short)}")
+    if failing:
+        problems.append(f"cannot start: {', '.join(failing)}")
+    if unserved:
+        problems.append(f"cannot be loaded: {', '.join(unserved)}")
+    said = {
+        "ready": not problems,
+        "live": len(live),
+        "pools": {pool: live.count(pool) for pool in fleet.pools},
+        "failing": failing,
+        "unserved": unserved,
+    }
+    return {**said, "detail": "; ".join(problems)} if problems else said
 
 
 def _checked(check: Callable[[], None]) -> dict[str, Any]:

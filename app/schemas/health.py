@@ -18,6 +18,14 @@ class Part(TypedDict):
     ready: Annotated[bool, says("Whether it can be reached and works.")]
     detail: NotRequired[Annotated[str, says("Why it is not ready.")]]
     live: NotRequired[Annotated[int, says("For workers: how many are running.")]]
+    pools: NotRequired[Annotated[dict[str, int], says("For workers: how many run in each pool.")]]
+    failing: NotRequired[Annotated[list[str], says("For workers: those that cannot start.")]]
+    unserved: NotRequired[
+        Annotated[
+            list[str],
+            says("For workers: versions of models that no worker can load."),
+        ]
+    ]
 
 
 @document("Whether jobs can be accepted.")

@@ -43,7 +43,9 @@ class Outage:
 class ProxiedStack(Stack):
     """A stack whose processes reach both Redis through proxies, which can be told to refuse."""
 
-    def __init__(self, data_dir: Path, *, fleet_file: Path | None = None, workers: int = 1) -> None:
+    def __init__(
+        self, data_dir: Path, *, fleet_file: Path | None = None, workers: int | str = 1
+    ) -> None:
         super().__init__(data_dir, fleet_file=fleet_file, workers=workers)
         self.proxies: dict[str, RefusingProxy] = {}
         self._proxied: dict[str, str] = {}

@@ -1,16 +1,18 @@
-"""Define the table of live workers."""
+"""Define the table of workers."""
 
+import uuid
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Index, text
+from sqlalchemy import CheckConstraint, Index, text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from models.tables.base import NOW, Base
+from models.tables.base import NOW, Base, listed
+from policy.workers import WorkerState
 
 
 class Worker(Base):
-    """A worker that says it is alive every few seconds; its slots are the pool's capacity."""
+    """A worker from its start to its end; the slots of live ones are the pool's capacity."""
 
     __tablename__ = "workers"
 
@@ -23,5 +25,28 @@ class Worker(Base):
     # Without a word: then it counts as gone.
     silent_after_s: Mapped[float] = mapped_column(server_default=text("15"), default=15.0)
     facts: Mapped[dict[str, Any]]
+    state: Mapped[str] = mapped_column(
+        server_default=text(f"'{WorkerState.READY}'"), default=WorkerState.READY
+    )
+    # Of the process that has the name: the fence of every write to this row. None: a worker of the
+    # previous version.
+    instance: Mapped[uuid.UUID | None]
+    # Where that process is: edges/processes.py.
+    host: Mapped[str | None]
+    pid: Mapped[int | None]
+    process: Mapped[str | None]
+    # Checkpoints that it serves, by name; None: all of its pool.
+    held: Mapped[list[str] | None]
+    # Why it does not serve others, by name.
+    failed: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"), default=dict)
+    # Under this name since the last that ended in good order, this one included.
+    starts: Mapped[int] = mapped_column(server_default=text("1"), default=1)
+    # In a row, before this one, that did not get ready.
+    failed_starts: Mapped[int] = mapped_column(server_default=text("0"), default=0)
+    # Why the last start failed.
+    problem: Mapped[str | None]
 
-    __table_args__ = (Index("workers_by_pool", "pool", "seen_at"),)
+    __table_args__ = (
+        Index("workers_by_pool", "pool", "seen_at"),
+        CheckConstraint(f"state IN {listed(WorkerState)}", name="workers_state_is_known"),
+    )

@@ -1,5 +1,6 @@
 """Run Flower, which shows queues and tasks in a browser, behind a user and a password."""
 
+import logging
 import os
 from typing import Any, cast
 
@@ -20,6 +21,8 @@ def build(settings: FlowerSettings, fleet: Fleet) -> Celery:
 def serve(settings: FlowerSettings, fleet: Fleet) -> int | None:
     """Run Flower until told to end."""
     telemetry.configure_logs("WARNING")  # it tells of every request
+    # It asks workers for what they answer only once they are ready, and warns of each that is not.
+    logging.getLogger("flower.inspector").setLevel(logging.ERROR)
     user, password = settings.flower_user, settings.flower_password.get_secret_value()
     # By the environment and not by an argument: arguments are for everybody to see.
     os.environ["FLOWER_BASIC_AUTH"] = f"{user}:{password}"

@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
@@ -24,25 +24,29 @@ from edges.notices import Notice, NoticeSource, NoticeWatch, SignalNotices, sour
 from edges.progress import CANCELS, WATCHES, Listener, ProgressWriter
 from edges.snapshots import Snapshots
 from engine.engine import Engine
-from engine.errors import CheckpointCorrupt, UnsupportedRequest
+from engine.errors import NothingLoaded
 from fleet.consumer import TakenTask, tier_gate
 from models.database import make_engine
 from policy import connections, gates, queues, tiers
 from policy.fleet import Fleet
-from settings import WorkerSettings, refuse
+from policy.workers import device_label, worker_name
+from settings import EX_CONFIG, WorkerSettings, refuse
 from tasks.checkpoints import Checkpoints
-from tasks.engines import checkpoint_specs, engine_config
+from tasks.engines import checkpoint_specs, engine_config, failure_sentence
 from tasks.health import EX_SOFTWARE, Health
 from tasks.inputs import InputPictures
-from tasks.keeper import LeaseKeeper, WorkerIdentity
+from tasks.keeper import LeaseKeeper
+from tasks.lacking import LackingModels
 from tasks.preemption import Preemption, wait_while_a_notice_stands
 from tasks.previews import Previews
+from tasks.registration import Loading, NameTaken, WorkerIdentity
 from tasks.render import Renderer
 from tasks.roles.consuming import consume, register
 from tasks.verdicts import Verdicts
 
 log = structlog.get_logger(__name__)
 
+PORTS_TRIED = 10  # for metrics, from METRICS_PORT on
 SPARE_THREADS = 4  # they drop duplicates at once while every slot is taken
 
 
@@ -99,15 +103,18 @@ def build(
     engine: Engine,
     when_empty: Callable[[], None],
     when_unfit: Callable[[Notice], None] | None = None,
+    instance: uuid.UUID | None = None,
 ) -> WorkerParts:
     """Make a rendering worker's parts around an engine that is started; nothing is taken yet.
 
     when_empty: is called when the worker has to go and holds no job any more.
     when_unfit: is told when its health says that it has to go; None: it leaves.
+    instance: of the process that has the worker's name already; None: a new one.
     """
     database = make_engine(settings.database_url, pool_size=connections.WORKER)
     ended = EndedJobs.connect(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
-    keeper = _keeper(settings, fleet, engine, database, ended)
+    identity = _identity(settings, fleet, engine, instance or uuid.uuid4())
+    keeper = _keeper(settings, identity, database, ended)
     gauge = Gauge(settings.handoff_url, trusted_for_s=gates.HANDOFF_SILENT_AFTER_S)
     preemption = Preemption(keeper, when_empty=when_empty)
     health = Health(
@@ -115,6 +122,7 @@ def build(
         stuck_after_s=settings.engine_stuck_after_s,
         leave=when_unfit or preemption.begin,
     )
+    keeper.on_name_lost = lambda: health.give_up("another process has the name of this worker")
     renderer = _renderer(
         settings,
         fleet,
@@ -149,6 +157,7 @@ def _renderer(
     progress: ProgressWriter,
 ) -> Renderer:
     broker = Broker(settings, fleet)
+    release = Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s)
     return Renderer(
         settings=settings,
         fleet=fleet,
@@ -164,7 +173,8 @@ def _renderer(
         ),
         database=database,
         broker=broker,
-        release=Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s),
+        release=release,
+        lacking=LackingModels(database, release, keeper.identity.failed),
         handoff=ended.handoff,
         progress=progress,
         previews=Previews(progress),
@@ -172,20 +182,33 @@ def _renderer(
     )
 
 
-def _keeper(
-    settings: WorkerSettings,
-    fleet: Fleet,
-    engine: Engine,
-    database: Database,
-    ended: EndedJobs,
-) -> LeaseKeeper:
-    identity = WorkerIdentity(
-        name=worker_name(settings),
+def _identity(
+    settings: WorkerSettings, fleet: Fleet, engine: Engine, instance: uuid.UUID
+) -> WorkerIdentity:
+    return WorkerIdentity(
+        name=name_of(settings),
         pool=settings.worker_pool,
         device=engine.config.device,
         slots=fleet.pools[settings.worker_pool].slots,
         facts={"load_s": round(engine.load_s, 3)},
+        instance=instance,
+        held=engine.checkpoints,
+        failed=_sentences(settings, fleet, engine),
     )
+
+
+def _sentences(settings: WorkerSettings, fleet: Fleet, engine: Engine) -> Mapping[str, str]:
+    """Say, by checkpoint, why the engine does not serve it."""
+    root = settings.checkpoint_root
+    return {each.checkpoint: failure_sentence(fleet, each, root) for each in engine.failures}
+
+
+def _keeper(
+    settings: WorkerSettings,
+    identity: WorkerIdentity,
+    database: Database,
+    ended: EndedJobs,
+) -> LeaseKeeper:
     return LeaseKeeper(
         database,
         identity,
@@ -197,9 +220,13 @@ def _keeper(
     )
 
 
-def worker_name(settings: WorkerSettings) -> str:
-    """Name the worker as the launcher does, or after its machine."""
-    return settings.worker_name or f"cpu0@{socket.gethostname()}"
+def name_of(settings: WorkerSettings) -> str:
+    """Name the worker as the launcher does, or by its pool, its device and its machine."""
+    if settings.worker_name:
+        return settings.worker_name
+    gpu = settings.cuda_visible_devices if settings.device != "cpu" else None
+    label = device_label(gpu) if gpu and "," not in gpu else settings.device.replace(":", "")
+    return worker_name(settings.worker_pool, label, socket.gethostname())
 
 
 def images_by_job(
@@ -226,16 +253,87 @@ def serve(settings: WorkerSettings, fleet: Fleet) -> NoReturn:
     # Before the first computation: or last bits may depend on where a matrix lies in memory.
     os.environ["MKL_CBWR"] = "AUTO,STRICT"
     # Until Celery's own handler is there; loading takes a while.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, _raise_end)
     sources = _notice_sources(settings)
-    wait_while_a_notice_stands(sources)
-    engine = _start_engine(settings, fleet)
-    parts = build(settings, fleet, engine=engine, when_empty=_end_process)
-    status = _take_jobs(parts, sources)
-    # Taking down an interpreter that has loaded torch and diffusers takes seconds that a notice
-    # may not have; all is put away.
+    try:
+        wait_while_a_notice_stands(sources)
+    except _ToldToEnd:
+        _end_at_once(0)
+    loading = _loading(settings, fleet)
+    try:
+        loading.start(on_taken=_refuse_at_once)
+        engine = _load_or_end(settings, fleet, loading)
+        loading.end()
+        parts = build(
+            settings,
+            fleet,
+            engine=engine,
+            when_empty=_end_process,
+            instance=loading.identity.instance,
+        )
+        status = _take_jobs(parts, sources)
+    except _ToldToEnd:
+        loading.leave()
+        status = 0
+    _end_at_once(status)
+
+
+def _load_or_end(settings: WorkerSettings, fleet: Fleet, loading: Loading) -> Engine:
+    """Start the engine; end the process, with the reason in the worker's row, if it cannot."""
+    try:
+        return _start_engine(settings, fleet)
+    except NothingLoaded as problem:
+        root = settings.checkpoint_root
+        sentences = [failure_sentence(fleet, failure, root) for failure in problem.failures]
+        loading.fail("; ".join(sentences))
+        _refuse_at_once(*sentences)
+    except Exception as error:
+        log.exception("engine_not_started")
+        loading.fail(f"the engine does not start: {type(error).__name__}: {error}"[:500])
+        _end_at_once(EX_SOFTWARE)
+
+
+class _ToldToEnd(BaseException):
+    """SIGTERM came before the worker was ready."""
+
+
+def _raise_end(*_: object) -> NoReturn:
+    raise _ToldToEnd
+
+
+def _end_at_once(status: int) -> NoReturn:
+    """End the process without taking down its interpreter.
+
+    That takes seconds where torch and diffusers are loaded, which a notice may not have, and fails
+    while a thread still computes. All is put away.
+    """
     logging.shutdown()
+    sys.stderr.flush()
     os._exit(status)
+
+
+def _refuse_at_once(*lines: str) -> NoReturn:
+    """End the process because of its configuration, from any thread."""
+    for line in lines:
+        print(line, file=sys.stderr)
+    _end_at_once(EX_CONFIG)
+
+
+def _loading(settings: WorkerSettings, fleet: Fleet) -> Loading:
+    pool = fleet.pools[settings.worker_pool]
+    identity = WorkerIdentity(
+        name=name_of(settings),
+        pool=settings.worker_pool,
+        device=engine_config(settings, fleet, pool).device,
+        slots=0,
+        facts={},
+    )
+    return Loading(
+        make_engine(settings.database_url, pool_size=connections.WORKER_BEATS),
+        identity,
+        ttl_s=settings.lease_ttl_s,
+        renew_s=settings.lease_renew_s,
+    )
 
 
 def _take_jobs(parts: WorkerParts, sources: Sequence[NoticeSource]) -> int:
@@ -254,7 +352,9 @@ def _take_jobs(parts: WorkerParts, sources: Sequence[NoticeSource]) -> int:
         Listener(settings.handoff_url, CANCELS, parts.keeper.drop),
         Listener(settings.handoff_url, WATCHES, parts.renderer.previews.show),
     ]
-    telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
+    # Another worker of this host may have the port already.
+    port = telemetry.serve_metrics(settings.metrics_port, settings.metrics_host, tries=PORTS_TRIED)
+    parts.keeper.identity.facts["metrics_port"] = port
     telemetry.watch_engine(parts.engine.stats)
     threads = tiers.most_jobs(fleet, fleet.pools[pool].slots) + SPARE_THREADS
     name = parts.keeper.identity.name
@@ -265,6 +365,11 @@ def _take_jobs(parts: WorkerParts, sources: Sequence[NoticeSource]) -> int:
         status = consume(celery, names, name=name, threads=threads)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
+    except _ToldToEnd:
+        pass
+    except NameTaken as taken:
+        print(taken, file=sys.stderr)
+        status = EX_CONFIG
     finally:
         watch.close()
         for listener in listeners:
@@ -287,20 +392,21 @@ def _log_ready(parts: WorkerParts) -> None:
 
 
 def _start_engine(settings: WorkerSettings, fleet: Fleet) -> Engine:
-    """Start the engine with every version of every model of the pool, loaded and warm."""
+    """Start the engine with every version of every model of the pool, loaded and warm.
+
+    Those that cannot be loaded are left out. Raises NothingLoaded if that is all of them.
+    """
     pool = fleet.pools[settings.worker_pool]
     specs = checkpoint_specs(fleet, pool.models, settings.checkpoint_root)
-    engine = Engine(engine_config(settings, fleet, pool), specs)
-    try:
-        engine.start()
-    except (CheckpointCorrupt, UnsupportedRequest) as problem:
-        name = settings.worker_pool
-        refuse([f"fleet.toml: a model of pool {name!r} cannot be loaded: {problem}"])
+    engine = Engine(engine_config(settings, fleet, pool, may_lack_checkpoints=True), specs)
+    engine.start()
+    for sentence in _sentences(settings, fleet, engine).values():
+        log.error("model_not_served", pool=settings.worker_pool, problem=sentence)
     return engine
 
 
 def _notice_sources(settings: WorkerSettings) -> list[NoticeSource]:
-    name = worker_name(settings)
+    name = name_of(settings)
     try:
         return sources_from(settings.preemption_notices.replace("{worker}", name))
     except ValueError as error:

@@ -425,7 +425,7 @@ class House:
         self.http = app.test_client()
         self.parts: Runtime = app.extensions["darkroom"]
 
-    def with_workers(self, count=1):
+    def with_workers(self, count=1, **facts):
         with transaction(self._database) as session:
             for number in range(count):
                 workers.heartbeat(
@@ -435,6 +435,7 @@ class House:
                     device="cpu",
                     slots=8,
                     facts={},
+                    **facts,
                 )
         return self
 

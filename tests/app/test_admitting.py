@@ -140,6 +140,16 @@ def test_where_workers_are_still_to_come_jobs_wait_for_them(a_house, change):
     assert a_house(change).tenant().post().status_code == 202
 
 
+def test_a_model_that_no_live_worker_could_load_is_refused_by_its_name_alone(a_house, count_jobs):
+    house, before = a_house(), count_jobs()
+    house.with_workers(held=["other@1"], failed={"pocket@1": "/srv/pocket/unet is missing"})
+
+    problem = refused(house.tenant().post(), 503, "model-unserved", "unserved", seconds=60)
+
+    assert problem["detail"] == "No live worker serves version 1 of model pocket."
+    assert count_jobs() == before
+
+
 def test_when_its_last_worker_leaves_a_pool_is_unserved(a_house):
     house = a_house().with_workers()
     tenant = house.tenant()

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import uuid
 
 import pytest
 from sqlalchemy import create_engine, make_url, text
@@ -10,6 +11,9 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from structlog.testing import capture_logs
 
 from app.live.readiness import ANSWERS_WITHIN_S, CHECK_EVERY_S, Readiness
+from models import workers
+from models.database import transaction
+from models.workers import NewWorker
 from tests.app.conftest import bearer
 from tests.app.problem import assert_problem
 from tests.builders import a_fleet, until
@@ -109,6 +113,31 @@ def test_a_pool_without_its_warm_workers_is_named(gateway_with):
 
     assert (answer.status_code, answer.json["degraded"]) == (200, ["workers"])
     assert "pool big" in answer.json["parts"]["workers"]["detail"]
+
+
+def test_workers_that_cannot_start_and_models_that_nobody_can_load_are_named(
+    stack_database, gateway_with
+):
+    """Whatever the pool's warm floor says."""
+    ended = NewWorker(name="gpu0@elsewhere", pool="big", device="cuda:0", instance=uuid.uuid4())
+    lacks = {"name": "gpu1@elsewhere", "pool": "big", "device": "cuda:0", "slots": 1, "facts": {}}
+    why = "/srv/weights/unet.safetensors is missing"
+    with transaction(stack_database) as session:
+        workers.claim(session, ended, silent_after_s=15)
+        workers.fail(session, ended.name, ended.instance, why)
+        workers.heartbeat(session, **lacks, held=["pocket@1"], failed={"large@1": why})
+
+    answer = told(gateway_with())
+
+    with transaction(stack_database) as session:
+        workers.leave(session, ended.name, ended.instance)
+        workers.leave(session, lacks["name"])
+    part = answer.json["parts"]["workers"]
+    assert (answer.status_code, answer.json["degraded"]) == (200, ["workers"])
+    assert (part["failing"], part["unserved"]) == (["gpu0@elsewhere"], ["large@1"])
+    assert part["detail"].endswith("cannot start: gpu0@elsewhere; cannot be loaded: large@1")
+    assert "/srv" not in answer.text, "anybody may read it"
+    assert part["pools"].keys() == {"local"}, "those of fleet.toml"
 
 
 def test_a_part_that_hangs_keeps_nobody_waiting(monkeypatch):

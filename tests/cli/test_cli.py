@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -655,6 +656,11 @@ def test_status_and_env_describe_the_running_stack(stack):
 
     assert "worker-1" in status.stdout
     assert f"ready at {stack.env['DARKROOM_URL']}" in status.stdout
+    worker = f"local-1@{socket.gethostname()}"
+    told = ask(stack.env["DATABASE_URL"], "SELECT pool, models FROM workers_now").rows
+    assert ("local", "pocket@1") in told
+    assert worker[:12] in status.stdout
+    assert "pocket@1" in status.stdout
     assert env.stdout == Path(stack.env_path).read_text()
 
 

@@ -34,6 +34,7 @@ SETTINGS_OF = {
     "migrate": (MigrationSettings,),
     "api": (GatewayProcessSettings,),
     "worker": (WorkerSettings,),
+    "worker-second": (WorkerSettings,),
     "results": (StoreSettings,),
     "sweeper": (Settings,),
     "webhooks": (WebhookSettings,),
@@ -44,6 +45,7 @@ SECRET = re.compile(r"PASSWORD|SECRET(?!S)|PEPPER|(?<!API_)KEY|TOKEN")
 PROCESSES = {
     "api": "gateway",
     "worker": "worker",
+    "worker-second": "worker",
     "results": "results",
     "sweeper": "sweeper",
     "webhooks": "webhooks",
@@ -257,7 +259,7 @@ def test_only_the_worker_image_has_torch(services: dict[str, Any]):
     }
 
     assert set(images) == set(SETTINGS_OF)
-    assert with_torch == {"worker"}
+    assert with_torch == {"worker", "worker-second"}
     assert requirements("deploy/api.Dockerfile") == {"requirements/base.txt"}
     assert not re.search(
         r"^(torch|diffusers|-r)\b", (REPO / "requirements/base.txt").read_text(), re.MULTILINE
@@ -365,6 +367,7 @@ def test_a_worker_holds_no_key_of_the_object_store_and_only_the_gateway_has_the_
         "migrate",
         "api",
         "worker",
+        "worker-second",
         "results",
         "webhooks",
         "sweeper",
@@ -438,7 +441,7 @@ def test_a_full_redis_refuses_rather_than_forgets(services: dict[str, Any]):
 
 
 def test_roles_that_take_in_work_stop_before_those_that_finish_it(services: dict[str, Any]):
-    for name in ("api", "worker"):
+    for name in ("api", "worker", "worker-second"):
         assert {"results", "webhooks", "sweeper"} <= set(services[name]["depends_on"])
     for name in ("results", "webhooks", "sweeper"):
         assert {"postgres", "redis-broker", "redis-handoff"} <= set(services[name]["depends_on"])
@@ -449,20 +452,42 @@ def test_nobody_starts_before_the_tables_are_there(services: dict[str, Any]):
         name for name, service in services.items() if "migrate" in service.get("depends_on", {})
     }
 
-    assert after == {"api", "worker", "results", "webhooks", "sweeper"}
+    assert after == {"api", "worker", "worker-second", "results", "webhooks", "sweeper"}
     assert all(
         services[name]["depends_on"]["migrate"] == {"condition": "service_completed_successfully"}
         for name in after
     )
 
 
-def test_the_gpu_file_changes_the_worker_alone_and_builds_torch_with_cuda(
+def test_the_gpu_file_changes_the_workers_alone_and_builds_torch_with_cuda(
     services: dict[str, Any], gpu_services: dict[str, Any]
 ):
     worker = gpu_services["worker"]
     (device,) = worker["deploy"]["resources"]["reservations"]["devices"]
 
-    assert set(gpu_services) == {"worker"}
+    assert set(gpu_services) == {"worker", "worker-second"}
+    assert gpu_services["worker-second"] == worker
     assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
     assert worker["build"]["args"] == {"TORCH_INDEX_URL": "", "PIP_FIND_LINKS": ""}
     assert worker["image"] != services["worker"]["image"]
+
+
+def test_second_pool_s_worker_is_the_first_s_but_for_its_pool_and_its_profile(
+    services: dict[str, Any],
+):
+    first = dict(services["worker"])
+    second = dict(services["worker-second"])
+
+    assert second.pop("profiles") == ["second-pool"]
+    pools = [service.pop("environment").pop("WORKER_POOL") for service in (first, second)]
+    assert pools == ["local", ""], "nobody starts it without a pool"
+    assert second == first
+
+
+def test_workers_see_the_weights_and_the_curves_of_the_host(compose_text: str):
+    mounts = yaml.safe_load(compose_text)["services"]["worker"]["volumes"]
+
+    assert "${CHECKPOINTS:-checkpoints}:/checkpoints:ro" in mounts
+    assert "${CURVES:-curves}:/var/lib/darkroom/curves" in mounts
+    volumes = yaml.safe_load(compose_text)["volumes"]
+    assert {"checkpoints", "curves"} <= set(volumes)

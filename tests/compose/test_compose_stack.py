@@ -253,7 +253,7 @@ def test_flower_asks_for_a_password_and_lists_the_workers(compose: Compose):
         timeout=30,
     ).json()
 
-    assert any(name.startswith(("cpu0@", "gpu")) for name in workers)
+    assert any(name.startswith(("local-cpu@", "local-gpu")) for name in workers)
 
 
 def test_a_restart_keeps_everything_and_every_process_ends_in_good_order(

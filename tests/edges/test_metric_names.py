@@ -65,6 +65,8 @@ GAUGES = {
     "darkroom_jobs_lacking_inputs": ("pool", "tier"),
     "darkroom_last_turn_timestamp_seconds": ("loop",),
     "darkroom_live_workers": ("pool",),
+    "darkroom_failing_workers": ("pool",),
+    "darkroom_models_not_loaded": ("pool", "model"),
     "darkroom_queue_jobs": ("pool", "tier", "state"),
     "darkroom_queue_oldest_wait_seconds": ("pool", "tier"),
     "darkroom_upload_spool_reserved_bytes": (),

@@ -33,9 +33,10 @@ from fleet.addresses import (
     read_env,
     write_env,
 )
-from fleet.stack import Stack, StackError
+from fleet.stack import Stack, StackError, _unready_parts
 from fleet.supervision import MARK
 from migrations import roles
+from settings import REPO
 
 SERVICES = {"postgres", "broker", "handoff", "s3"}
 
@@ -131,7 +132,7 @@ def test_each_process_is_handed_only_what_its_settings_name(tmp_path):
     env = Addresses.fresh().env() | {"DARKROOM_API_KEY": "dr_key"}
     programs = {
         program.name: program.environment
-        for program in processes.programs(env, Stack(tmp_path)._fleet(), num_workers=2)
+        for program in processes.programs(env, Stack(tmp_path)._fleet(), workers={"local": 2})
     }
 
     assert (
@@ -206,7 +207,7 @@ def test_stack_s_own_variables_win_over_the_caller_s_whose_tuning_is_taken_over(
 
     programs = {
         program.name: program.environment
-        for program in processes.programs(env, Stack(tmp_path)._fleet(), num_workers=1)
+        for program in processes.programs(env, Stack(tmp_path)._fleet(), workers={"local": 1})
     }
 
     assert {
@@ -224,7 +225,9 @@ def test_processes_have_ports_for_metrics_of_their_own_with_room_for_the_gpus_of
 ):
     monkeypatch.setenv("METRICS_PORT", "9400")
 
-    programs = processes.programs(Addresses.fresh().env(), Stack(tmp_path)._fleet(), num_workers=2)
+    programs = processes.programs(
+        Addresses.fresh().env(), Stack(tmp_path)._fleet(), workers={"local": 2}
+    )
 
     ports = [
         int(program.environment["METRICS_PORT"])
@@ -256,7 +259,7 @@ class StoppedInWaves:
 def test_a_stack_goes_down_from_those_who_take_in_work_to_the_services_that_all_need(tmp_path):
     stack = Stack(tmp_path / "data")
     env = Addresses.fresh().env()
-    programs = processes.programs(env, stack._fleet(), num_workers=2)
+    programs = processes.programs(env, stack._fleet(), workers={"local": 2})
     (tmp_path / "data").mkdir()
     stack._supervisor = StoppedInWaves([*SERVICES, *(program.name for program in programs)])
 
@@ -276,13 +279,16 @@ def test_a_stack_goes_down_from_those_who_take_in_work_to_the_services_that_all_
     )
 
 
-PARTS = {"database": {"ready": True}, "workers": {"ready": True, "live": 2}}
+PARTS = {"database": {"ready": True}, "workers": {"ready": True, "pools": {"local": 2}}}
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"workers": {"ready": True, "live": 1}}, "not ready: workers (1 of 2)"),
+        (
+            {"workers": {"ready": True, "pools": {"local": 1}}},
+            "not ready: workers of pool local (1 of 2)",
+        ),
         (
             {"workers": {"ready": False, "live": 0, "detail": "no worker"}},
             "not ready: workers (no worker)",
@@ -305,9 +311,9 @@ def test_a_stack_is_ready_when_its_parts_are_and_each_worker_that_was_asked_for_
     stack = Stack(tmp_path, workers=2)
 
     with pytest.raises(StackError, match=re.escape(f"the stack is not ready in time: {told}")):
-        stack._wait_ready(time.monotonic() - 1)
+        stack._wait_ready(time.monotonic() - 1, {"local": 2})
 
-    stack._wait_ready(time.monotonic() - 1)
+    stack._wait_ready(time.monotonic() - 1, {"local": 2})
 
 
 @pytest.mark.parametrize(("state", "after_looks"), [("fatal", 1), ("backoff", 3)])
@@ -320,7 +326,7 @@ def test_a_process_that_keeps_dying_is_told_with_its_log_before_the_time_is_over
         looks.append(1)
         return [
             SimpleNamespace(name="gateway", state=state, started_at=len(looks)),
-            SimpleNamespace(name="s3", state="running"),
+            SimpleNamespace(name="s3", state="running", started_at=0),
         ]
 
     stack = Stack(tmp_path / "data")
@@ -339,9 +345,133 @@ def test_a_process_that_keeps_dying_is_told_with_its_log_before_the_time_is_over
     assert len(looks) == after_looks
 
 
+def test_a_process_that_is_seen_to_start_again_and_again_is_told_as_well(tmp_path):
+    """A worker dies after its imports, so supervisord takes it for one that ran."""
+    looks = itertools.count(1)
+    stack = Stack(tmp_path / "data")
+    stack._supervisor.status = lambda: [
+        SimpleNamespace(name="worker-1", state="running", started_at=next(looks) // 2)
+    ]
+
+    def never():
+        raise ConnectionError("no answer")
+
+    with pytest.raises(StackError, match="worker-1 keeps dying"):
+        stack._wait_until(never, None, time.monotonic() + 60, every_s=0)
+
+    assert next(looks) == 7, "at its third death"
+
+
+def test_a_worker_that_refuses_to_start_is_told_at_once_with_its_last_words(tmp_path):
+    stack = Stack(tmp_path / "data")
+    ended = SimpleNamespace(name="worker-1", state="exited", exit_status=78, started_at=1)
+    stack._supervisor.status = lambda: [ended]
+    stack.log_path("worker").parent.mkdir(parents=True)
+    stack.log_path("worker").write_text('{"event": "loading"}\nmodel a cannot be loaded\n')
+
+    def never():
+        raise ConnectionError("no answer")
+
+    with pytest.raises(StackError) as raised:
+        stack._wait_until(never, None, time.monotonic() + 60, every_s=0)
+
+    told = "worker-1 cannot start\n  worker-1 | model a cannot be loaded"
+    assert str(raised.value) == told
+
+
+def a_fleet_with_a_second_pool(path: Path) -> Path:
+    """Its model is the first one's, under another name."""
+    first = (REPO / "fleet.toml").read_text()
+    model, pool = first[first.index("[models.pocket]") :].split("[pools.local]")
+    model = re.sub(r"(?s)aliases = \[.*?\]\n", "", model).replace("models.pocket", "models.other")
+    second = f"{model}[pools.edit]{pool}".replace('models = ["pocket"]', 'models = ["other"]')
+    file = path / "two-pools.toml"
+    file.write_text(f"{first}\n{second}")
+    return file
+
+
+def test_a_stack_starts_workers_for_every_pool_each_under_a_name_of_its_own(tmp_path):
+    file = a_fleet_with_a_second_pool(tmp_path)
+    stack = Stack(tmp_path / "data", fleet_file=file, workers="edit=2")
+    fleet = stack._fleet()
+
+    programs = processes.programs(
+        Addresses.fresh().env(), fleet, workers=stack._worker_counts(fleet)
+    )
+
+    named = {
+        program.name: (program.environment["WORKER_POOL"], program.environment["WORKER_NAME"])
+        for program in programs
+        if program.name.startswith("worker")
+    }
+    host = socket.gethostname()
+    assert named == {
+        "worker-local-1": ("local", f"local-1@{host}"),
+        "worker-edit-1": ("edit", f"edit-1@{host}"),
+        "worker-edit-2": ("edit", f"edit-2@{host}"),
+    }
+
+
+@pytest.mark.parametrize("place", ["the caller's environment", "the stack's file"])
+def test_a_stack_serves_one_pool_alone_where_worker_pool_names_it(tmp_path, monkeypatch, place):
+    file = a_fleet_with_a_second_pool(tmp_path)
+    if place == "the caller's environment":
+        monkeypatch.setenv("WORKER_POOL", "edit")
+    else:
+        write_env(tmp_path / "env", Addresses.fresh().env() | {"WORKER_POOL": "edit"})
+    stack = Stack(tmp_path, fleet_file=file, workers=2)
+
+    assert stack._worker_counts(stack._fleet()) == {"edit": 2}
+
+
+def test_a_stack_remembers_its_fleet_file_and_where_its_weights_are(tmp_path, monkeypatch):
+    file = a_fleet_with_a_second_pool(tmp_path)
+    data = tmp_path / "data"
+    data.mkdir()
+    monkeypatch.setenv("CHECKPOINT_ROOT", str(tmp_path))
+    first = Stack(data, fleet_file=file)
+    first._addresses(keep=set())
+    monkeypatch.delenv("CHECKPOINT_ROOT")
+
+    later = Stack(data)
+    env = later._process_env(later._addresses(keep=set()))
+
+    assert later.fleet_file == file
+    assert (env["FLEET_FILE"], env["CHECKPOINT_ROOT"]) == (str(file), str(tmp_path))
+    other = tmp_path / "other.toml"
+    assert Stack(data, fleet_file=other).fleet_file == other, "what the caller says wins"
+
+
+def test_processes_are_others_once_the_fleet_file_was_edited(tmp_path):
+    file = a_fleet_with_a_second_pool(tmp_path)
+    stack = Stack(tmp_path / "data", fleet_file=file)
+
+    def digests() -> set[str]:
+        env = stack._process_env(Addresses.fresh())
+        programs = processes.programs(env, stack._fleet(), workers={"edit": 1})
+        return {each.environment["FLEET_DIGEST"] for each in programs}
+
+    before = digests()
+    file.write_text(file.read_text() + "\n# edited\n")
+
+    assert len(before) == len(digests()) == 1
+    assert before != digests()
+
+
+def test_a_stack_does_not_wait_for_models_that_its_workers_cannot_load():
+    part = {"ready": False, "detail": "cannot be loaded: a@1"}
+
+    counts = {"local": 1}
+    assert _unready_parts({"workers": part | {"pools": counts}}, counts) == []
+    told = ["workers of pool local (0 of 1)"]
+    assert _unready_parts({"workers": part | {"pools": {}}}, counts) == told
+
+
 def test_a_worker_gets_the_time_that_it_was_promised(tmp_path, monkeypatch):
     monkeypatch.setenv("SHUTDOWN_NOTICE_S", "100")
-    programs = processes.programs(Addresses.fresh().env(), Stack(tmp_path)._fleet(), num_workers=1)
+    programs = processes.programs(
+        Addresses.fresh().env(), Stack(tmp_path)._fleet(), workers={"local": 1}
+    )
 
     assert {program.name: program.stop_wait_s for program in programs}["worker-1"] == 125
 

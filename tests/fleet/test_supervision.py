@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,36 @@ def test_data_directories_that_are_too_deep_have_sockets_of_their_own_in_a_short
     assert all(
         len(str(path)) <= 107 and path.is_relative_to(tempfile.gettempdir()) for path in sockets
     )
+
+
+def test_program_that_ends_with_a_final_status_is_not_started_again_and_others_are(supervisor):
+    script = "echo started; sleep 1.5; exit"
+    final = Program(
+        name="final",
+        command=("sh", "-c", f"{script} 78"),
+        directory=Path("/"),
+        priority=1,
+        final_statuses=(78,),
+    )
+    other = replace(final, name="other", command=("sh", "-c", f"{script} 1"))
+    supervisor.run([final, other])
+    for program in (final, other):
+        supervisor.start(program.name)
+
+    until(lambda: len(told(supervisor, "other")) >= 3, what="its third start")
+
+    ended = {status.name: status for status in supervisor.status()}["final"]
+    assert (ended.state, ended.exit_status) == ("exited", 78)
+    assert told(supervisor, "final") == ["started"]
+
+
+def test_last_words_of_a_process_are_the_plain_lines_at_the_end_of_its_log(supervisor):
+    supervisor.log_dir.mkdir()
+    log = supervisor.log_path("worker-1")
+    log.write_text('plain\n{"event": "loads"}\nmodel a is broken\nmodel b, too\n')
+
+    words = "\n  worker-1 | model a is broken\n  worker-1 | model b, too"
+    assert supervisor.last_words("worker-1") == words
+
+    log.write_text('{"event": "died"}\n')
+    assert supervisor.last_words("worker-1") == '\n  worker-1 | {"event": "died"}'

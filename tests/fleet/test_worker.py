@@ -89,8 +89,8 @@ def test_each_gpu_gets_a_process_that_sees_it_alone(launcher):
     assert sorted(
         (line["CUDA_VISIBLE_DEVICES"], line["WORKER_NAME"], line["DEVICE"]) for line in lines
     ) == [
-        ("0", "gpu0@here", "cuda:0"),
-        ("1", "gpu1@here", "cuda:0"),
+        ("0", "gpu-gpu0@here", "cuda:0"),
+        ("1", "gpu-gpu1@here", "cuda:0"),
     ]
 
 
@@ -99,29 +99,71 @@ def test_each_gpu_has_a_port_for_metrics_of_its_own(tmp_path):
         lines = told(tmp_path / "log", 2)
 
     assert sorted((line["WORKER_NAME"], line["METRICS_PORT"]) for line in lines) == [
-        ("gpu0@here", "9400"),
-        ("gpu1@here", "9401"),
+        ("gpu-gpu0@here", "9400"),
+        ("gpu-gpu1@here", "9401"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "names"),
+    [
+        ({}, ["2", "3"], ["edit-gpu2@HOST", "edit-gpu3@HOST"]),
+        ({}, ["GPU-8F6E2A1C-0000-4000-8000-0123456789AB"], ["edit-gpu-8f6e2a1c@HOST"]),
+        ({}, ["MIG-GPU-8f6e2a1c/1/0"], ["edit-mig-gpu-8f6e2a1c-1-0@HOST"]),
+        ({"worker_name": "mine@here"}, ["2"], ["mine@here"]),
+        ({"worker_name": "mine@here"}, ["0", "2"], ["mine-gpu0@here", "mine-gpu2@here"]),
+    ],
+)
+def test_launcher_names_workers_by_pool_device_and_host_unless_it_is_told_a_name(
+    settings, gpus, names
+):
+    unset = {"worker_name": "", "worker_pool": "edit", "metrics_port": 0}
+    given = SimpleNamespace(**unset | settings)
+
+    found = [each["WORKER_NAME"] for each in worker.environments(given, gpus)]
+
+    assert found == [name.replace("HOST", socket.gethostname()) for name in names]
+
+
+def test_launchers_that_divide_the_gpus_of_a_host_share_no_name_and_no_port():
+    given = SimpleNamespace(worker_name="", worker_pool="local", metrics_port=9400)
+
+    first = worker.environments(given, ["0", "1"])
+    second = worker.environments(given, ["2", "3"])
+
+    for variable in ("WORKER_NAME", "METRICS_PORT"):
+        assert len({each[variable] for each in [*first, *second]}) == 4
 
 
 def test_a_machine_without_gpus_gets_one_worker_on_the_cpu_in_the_launcher_s_place(tmp_path):
     with launched(tmp_path, CHILD, CUDA_VISIBLE_DEVICES="", WORKER_NAME="") as process:
         [line] = told(tmp_path / "log", 1)
 
-        assert (line["DEVICE"], line["WORKER_NAME"]) == ("cpu", f"cpu0@{socket.gethostname()}")
+        assert (line["DEVICE"], line["WORKER_NAME"]) == ("cpu", f"local-cpu@{socket.gethostname()}")
         assert children_of(process.pid) == []
 
 
-def test_a_configuration_that_a_worker_refuses_ends_the_launcher_with_that_status(tmp_path):
-    first_refuses = (
-        "import os, sys, time; "
-        f"sys.exit({EX_CONFIG}) if os.environ['WORKER_NAME'] == 'gpu0@here' else time.sleep(60)"
-    )
+def test_launcher_ends_with_the_status_of_its_workers_when_all_refuse_to_start(tmp_path):
+    refuses = f"import sys; sys.exit({EX_CONFIG})"
 
-    with launched(tmp_path, first_refuses) as process:
+    with launched(tmp_path, refuses) as process:
         assert process.wait(timeout=60) == EX_CONFIG
 
     assert "again in" not in (tmp_path / "log").read_text()
+
+
+def test_launcher_goes_on_with_the_other_workers_when_one_refuses_to_start(tmp_path):
+    refuses = f"os.environ['CUDA_VISIBLE_DEVICES'] != '0' or sys.exit({EX_CONFIG})"
+    first_refuses = f"import os, sys; {refuses}; {CHILD}"
+
+    with launched(tmp_path, first_refuses) as process:
+        [line] = told(tmp_path / "log", 1)
+        time.sleep(1)
+
+        assert (line["CUDA_VISIBLE_DEVICES"], process.poll()) == ("1", None)
+        assert len(children_of(process.pid)) == 1, "it is not started again"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) != 0
 
 
 def test_crashes_in_a_row_are_answered_with_longer_waits_until_a_worker_was_healthy(monkeypatch):
@@ -131,7 +173,7 @@ def test_crashes_in_a_row_are_answered_with_longer_waits_until_a_worker_was_heal
     monkeypatch.setattr(
         worker, "_spawn", lambda environment: SimpleNamespace(poll=lambda: 1, returncode=1)
     )
-    launcher = worker.Launcher([{"WORKER_NAME": "gpu0@here"}])
+    launcher = worker.Launcher([{"WORKER_NAME": "gpu-gpu0@here"}])
     [child] = launcher._children
     waits = []
 

@@ -30,6 +30,7 @@ VIEWS = [
     "stored_files_by_tenant",
     "usage_by_tenant_day",
     "webhooks_now",
+    "workers_now",
 ]
 
 

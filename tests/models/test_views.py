@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from models import audit, files, inputs, jobs, leases, tenants, webhooks, workers
 from models.tables import File, Tenant
 from models.webhooks import AttemptResult
+from models.workers import NewWorker
 from policy.failures import FailureCode
 from tests.builders import (
     a_job,
@@ -384,6 +385,74 @@ def webhooks_now(session, tenant) -> Rows:
     return [{"endpoint_id": id, **rows[id]} for id in sorted(rows, key=str)]
 
 
+def workers_now(session, tenant) -> Rows:
+    """Of a pool with the tenant's name: one that lacks a model, one in vain, one that is silent."""
+    pool = tenant.name
+    beats = {"pool": pool, "device": "cpu", "facts": {}}
+    why = {"y@1": "model 'y' is broken", "z@1": "model 'z', too"}
+    workers.heartbeat(session, name=f"a@{pool}", slots=8, **beats, held=["x@1", "x@2"], failed=why)
+    workers.heartbeat(session, name=f"b@{pool}", slots=8, **beats)
+    change(session, "workers", f"name = 'b@{pool}'", seen_at=ago(session, 20))
+    starts = [
+        NewWorker(
+            name=f"c@{pool}",
+            pool=pool,
+            device="cuda:0",
+            instance=uuid.uuid4(),
+            host="there",
+            pid=number,
+        )
+        for number in (1, 2)
+    ]
+    for start in starts:
+        workers.claim(session, start, silent_after_s=15)
+        workers.fail(session, start.name, start.instance, "there is nothing to load")
+    started = session.execute(
+        text("SELECT name, started_at FROM workers WHERE pool = :pool"), {"pool": pool}
+    )
+    times = {row.name: row.started_at for row in started}
+    usual = {"pool": pool, "device": "cpu", "slots": 8, "restarts": 0, "failed_starts": 0}
+    unknown = {"models": None, "failed_models": None, "problem": None, "host": None, "pid": None}
+    here = NEAR(Decimal(0), abs=Decimal(15))
+    return [
+        {
+            **usual,
+            **unknown,
+            "worker": f"a@{pool}",
+            "state": "ready",
+            "models": "x@1 x@2",
+            "failed_models": "y@1 z@1",
+            "problem": "model 'y' is broken; model 'z', too",
+            "started_at": times[f"a@{pool}"],
+            "silent_s": here,
+        },
+        {
+            **usual,
+            **unknown,
+            "worker": f"b@{pool}",
+            "state": "silent",
+            "started_at": times[f"b@{pool}"],
+            "silent_s": NEAR(Decimal(20), abs=Decimal(15)),
+        },
+        {
+            **usual,
+            "worker": f"c@{pool}",
+            "state": "failed",
+            "device": "cuda:0",
+            "slots": 0,
+            "models": "",
+            "failed_models": None,
+            "problem": "there is nothing to load",
+            "restarts": 1,
+            "failed_starts": 1,
+            "host": "there",
+            "pid": 2,
+            "started_at": times[f"c@{pool}"],
+            "silent_s": here,
+        },
+    ]
+
+
 # By view: what is made, and how its rows are found and ordered. All are found by the tenant's name.
 CONTENTS: dict[str, tuple[Callable[[Session, Tenant], Rows], str, str]] = {
     "audit_chain_status": (audit_chain_status, "chain", "chain"),
@@ -396,6 +465,7 @@ CONTENTS: dict[str, tuple[Callable[[Session, Tenant], Rows], str, str]] = {
     "stored_files_by_tenant": (stored_files_by_tenant, "tenant", "tenant"),
     "usage_by_tenant_day": (usage_by_tenant_day, "tenant", "day"),
     "webhooks_now": (webhooks_now, "tenant", "endpoint_id"),
+    "workers_now": (workers_now, "pool", "worker"),
 }
 
 

@@ -6,6 +6,8 @@ import pytest
 from sqlalchemy import text
 
 from models import workers
+from models.workers import NewWorker
+from policy.workers import WorkerState
 from tests.builders import a_job
 
 
@@ -35,24 +37,24 @@ def test_the_slots_of_live_workers_add_up(session, pool):
     beat(session, pool, "gpu1", slots=8)
     beat(session, pool, "gpu1", slots=8)
 
-    assert workers.capacity(session, pool=pool, silent_for_s=15) == (24, 2)
+    assert workers.capacity(session, pool=pool, silent_for_s=15)[:2] == (24, 2)
 
 
 def test_a_worker_that_leaves_takes_no_jobs_any_more(session, pool):
     beat(session, pool, "gpu0", slots=16)
     beat(session, pool, "gpu1", slots=0)
 
-    assert workers.capacity(session, pool=pool, silent_for_s=15) == (16, 1)
+    assert workers.capacity(session, pool=pool, silent_for_s=15)[:2] == (16, 1)
 
 
 def test_a_silent_worker_does_not_count_until_it_speaks_again(session, pool):
     beat(session, pool)
     silence(session, pool, 20)
-    assert workers.capacity(session, pool=pool, silent_for_s=15) == (0, 0)
+    assert workers.capacity(session, pool=pool, silent_for_s=15)[:2] == (0, 0)
 
     beat(session, pool)
 
-    assert workers.capacity(session, pool=pool, silent_for_s=15) == (16, 1)
+    assert workers.capacity(session, pool=pool, silent_for_s=15)[:2] == (16, 1)
 
 
 def test_a_worker_that_leaves_is_gone_and_one_that_died_is_forgotten(session, pool):
@@ -91,3 +93,127 @@ def test_a_worker_is_counted_as_live_for_as_long_as_it_said(session, pool):
         )
         == 1
     )
+
+
+def a_start(pool, name="gpu0") -> NewWorker:
+    return NewWorker(
+        name=f"{name}@{pool}",
+        pool=pool,
+        device="cpu",
+        instance=uuid.uuid4(),
+        host="here",
+        pid=42,
+        process="boot:42:1",
+    )
+
+
+def claim(session, new, **options):
+    return workers.claim(session, new, silent_after_s=15, **options)
+
+
+def say(session, new, **options):
+    shape = {"device": new.device, "slots": 16, "facts": {}, "instance": new.instance}
+    return workers.heartbeat(session, name=new.name, pool=new.pool, **shape | options)
+
+
+def row_of(session, new):
+    query = text("SELECT * FROM workers_now WHERE worker = :name")
+    return session.execute(query, {"name": new.name}).one_or_none()
+
+
+def test_worker_that_loads_has_its_name_and_counts_for_nothing(session, pool):
+    new = a_start(pool)
+
+    holder = claim(session, new)
+
+    assert holder.instance == new.instance
+    assert row_of(session, new).state == "loading"
+    assert workers.capacity(session, pool=pool, silent_for_s=15)[:2] == (0, 0)
+    assert not [one for one in workers.live(session, silent_for_s=15) if one.pool == pool]
+
+
+def test_name_of_a_live_worker_is_given_to_no_other(session, pool):
+    first, second = a_start(pool), a_start(pool)
+    claim(session, first)
+
+    for state in (WorkerState.LOADING, WorkerState.READY, WorkerState.LEAVING):
+        say(session, first, state=state)
+        assert claim(session, second).instance == first.instance, state
+
+    assert claim(session, first).instance == first.instance, "its own it may have again"
+
+
+@pytest.mark.parametrize("end", ["signed off", "silent", "failed", "gone"])
+def test_name_is_free_once_its_holder_is_known_to_have_ended(session, pool, end):
+    first, second = a_start(pool), a_start(pool)
+    claim(session, first)
+    if end == "signed off":
+        workers.leave(session, first.name, first.instance)
+    elif end == "silent":
+        silence(session, pool, 20)
+    elif end == "failed":
+        workers.fail(session, first.name, first.instance, "there is nothing to load")
+
+    holder = claim(session, second, gone=first.instance if end == "gone" else None)
+
+    assert holder.instance == second.instance
+
+
+def test_process_that_lost_its_name_writes_and_removes_nothing(session, pool):
+    first, second = a_start(pool), a_start(pool)
+    claim(session, first)
+    claim(session, second, gone=first.instance)
+    say(session, second, slots=8)
+
+    assert not say(session, first, slots=16)
+    workers.fail(session, first.name, first.instance, "it is not its own")
+    workers.leave(session, first.name, first.instance)
+
+    assert (row_of(session, second).slots, row_of(session, second).problem) == (8, None)
+
+
+def test_starts_that_do_not_get_ready_are_counted_until_one_does(session, pool):
+    counted = []
+    gone = None
+    for gets_ready in (False, False, True, False, False):
+        new = a_start(pool)
+        counted.append(claim(session, new, gone=gone).failed_starts)
+        if gets_ready:
+            say(session, new)
+        gone = new.instance
+
+    assert counted == [0, 1, 2, 0, 1]
+    assert row_of(session, new).restarts == 4
+
+
+def test_pool_s_capacity_tells_what_one_of_its_live_workers_serves(session, pool):
+    def held():
+        return workers.capacity(session, pool=pool, silent_for_s=15).held
+
+    first, second, loading = a_start(pool), a_start(pool, "gpu1"), a_start(pool, "gpu2")
+    for new in (first, second, loading):
+        claim(session, new)
+    assert held() is None, "nobody is live"
+
+    say(session, first, held=["a@1"], failed={"b@1": "model b is broken"})
+    say(session, second, held=["a@1", "c@1"], failed={"b@1": "model b is broken"})
+    assert held() == {"a@1", "c@1"}
+    assert row_of(session, first).failed_models == "b@1"
+    assert row_of(session, first).problem == "model b is broken"
+
+    say(session, second, held=None)
+    assert held() is None, "a worker of the previous version serves all"
+
+
+def test_worker_that_can_load_nothing_is_remembered_for_a_day(session, pool):
+    new = a_start(pool)
+    claim(session, new)
+    workers.fail(session, new.name, new.instance, "there is nothing to load")
+
+    silence(session, pool, 7200)
+    workers.forget_the_silent(session, silent_for_s=3600)
+    assert row_of(session, new).state == "failed"
+
+    silence(session, pool, 90_000)
+    workers.forget_the_silent(session, silent_for_s=3600)
+    assert row_of(session, new) is None

@@ -41,13 +41,13 @@ def waiting(cost_s, *, jobs=10, tier="fast", weight=1.0, is_own=False) -> Flow:
     return Flow(tier, QueuedFlow(weight, jobs, cost_s), is_own)
 
 
-def a_snapshot(flows, *, devices=1, running=None, handoff_fill=0.0) -> PoolSnapshot:
+def a_snapshot(flows, *, devices=1, running=None, handoff_fill=0.0, held=None) -> PoolSnapshot:
     queues = {
         tier: TierQueue(flow.waiting for flow in flows if flow.tier == tier)
         for tier in {flow.tier for flow in flows}
     }
     own = {flow.tier: TenantBacklog(flow.waiting, flow.waiting) for flow in flows if flow.is_own}
-    return PoolSnapshot(devices, queues, running or {}, handoff_fill, own)
+    return PoolSnapshot(devices, queues, running or {}, handoff_fill, own, held)
 
 
 def place(*flows, tier="fast", lead_s=0.0, num_images=1, devices=1, running=None):
@@ -75,8 +75,9 @@ def refused(
     devices=1,
     handoff_fill=0.0,
     fleet=None,
+    held=None,
 ):
-    snapshot = a_snapshot(flows, devices=devices, handoff_fill=handoff_fill)
+    snapshot = a_snapshot(flows, devices=devices, handoff_fill=handoff_fill, held=held)
     return refusal(
         fleet or a_fleet(),
         snapshot,
@@ -84,6 +85,7 @@ def refused(
         ratios,
         pool="local",
         tier=tier,
+        checkpoint="pocket@v1",
         job_device_s=job_device_s,
         draw=draw,
     )
@@ -114,7 +116,15 @@ def test_items_of_a_batch_go_before_its_next_one_and_count_against_the_tenant():
     )
     assert (
         refusal(
-            fleet, snapshot, there, None, pool="local", tier="fast", job_device_s=1.0, draw=0.5
+            fleet,
+            snapshot,
+            there,
+            None,
+            pool="local",
+            tier="fast",
+            checkpoint="pocket@v1",
+            job_device_s=1.0,
+            draw=0.5,
         ).reason
         == "tenant_queue_full"
     )
@@ -185,6 +195,17 @@ def test_company_on_the_device_is_what_is_in_hand_up_to_its_slots():
 def test_a_job_that_would_be_done_in_time_is_let_in():
     assert refused() is None
     assert refused(waiting(1e9), there=ahead(29)) is None
+
+
+def test_job_of_a_model_that_no_live_worker_serves_is_refused_by_its_name():
+    no = refused(held=["other@v1"])
+
+    assert no.reason == "unserved"
+    assert no.detail == "No live worker serves version v1 of model pocket."
+    assert refused(held=["other@v1", "pocket@v1"]) is None
+    assert (
+        refused(held=["other@v1"], devices=0, fleet=a_fleet({"pools.local.scalable": True})) is None
+    )
 
 
 def test_a_pool_that_nothing_serves_is_said_to_be_unserved():

@@ -79,7 +79,7 @@ def goers(stack, sql) -> Iterator[Goer]:
     fleet = parse_fleet((REPO / "fleet.toml").read_text())
     _, second, *_ = (
         program
-        for program in processes.programs(stack.process_env(), fleet, num_workers=2)
+        for program in processes.programs(stack.process_env(), fleet, workers={"local": 2})
         if program.name.startswith("worker-")
     )
     goer = Goer(folder, dict(second.environment))

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 from sqlalchemy import text
+from structlog.testing import capture_logs
 
 from edges.broker import BrokerUnavailable
 from engine.handle import Handle
@@ -115,3 +116,16 @@ def test_broker_that_is_away_keeps_no_worker_from_the_rest_of_its_job(here, monk
     assert (row.state, row.attempt, row.counted_attempts) == ("storing", 1, 0)
     swept_in_s = (row.store_by - row.rendered_at).total_seconds()
     assert swept_in_s == pytest.approx(here.settings.store_within_s, abs=1)
+
+
+def test_refusal_that_is_the_request_s_fault_is_one_line_and_no_traceback(here):
+    job = here.accept(sampler="nobody_s")
+
+    with capture_logs() as logged:
+        here.render(job).join(60)
+
+    assert here.row(job).failure_code == "unsupported"
+    [refused] = [line for line in logged if line["event"] == "render_refused"]
+    assert "exc_info" not in refused
+    assert refused["detail"].startswith("sampler: 'nobody_s'")
+    assert "render_failed" not in [line["event"] for line in logged]

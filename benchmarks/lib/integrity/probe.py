@@ -5,7 +5,6 @@ SQL as the owner, both Redis, the object store.
 
 import contextlib
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
@@ -20,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from benchmarks.lib.stack import environment, running_stack, temporary_folder
 from darkroom_client import Client, Retries
 from edges.objectstore import ObjectStore
+from fleet.processes import name_of_worker
 from fleet.stack import Stack
 from models import api_keys, tenants
 from models.database import make_engine, transaction
@@ -55,7 +55,7 @@ class StackProbe:
     @property
     def workers(self) -> list[str]:
         """Return the process names of the workers."""
-        return [f"worker-{number}" for number in range(1, self.stack.workers + 1)]
+        return [f"worker-{number}" for number in range(1, int(self.stack.workers) + 1)]
 
     def sql(self, query: str, **values: Any) -> list[Row]:
         """Ask the database as its owner. Raises SQLAlchemyError while it is away."""
@@ -98,8 +98,8 @@ class StackProbe:
         return int(self.sql(query, instant=instant)[0]["n"])
 
     def worker_name(self, process: str) -> str:
-        """Return what the worker of this process calls itself: fleet/processes.py says so."""
-        return f"{process}@{socket.gethostname()}"
+        """Return what the worker of this process calls itself."""
+        return name_of_worker(next(iter(self.fleet.pools)), int(process.rpartition("-")[2]))
 
     def notice_path(self, process: str) -> Path | None:
         """Return the file that tells this worker that its machine will be taken away.

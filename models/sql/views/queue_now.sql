@@ -32,7 +32,7 @@ SELECT p.pool, p.tier,
            WHERE j.pool = p.pool AND j.tier = p.tier AND j.state = 'queued'
            ORDER BY j.accepted_at LIMIT 1)), 1) AS oldest_wait_s,
        (SELECT count(*) FROM workers w
-        WHERE w.pool = p.pool
+        WHERE w.pool = p.pool AND w.state IN ('ready', 'leaving')
               AND w.seen_at > clock_timestamp() - make_interval(secs => w.silent_after_s))
            AS live_workers
 FROM places p

@@ -1,0 +1,16 @@
+-- One row per worker: its state, what it serves, which models it cannot load and why, how often it
+-- was started again. A worker that ended in good order has none.
+CREATE OR REPLACE VIEW workers_now AS
+SELECT w.pool, w.name AS worker,
+       CASE WHEN w.state <> 'failed'
+                 AND w.seen_at < clock_timestamp() - make_interval(secs => w.silent_after_s)
+            THEN 'silent' ELSE w.state END AS state,
+       w.device, w.slots, array_to_string(w.held, ' ') AS models,
+       (SELECT string_agg(f.key, ' ' ORDER BY f.key) FROM jsonb_each(w.failed) f) AS failed_models,
+       coalesce(
+           w.problem,
+           (SELECT string_agg(f.value #>> '{}', '; ' ORDER BY f.key) FROM jsonb_each(w.failed) f)
+       ) AS problem,
+       w.starts - 1 AS restarts, w.failed_starts, w.started_at,
+       round(extract(epoch FROM clock_timestamp() - w.seen_at), 1) AS silent_s, w.host, w.pid
+FROM workers w
