@@ -43,6 +43,7 @@ def test_failure_detail_is_told_only_where_the_tenant_can_do_something(a_house, 
         failure = {"code": code, "detail": None if code in OURS_ALONE else INSIDES}
         assert tenant.get(job)["failure"] == failure
         assert tenant.get(job, "status")["failure"] == failure
+        assert tenant.get(job)["progress"] is None, "nothing came of it"
         assert told_by_events(tenant, job) == failure
         assert listed[job["id"]] == failure
 
