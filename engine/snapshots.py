@@ -317,7 +317,11 @@ def _written(value: Any, name: str, pictures: dict[str, Picture]) -> Any:
         types = _types(type(value))
         parts = {part.name: getattr(value, part.name) for part in fields(value)}
         # Equal requests are written alike, also where one says 4 and the other 4.0.
-        numbers = {part: float(given) for part, given in parts.items() if types[part] is float}
+        numbers = {
+            part: float(given)
+            for part, given in parts.items()
+            if given is not None and types[part] in (float, float | None)
+        }
         return {
             part: _written(given, f"{name}/{part}", pictures)
             for part, given in (parts | numbers).items()

@@ -12,7 +12,7 @@ from sqlalchemy import text
 from app.http.idempotency import REPLAYED
 from app.problems import ReplayImpossible
 from app.services.replay import _check_fleet
-from models import jobs
+from models import jobs, workers
 from models.database import transaction
 from policy.params import params_of
 from tests.app.conftest import bearer
@@ -81,8 +81,14 @@ def test_a_version_that_draws_no_traffic_is_replayed_all_the_same(
         session.execute(
             text("UPDATE jobs SET model_version = '0' WHERE id = :id"), {"id": job["id"]}
         )
+        has_it = {"name": "gpu0@elsewhere", "pool": "local", "device": "cuda:0", "slots": 1}
+        workers.heartbeat(session, **has_it, facts={}, held=["pocket@0"])
 
-    assert client.post(f"/v1/jobs/{job['id']}/replay", headers=own).json["model_version"] == "0"
+    replay = client.post(f"/v1/jobs/{job['id']}/replay", headers=own)
+
+    with transaction(stack_database) as session:
+        workers.leave(session, has_it["name"])
+    assert replay.json["model_version"] == "0"
 
 
 @pytest.mark.parametrize(

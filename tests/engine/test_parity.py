@@ -72,7 +72,7 @@ class Pair:
         else:
             kind, more = (
                 "Img2Img",
-                {"image": unit_tensor(request.init_image), "strength": request.strength},
+                {"image": unit_tensor(request.init_image), "strength": request.noise_share},
             )
         if request.mask is not None:
             kind, more = "Inpaint", {**size, **more, "mask_image": unit_tensor(request.mask)}

@@ -142,6 +142,7 @@ def refusing(sweeping: Sweeping, part: str) -> Iterator[None]:
     before = [str(row.pid) for row in say(f"SELECT pid, pg_terminate_backend(pid){connected}")]
     still = f"SELECT pid{connected} AND pid IN ({', '.join(before)})"
     until(lambda: not before or not say(still), what="the end of all connections from before")
+    sweeping.database.app.dispose()  # it checks no connection that was in use a moment ago
     try:
         yield
     finally:
