@@ -75,15 +75,15 @@ def test_a_version_that_draws_no_traffic_is_replayed_all_the_same(
         {"id": "0", "source": "pocket/checkpoint", "traffic_weight": 0},
         {"id": "1", "source": "pocket/checkpoint"},
     ]
+    has_it = {"name": "gpu0@elsewhere", "pool": "local", "device": "cuda:0", "slots": 1}
+    with transaction(stack_database) as session:
+        workers.heartbeat(session, **has_it, facts={}, held=["pocket@0"])
     client = gateway_with(a_fleet({"models.pocket.versions": retired}))
     job = client.post("/v1/jobs", json=BODY, headers=own).json
     with transaction(stack_database) as session:
         session.execute(
             text("UPDATE jobs SET model_version = '0' WHERE id = :id"), {"id": job["id"]}
         )
-        has_it = {"name": "gpu0@elsewhere", "pool": "local", "device": "cuda:0", "slots": 1}
-        workers.heartbeat(session, **has_it, facts={}, held=["pocket@0"])
-
     replay = client.post(f"/v1/jobs/{job['id']}/replay", headers=own)
 
     with transaction(stack_database) as session:
