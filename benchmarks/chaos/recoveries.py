@@ -1,7 +1,7 @@
 """What faults cost: added latency, and how soon an interrupted job ran again."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -29,8 +29,13 @@ def added_latency_s(run: RunRecords, reference: RunRecords) -> list[float]:
     return sorted(_took_s(job) - _took_s(twin) for job, twin in pairs(run, reference))
 
 
-def recoveries(run: RunRecords, faults: Sequence[FaultDone]) -> Recoveries:
-    """Work out recoveries from the rows of attempts and the instants of the faults."""
+def recoveries(
+    run: RunRecords, faults: Sequence[FaultDone], process_of: Callable[[str], str]
+) -> Recoveries:
+    """Work out recoveries from the rows of attempts and the instants of the faults.
+
+    process_of: names the process, as faults do, of a worker.
+    """
     kills = _hits(faults, "kill")
     notices = _hits(faults, "notice")
     after_kill: list[float] = []
@@ -39,14 +44,15 @@ def recoveries(run: RunRecords, faults: Sequence[FaultDone]) -> Recoveries:
     after_return: list[float] = []
     for attempts in run.attempts.values():
         for ended, following in itertools.pairwise(attempts):
+            process = process_of(str(ended["worker"]))
             gap_s = _seconds(ended["ended_at"], following["started_at"])
             if ended["outcome"] in RETURNED:
                 after_return.append(gap_s)
-                if _last_hit(ended, notices) is not None:
+                if _last_hit(ended, process, notices) is not None:
                     after_notice.append(gap_s)
             if ended["outcome"] == "lease_lost":
                 after_loss.append(gap_s)
-                if (killed_at := _last_hit(ended, kills)) is not None:
+                if (killed_at := _last_hit(ended, process, kills)) is not None:
                     after_kill.append(_seconds(killed_at, following["started_at"]))
     return Recoveries(
         after_kill_s=tuple(sorted(after_kill)),
@@ -61,9 +67,10 @@ def _hits(faults: Sequence[FaultDone], kind: str) -> list[tuple[datetime, str]]:
     return [(done.at, done.fault.target) for done in faults if done.fault.kind == kind]
 
 
-def _last_hit(attempt: Row, faults: Sequence[tuple[datetime, str]]) -> datetime | None:
-    """Return when a fault last hit the attempt's worker while it ran; None if none did."""
-    process = str(attempt["worker"]).partition("@")[0]
+def _last_hit(
+    attempt: Row, process: str, faults: Sequence[tuple[datetime, str]]
+) -> datetime | None:
+    """Return when a fault last hit the attempt's process while it ran; None if none did."""
     hits = [
         at
         for at, target in faults

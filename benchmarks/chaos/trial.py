@@ -100,7 +100,7 @@ class Trial:
             Fault(
                 at_s=0,
                 kind=kind,
-                target=row["worker"].partition("@")[0],
+                target=self.probe.process_of(row["worker"]),
                 for_s=NOTICE_S if kind == "notice" else 0,
             )
             for row in self.probe.sql(RUNNING)[:1]  # who has most to lose
@@ -113,7 +113,7 @@ class Trial:
         figures = {"jobs_accepted": len(run.jobs), **work_figures(run)}
         self.figures[run.label] = figures
         show_figures(run.label, figures)
-        found = recoveries(run, done)
+        found = recoveries(run, done, self.probe.process_of)
         return list(found.after_kill_s if kind == "kill" else found.after_notice_s)
 
     def run(
@@ -168,7 +168,7 @@ class Trial:
         reference: RunRecords,
         apart: int | None,
     ) -> None:
-        found = recoveries(run, faults)
+        found = recoveries(run, faults, self.probe.process_of)
         submissions = list(run.submissions.values())
         without_effect = [f"{done.fault}: {done.trouble}" for done in faults if done.trouble]
         figures: dict[str, Any] = {

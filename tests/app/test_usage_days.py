@@ -42,11 +42,12 @@ def test_usage_of_other_days_is_refused_by_name(api, asked, parameter):
 
 
 def test_usage_tells_every_day_with_its_sums_and_nobody_else_s(new_tenant, stack_database):
+    today = datetime.now(UTC).date()  # the day may have changed since this file was read
     tenant, other = new_tenant(), new_tenant()
     for client, factor in ((tenant, 1), (other, 100)):
         tenant_id = client.get("/v1/key").json()["tenant_id"]
         for days in (0, 1, 2):
-            day = TODAY - timedelta(days=days)
+            day = today - timedelta(days=days)
             row = {"tenant_id": tenant_id, "day": day, "n": factor + days}
             query = """INSERT INTO usage_ledger (tenant_id, day, reserved, settled, abandoned,
                            jobs_accepted, jobs_succeeded, cost)
@@ -54,12 +55,12 @@ def test_usage_tells_every_day_with_its_sums_and_nobody_else_s(new_tenant, stack
             with transaction(stack_database) as session:
                 session.execute(text(query), row)
 
-    asked = {"from": TODAY - timedelta(days=1), "to": TODAY}
+    asked = {"from": today - timedelta(days=1), "to": today}
     told = tenant.get("/v1/usage", params=asked).json()
 
     assert told["data"] == [
         {
-            "day": (TODAY - timedelta(days=days)).isoformat(),
+            "day": (today - timedelta(days=days)).isoformat(),
             "jobs_accepted": 3 + days,
             "jobs_succeeded": 2 + days,
             "reserved_megapixel_steps": 1.0 + days,

@@ -101,6 +101,10 @@ class StackProbe:
         """Return what the worker of this process calls itself."""
         return name_of_worker(next(iter(self.fleet.pools)), int(process.rpartition("-")[2]))
 
+    def process_of(self, worker: str) -> str:
+        """Return the process of this stack whose worker has this name; the name if none has."""
+        return next((name for name in self.workers if self.worker_name(name) == worker), worker)
+
     def notice_path(self, process: str) -> Path | None:
         """Return the file that tells this worker that its machine will be taken away.
 
