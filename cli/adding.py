@@ -157,21 +157,10 @@ def add(
     check_name(name)
     settings = device_settings(installation)
     text, fleet = _read_fleet(settings)
-    if name in fleet.model_ids:
-        raise click.BadParameter(f"{name!r} is taken by a model or alias", param_hint="NAME")
-    home = _pool(fleet, pool)
+    home = _pool(fleet, pool, name)
     if path.is_file():
         path = imported(settings, path, name, like=like, prediction=prediction)
-    found = looked_at(path)
-    if found.missing:
-        raise click.ClickException(f"{path}: {'; '.join(found.missing)}")
-    for note in found.notes:
-        screen.warn(note)
-    version = {
-        "id": version_id,
-        "source": _source(path, settings.checkpoint_root),
-        "sha256": digests_of(found),
-    }
+    found = _complete(path)
     table = propose(
         facts_of(found),
         fleet,
@@ -179,7 +168,11 @@ def add(
         pool=home,
         precision=precision or _precision(found, settings),
         created_at=datetime.now(UTC).replace(microsecond=0),
-        version=version,
+        version={
+            "id": version_id,
+            "source": _source(path, settings.checkpoint_root),
+            "sha256": digests_of(found),
+        },
     )
     table = {"title": table.pop("title"), "licence": licence, **table}
     if only_print:
@@ -188,11 +181,25 @@ def add(
     changed = _changed(text, name, table, home)
     pictures = folder or installation.data_dir / "trials" / name
     settings = _with_curves(settings, installation)
-    answer = _trial(settings, changed, name, version_id, prompts or PROMPTS, pictures)
-    _show(answer)
-    backup = _write(settings.fleet_file, text, changed)
-    click.echo(f"{settings.fleet_file}: holds {name} now; {backup.name} is what it was")
-    click.echo("look at the pictures, then restart: ./darkroom down, ./darkroom up --detach")
+    _show(_trial(settings, changed, name, version_id, prompts or PROMPTS, pictures))
+    _put_in_place(settings.fleet_file, text, changed, name)
+
+
+def _put_in_place(file: Path, text: str, changed: str, name: str) -> None:
+    """Write fleet.toml, with a copy of what it was, and say how to go on."""
+    backup = _write(file, text, changed)
+    click.echo(f"{file}: holds {name} now; {backup.name} is what it was")
+    click.echo("look at the pictures, then serve it: ./darkroom up --detach")
+
+
+def _complete(path: Path) -> Inspection:
+    """Look at a checkpoint and warn of what is odd. Raises click.ClickException if parts lack."""
+    found = looked_at(path)
+    if found.missing:
+        raise click.ClickException(f"{path}: {'; '.join(found.missing)}")
+    for note in found.notes:
+        screen.warn(note)
+    return found
 
 
 @click.command("try")
@@ -242,7 +249,10 @@ def _read_fleet(settings: DeviceSettings) -> tuple[str, Fleet]:
         raise click.ClickException(f"{settings.fleet_file}: {'; '.join(error.problems)}") from None
 
 
-def _pool(fleet: Fleet, wanted: str | None) -> str:
+def _pool(fleet: Fleet, wanted: str | None, name: str) -> str:
+    """Choose the pool that a new model joins. Raises click.BadParameter, also for a taken name."""
+    if name in fleet.model_ids:
+        raise click.BadParameter(f"{name!r} is taken by a model or alias", param_hint="NAME")
     pool = wanted or next(iter(fleet.pools))
     if pool not in fleet.pools:
         raise click.BadParameter(

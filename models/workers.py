@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, case, delete, func, or_, select, update
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.dialects.postgresql import Insert, insert
 from sqlalchemy.orm import Session
 
 from models.tables import Worker
@@ -65,46 +65,7 @@ def claim(
     has ended, was silent for longer than it may be, or is `gone`: an instance whose process is
     known not to run any more. Harmless when repeated.
     """
-    now = func.clock_timestamp()
-    is_own = Worker.instance == new.instance
-    silent = func.make_interval(0, 0, 0, 0, 0, 0, Worker.silent_after_s)
-    got_ready = Worker.state.in_(LIVE)
-    values = {
-        "pool": new.pool,
-        "device": new.device,
-        "slots": 0,
-        "facts": {},
-        "state": WorkerState.LOADING,
-        "instance": new.instance,
-        "host": new.host,
-        "pid": new.pid,
-        "process": new.process,
-        "held": [],
-        "failed": {},
-        "silent_after_s": silent_after_s,
-    }
-    statement = insert(Worker).values(name=new.name, **values)
-    taken = statement.on_conflict_do_update(
-        index_elements=[Worker.name],
-        set_={
-            **values,
-            "started_at": case((is_own, Worker.started_at), else_=now),
-            "seen_at": now,
-            "starts": case((is_own, Worker.starts), else_=Worker.starts + 1),
-            "failed_starts": case(
-                (is_own, Worker.failed_starts),
-                (got_ready, 0),
-                else_=Worker.failed_starts + 1,
-            ),
-        },
-        where=or_(
-            is_own,
-            Worker.state == WorkerState.FAILED,
-            Worker.seen_at < now - silent,
-            Worker.instance == gone,
-        ),
-    )
-    session.execute(taken)
+    session.execute(_taking(new, silent_after_s=silent_after_s, gone=gone))
     found = session.execute(
         select(
             Worker.instance,
@@ -119,6 +80,44 @@ def claim(
         ).where(Worker.name == new.name)
     ).one_or_none()
     return None if found is None else NameHolder(*found)
+
+
+def _taking(new: NewWorker, *, silent_after_s: float, gone: uuid.UUID | None) -> Insert:
+    """Write the row of a worker that starts, where the name is free or its own."""
+    now = func.clock_timestamp()
+    is_own = Worker.instance == new.instance
+    silent = func.make_interval(0, 0, 0, 0, 0, 0, Worker.silent_after_s)
+    failed_starts = case(
+        (is_own, Worker.failed_starts),
+        (Worker.state.in_(LIVE), 0),  # the last start came to its end
+        else_=Worker.failed_starts + 1,
+    )
+    values = {
+        "pool": new.pool,
+        "device": new.device,
+        "slots": 0,
+        "facts": {},
+        "state": WorkerState.LOADING,
+        "instance": new.instance,
+        "host": new.host,
+        "pid": new.pid,
+        "process": new.process,
+        "held": [],
+        "failed": {},
+        "silent_after_s": silent_after_s,
+    }
+    since = {
+        "started_at": case((is_own, Worker.started_at), else_=now),
+        "seen_at": now,
+        "starts": case((is_own, Worker.starts), else_=Worker.starts + 1),
+        "failed_starts": failed_starts,
+    }
+    is_failed = Worker.state == WorkerState.FAILED
+    is_free = or_(is_own, is_failed, Worker.seen_at < now - silent, Worker.instance == gone)
+    statement = insert(Worker).values(name=new.name, **values)
+    return statement.on_conflict_do_update(
+        index_elements=[Worker.name], set_=values | since, where=is_free
+    )
 
 
 def heartbeat(
