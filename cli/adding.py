@@ -29,11 +29,11 @@ from cli.checkpoints import (
     in_bytes,
     looked_at,
 )
+from cli.fleet_text import NotWritable, model_text, with_model
 from cli.installation import Installation, pass_installation
 from engine.inspection import Inspection
 from policy.catalog import checkpoint_name
-from policy.fleet import Fleet, FleetInvalid, parse_fleet
-from policy.fleet_text import NotWritable, model_text, with_model
+from policy.fleet import PRECISIONS, Fleet, FleetInvalid, parse_fleet
 from policy.proposals import propose
 from settings import REPO, DeviceSettings
 
@@ -113,7 +113,7 @@ def as_one_sentence() -> Iterator[None]:
 @click.option("--licence", default="unknown", show_default=True, help="Licence of its weights.")
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "bf16", "fp16"]),
+    type=click.Choice(PRECISIONS),
     help="What it is computed in.  [default: fp32 on a CPU; on a GPU as it is stored, or bf16]",
 )
 @click.option("--prompt", "prompts", multiple=True, help="What the pictures show; once for each.")

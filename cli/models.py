@@ -21,17 +21,15 @@ from cli.checkpoints import (
     in_bytes,
     looked_at,
 )
+from cli.fleet_text import digests_text
 from cli.installation import Installation, pass_installation
 from engine.errors import CheckpointCorrupt
 from engine.folders import files_read, part_names
 from engine.inspection import Inspection, Part, inspect
 from policy.catalog import checkpoint_name
-from policy.fleet import Fleet, Model, ModelVersion, toml_key
-from policy.fleet_text import digests_lines
+from policy.fleet import PRECISIONS, Fleet, Model, ModelVersion
 from policy.proposals import fitting_samplers
 from settings import load_fleet_or_exit
-
-PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @click.group()
@@ -151,18 +149,22 @@ def digest(path: Path, name: str) -> None:
     found = looked_at(path)
     for sentence in found.missing:
         screen.warn(sentence)
-    lines = digests_lines(f"models.{toml_key(name)}.versions.sha256", digests_of(found))
-    click.echo("\n".join(lines[1:]))
+    click.echo(digests_text(name, digests_of(found)), nl=False)
 
 
 @dataclass(frozen=True)
 class _Entry:
     """One version of a model in the fleet."""
 
-    name: str  # "sdxl@1"
+    model_name: str
     model: Model
     version: ModelVersion
     path: Path
+
+    @property
+    def name(self) -> str:
+        """Name these weights, as in "sdxl@1"."""
+        return checkpoint_name(self.model_name, self.version.id)
 
 
 def _entries(fleet: Fleet, root: Path, model: str | None = None) -> list[_Entry]:
@@ -171,7 +173,7 @@ def _entries(fleet: Fleet, root: Path, model: str | None = None) -> list[_Entry]
         known = ", ".join(fleet.models)
         raise click.BadParameter(f"{model!r} is none of {known}", param_hint="MODEL")
     return [
-        _Entry(checkpoint_name(name, version.id), entry, version, root / version.source)
+        _Entry(name, entry, version, root / version.source)
         for name, entry in fleet.models.items()
         if model in (None, name)
         for version in entry.versions
@@ -194,8 +196,8 @@ def verify(ctx: click.Context, installation: Installation, model: str | None) ->
         faults = list(_faults(entry))
         is_sound = is_sound and not faults
         _tell_faults(entry, faults)
-    for name in dict.fromkeys(entry.name.rpartition("@")[0] for entry in entries):
-        for fault in _adapter_faults(name, entries, settings.checkpoint_root):
+    for name, served in {entry.model_name: entry.model for entry in entries}.items():
+        for fault in _adapter_faults(name, served, settings.checkpoint_root):
             is_sound = False
             screen.complain(fault)
     ctx.exit(0 if is_sound else 1)
@@ -230,8 +232,7 @@ def _faults(entry: _Entry) -> Iterator[str]:
         yield from (f"{name}: is read, and not listed" for name in read_names if name not in listed)
 
 
-def _adapter_faults(name: str, entries: list[_Entry], root: Path) -> Iterator[str]:
-    model = next(entry.model for entry in entries if entry.name.rpartition("@")[0] == name)
+def _adapter_faults(name: str, model: Model, root: Path) -> Iterator[str]:
     for adapter, told in model.adapters.items():
         file = root / told.source
         if not file.is_file():
@@ -273,7 +274,6 @@ def list_models(installation: Installation, as_json: bool) -> None:
 
 def _listed(fleet: Fleet, entry: _Entry) -> dict[str, Any]:
     """Return what is told of one version."""
-    name = entry.name.rpartition("@")[0]
     size_bytes = 0
     state = "complete"
     try:
@@ -287,7 +287,7 @@ def _listed(fleet: Fleet, entry: _Entry) -> dict[str, Any]:
         state = str(problem)
     return {
         "name": entry.name,
-        "pool": fleet.pool_of(name),
+        "pool": fleet.pool_of(entry.model_name),
         "family": entry.model.family,
         "precision": entry.model.precision,
         "traffic_weight": entry.version.traffic_weight,

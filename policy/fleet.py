@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -31,6 +31,9 @@ ModelAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._
 MAX_SIDE_PX = 4096
 # Those that the engine has.
 Family = Literal["sd", "sdxl", "sd3", "flux", "pipeline", "plain"]
+# What a model is computed in.
+Precision = Literal["fp32", "bf16", "fp16"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 # Whose transformer can leave out later blocks.
 BLOCK_CACHE_FAMILIES: tuple[Family, ...] = ("sd3", "flux")
 # Any diffusers pipeline: what it makes of its arguments is not known here.
@@ -159,7 +162,7 @@ class Model(_Table):
     cuda_graphs: bool = False
     block_cache_threshold: float = Field(0.0, ge=0, lt=1)  # 0: no block cache; sd3 and flux alone
     licence: str = "unknown"
-    precision: Literal["fp32", "bf16", "fp16"]
+    precision: Precision
     # Family flux: the network takes guidance as an input (dev); false: it does not (schnell).
     guidance_distilled: bool = True
     sizes: tuple[Size, ...] = Field(min_length=1)  # the first is the default

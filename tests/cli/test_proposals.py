@@ -5,8 +5,8 @@ from datetime import UTC, datetime
 
 import pytest
 
+from cli.fleet_text import NotWritable, model_text, with_model
 from policy.fleet import parse_fleet
-from policy.fleet_text import NotWritable, model_text, with_model
 from policy.proposals import CheckpointFacts, fitting_samplers, propose
 from settings import REPO
 
@@ -137,10 +137,18 @@ def test_a_pool_s_list_is_found_however_it_is_written(written):
         assert (note in written) == (note in changed)
 
 
-def test_a_file_of_another_shape_is_refused_and_not_spoilt():
+def test_a_pool_on_one_line_gets_the_model_as_well():
     pool = SHIPPED.partition("[pools.local]\n")[2]
     lines = [line.partition("#")[0].strip() for line in pool.splitlines()]
     text = f"pools.local = {{ {', '.join(lines)} }}\n" + SHIPPED.partition("[pools.local]")[0]
+
+    changed = with_model(text, "new", proposed(KINDS["sd"]), "local")
+
+    assert parse_fleet(changed).pools["local"].models == ("pocket", "new")
+
+
+def test_a_file_of_another_shape_is_refused_and_not_spoilt():
+    text = 'models = { pocket = { title = "Pocket" } }\npools.local.models = ["pocket"]\n'
 
     with pytest.raises(NotWritable, match=r"pools\.local\.models: .*by hand"):
         with_model(text, "new", proposed(KINDS["sd"]), "local")
