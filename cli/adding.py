@@ -83,9 +83,12 @@ def imported(
         from engine.singlefile import import_file
 
         found = import_file(file, folder, like=like, prediction=prediction)
-    for note in looked_at(file).notes:
-        if prediction is None and "is assumed" in note:
-            screen.warn(f"{note}; say otherwise with --prediction")
+    seen = looked_at(file)
+    if prediction is None and seen.is_prediction_assumed:
+        screen.warn(
+            f"nothing in the file says what it predicts; {seen.prediction} is assumed;"
+            " say otherwise with --prediction"
+        )
     screen.err().print(f"{found.title}, {in_bytes(found.size_bytes)}", style="dim")
     return folder
 

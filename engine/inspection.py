@@ -74,6 +74,7 @@ class Inspection:
     pipeline_class: str = ""
     # "epsilon", "v_prediction", "sample" or "flow"; "" where nobody says.
     prediction: str = ""
+    is_prediction_assumed: bool = False  # nothing in the file says it
     zero_snr: bool = False  # trained down to a signal of zero
     scheduler: str = ""  # the class that its configuration names
     few_steps: bool = False  # distilled to a few steps
@@ -403,6 +404,7 @@ def _single_file(path: Path, header: Header) -> Inspection:
         family=family,
         title=title,
         prediction=prediction,
+        is_prediction_assumed=bool(family) and not is_told,
         zero_snr="ztsnr" in tensors,
         only_repaints=first is not None and first.shape[1:2] == (9,),
         native_side_px=_native_side_of_file(title, prediction),
