@@ -15,15 +15,17 @@ import pytest
 import redis
 from prometheus_client import REGISTRY
 from sqlalchemy import Engine as Database
-from sqlalchemy import text
+from sqlalchemy import select, text
 
 from edges.notices import FakeNotices
 from edges.progress import ENDINGS, JobSignals, Listener
 from edges.snapshots import Snapshots
 from engine.engine import Engine
+from models import jobs
 from models.database import make_engine, transaction
 from models.tables import Job
 from policy.fleet import Fleet
+from policy.states import FINAL_STATES
 from settings import REPO, WorkerSettings
 from tasks.engines import checkpoint_specs, engine_config
 from tasks.keeper import LeaseKeeper
@@ -228,6 +230,14 @@ def handoff_redis(here):
 def sweeper(fleet_here, settings_here) -> Sweeper:
     """One that is asked by nobody but the test."""
     return maintenance.build(settings_here, fleet_here)
+
+
+def end_left_jobs(database: Database) -> None:
+    """Cancel the jobs that other tests have left unfinished: they would take the room."""
+    with transaction(database) as session:
+        left = session.scalars(select(Job).where(Job.state.not_in(FINAL_STATES))).all()
+        for job in left:
+            jobs.cancel(session, job.id, tenant_id=job.tenant_id, actor="tests")
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from tasks.staging import InputStager
 from tasks.verdicts import failure_code, is_unplanned
 from tests.builders import a_job, a_tenant, settings_for, until
 from tests.pictures import a_picture, png
-from tests.tasks.conftest import metric
+from tests.tasks.conftest import end_left_jobs, metric
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,9 @@ def _messages(here, queue) -> list[uuid.UUID]:
 
 
 @pytest.fixture
-def no_messages(settings_here):
-    """Nothing in the corner's queues."""
+def no_messages(settings_here, database_here):
+    """Nothing in the queues, and no job of another test that takes up their room."""
+    end_left_jobs(database_here)
     redis.Redis.from_url(settings_here.broker_url).flushdb()
 
 

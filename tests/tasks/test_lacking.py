@@ -4,17 +4,17 @@ import tomllib
 import uuid
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import text
 
 from engine.engine import Engine
-from models import jobs, workers
+from models import workers
 from models.database import transaction
 from models.tables import Job
 from policy.fleet import Fleet
 from settings import REPO
 from tasks.engines import checkpoint_specs, engine_config
 from tests.builders import a_fleet, fleet_text
-from tests.tasks.conftest import a_worker, metric
+from tests.tasks.conftest import a_worker, end_left_jobs, metric
 
 LACKED = "broken@1"
 
@@ -44,14 +44,6 @@ def lacking(fleet_lacking, settings_here, engine_lacking):
 
 def a_job_of_the_lacked_model(worker, **params) -> Job:
     return worker.accept(tier="fast", model="broken", model_version="1", **params)
-
-
-def end_what_waits(worker) -> None:
-    """Cancel the jobs that other tests have left in the queue: they would take the room."""
-    with transaction(worker.database) as session:
-        waiting = session.scalars(select(Job).where(Job.state == "queued")).all()
-        for job in waiting:
-            jobs.cancel(session, job.id, tenant_id=job.tenant_id, actor="tests")
 
 
 def note_announced(worker, job) -> None:
@@ -85,7 +77,7 @@ def test_worker_puts_back_a_job_of_a_model_that_it_lacks_and_renders_the_others(
 
 
 def test_job_of_a_model_that_nobody_serves_takes_no_room_from_others(lacking):
-    end_what_waits(lacking)
+    end_left_jobs(lacking.database)
     waiting = [a_job_of_the_lacked_model(lacking, num_images=4) for _ in range(12)]
     other = lacking.accept(tier="fast")
 
@@ -99,7 +91,7 @@ def test_job_is_announced_again_where_another_worker_serves_its_model(lacking):
     holder = {"name": f"gpu0@{uuid.uuid4().hex[:8]}", "pool": "local", "device": "cuda:0"}
     with transaction(lacking.database) as session:
         workers.heartbeat(session, **holder, slots=16, facts={}, held=["pocket@1", LACKED])
-    end_what_waits(lacking)
+    end_left_jobs(lacking.database)
     job = a_job_of_the_lacked_model(lacking)
     note_announced(lacking, job)
     before = lacking.row(job).announced_at
