@@ -74,7 +74,9 @@ class Capabilities:
     negative_prompt: NegativePrompt = NegativePrompt.USED
     guidance: Guidance = Guidance.USED
     max_clip_skip: int = 0
-    rows: int = 1  # of a forward, at most
+    # Of a forward, at most; guided: with guidance above 1.
+    rows: int = 1
+    rows_guided: int = 1
     # Of each text encoder that reads the whole text; {}: not known.
     prompt_tokens: Mapping[str, int] = field(default_factory=dict)
     sizes: tuple[str, ...] = ()  # as they were rendered when it was loaded

@@ -137,7 +137,7 @@ class FlowFamily(LatentFamily):
             samplers=sampler_limits(self._sampler_config, self._fitting_samplers()),
             rounds_steps_up=True,
             negative_prompt=NegativePrompt.GUIDED,
-            rows=2,
+            rows_guided=2,
             prompt_tokens=self.prompt_tokens(),
         )
 

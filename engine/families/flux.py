@@ -73,18 +73,19 @@ class Flux(FlowFamily):
 
     def describe(self) -> Capabilities:
         pictured = Need.REQUIRED if self._is_fill else Need.OPTIONAL
-        negative_prompt = NegativePrompt.GUIDED
-        rows = 2
-        if self.is_distilled:
-            rows = 2 if self._true_cfg_scale(None) > 1 else 1
-            negative_prompt = NegativePrompt.USED if rows == 2 else NegativePrompt.IGNORED
         common = super().describe()
+        common = replace(
+            common, pictures={**common.pictures, "init_image": pictured, "mask": pictured}
+        )
+        if not self.is_distilled:
+            return replace(common, guidance=Guidance.NEGATED)
+        has_negative = self._true_cfg_scale(None) > 1
+        rows = 2 if has_negative else 1
         return replace(
             common,
-            pictures={**common.pictures, "init_image": pictured, "mask": pictured},
-            negative_prompt=negative_prompt,
-            guidance=Guidance.USED if self.is_distilled else Guidance.NEGATED,
+            negative_prompt=NegativePrompt.USED if has_negative else NegativePrompt.IGNORED,
             rows=rows,
+            rows_guided=rows,
         )
 
     def check_options(self, options: Mapping[str, Option]) -> None:

@@ -103,7 +103,7 @@ class StableDiffusion(LatentFamily):
             samplers=sampler_limits(self._sampler_config),
             negative_prompt=NegativePrompt.GUIDED,
             max_clip_skip=self._most_clip_skip(),
-            rows=2,
+            rows_guided=2,
             prompt_tokens=self.prompt_tokens(),
         )
 

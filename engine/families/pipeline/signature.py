@@ -91,7 +91,8 @@ class CallSignature:
             negative_prompt=self._negative_prompt(rows),
             guidance=Guidance.USED if knows_guidance else Guidance.IGNORED,
             max_clip_skip=self._most_clip_skip if "clip_skip" in self._parameters else 0,
-            rows=max(rows.values()),
+            rows=rows[False],
+            rows_guided=rows[True],
         )
 
     def check(self, request: ImageRequest) -> None:
