@@ -1,8 +1,8 @@
 """List every failure code, with whose fault it is and what of it a tenant may read.
 
 Ours: what was asked for is offered, and the same request may do better on another try. The other
-failures come from the request itself, and happen at every try. Details of internal errors are
-not shown; they are in the attempts table.
+failures come from the request itself, or from a model that is gone, and happen at every try.
+Details of internal errors are not shown; they are in the attempts table.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ class FailureCode(StrEnum):
 
     ATTEMPTS_EXHAUSTED = "attempts_exhausted"  # the cap of attempts; the detail has the last error
     UNSUPPORTED = "unsupported"  # the engine cannot render this, on any worker
+    MODEL_GONE = "model_gone"  # its model or version was taken out of the catalogue meanwhile
     NOT_FINITE = "not_finite"  # the network produced NaN or infinity
     OUT_OF_MEMORY = "out_of_memory"  # it does not fit into the device's memory, not even alone
     INPUT_GONE = "input_gone"  # a picture it starts from is not in the store
@@ -36,6 +37,7 @@ class Failure:
 FAILURES = {
     FailureCode.ATTEMPTS_EXHAUSTED: Failure(is_ours=True, is_detail_told=False),
     FailureCode.UNSUPPORTED: Failure(is_ours=False, is_detail_told=True),
+    FailureCode.MODEL_GONE: Failure(is_ours=False, is_detail_told=True),
     FailureCode.NOT_FINITE: Failure(is_ours=False, is_detail_told=True),
     # Of a size and number of images that the catalogue offers.
     FailureCode.OUT_OF_MEMORY: Failure(is_ours=True, is_detail_told=True),

@@ -75,7 +75,7 @@ class Verdicts:
         lease = held.lease
         code = failure_code(error, is_exclusive=held.is_exclusive)
         if code is not None:
-            return leases.fail(session, lease, code=code, detail=str(error))
+            return leases.fail(session, lease, code=code, detail=_detail(lease.job, error))
         was_stopped = isinstance(error, EngineStopped) and not isinstance(error, EngineDied)
         if is_ours or was_stopped or isinstance(error, AWAY):
             return leases.give_back(
@@ -103,8 +103,10 @@ def _log(held: HeldLease, error: BaseException) -> None:
 def failure_code(error: BaseException, *, is_exclusive: bool) -> FailureCode | None:
     """Return why no retry would help; None if one may. is_exclusive: alone on the device."""
     match error:
-        case UnsupportedRequest() | UnknownCheckpoint():
+        case UnsupportedRequest():
             return FailureCode.UNSUPPORTED
+        case UnknownCheckpoint():
+            return FailureCode.MODEL_GONE
         case InputGone():
             return FailureCode.INPUT_GONE
         case ImageNotFinite():
@@ -114,6 +116,13 @@ def failure_code(error: BaseException, *, is_exclusive: bool) -> FailureCode | N
         case OutOfDeviceMemory() if is_exclusive:
             return FailureCode.OUT_OF_MEMORY
     return None
+
+
+def _detail(job: Job, error: BaseException) -> str:
+    """Say why no retry helps; nothing of other models, which the tenant may not know of."""
+    if isinstance(error, UnknownCheckpoint):
+        return f"version {job.model_version} of model {job.model} is not offered any more"
+    return str(error)
 
 
 def is_unplanned(error: BaseException) -> bool:

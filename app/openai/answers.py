@@ -16,16 +16,22 @@ from app.problems import (
     Problem,
 )
 from models.tables import Job
-from policy.failures import is_our_fault
+from policy.failures import is_our_fault, told_detail
 from policy.params import OPENAI_ANSWER, members_of
 from policy.states import JobState
 
 JOINED_FOR_S = 600.0  # after the job's end; clients retry within seconds
 
 
-def problem_of_end(job_id: uuid.UUID, state: str, failure_code: str | None) -> Problem | None:
-    """Return the problem of a job that gave no images; None if it succeeded."""
+def problem_of_end(
+    job_id: uuid.UUID, state: str, failure_code: str | None, failure_detail: str | None
+) -> Problem | None:
+    """Return the problem of a job that gave no images; None if it succeeded.
+
+    Of the failure's detail it says what a tenant may read.
+    """
     shown_id = str(job_id)
+    told = told_detail(failure_code, failure_detail)
     if state == JobState.SUCCEEDED:
         return None
     if state == JobState.CANCELED:
@@ -40,12 +46,12 @@ def problem_of_end(job_id: uuid.UUID, state: str, failure_code: str | None) -> P
         )
     if state == JobState.FAILED and is_our_fault(failure_code):
         return JobFailed(
-            "The job failed through no fault of the request.",
+            "The job failed through no fault of the request" + (f": {told}." if told else "."),
             failure_code=failure_code or "unknown",
             job_id=shown_id,
         )
     if state == JobState.FAILED:
-        detail = f"The job cannot be rendered: {failure_code}."
+        detail = f"The job cannot be rendered: {told or failure_code}."
         return InvalidImageRequest(
             detail,
             errors=[{"pointer": "", "detail": detail}],

@@ -252,7 +252,8 @@ def _serve(
         if sent is not None:
             sent.forget()
         job = _wait_for_job(job_id)
-    if (problem := problem_of_end(job.id, job.state, job.failure_code)) is not None:
+    problem = problem_of_end(job.id, job.state, job.failure_code, job.failure_detail)
+    if problem is not None:
         raise problem
     return answer(_view(asked, job), headers={"X-Darkroom-Job-Id": str(job.id)})
 

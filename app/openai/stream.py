@@ -140,7 +140,9 @@ class _EventTranslator:
 
     def _final(self, job: Mapping[str, Any]) -> schemas.CompletedImage | schemas.StreamError:
         failure = job["failure"] or {}
-        problem = problem_of_end(uuid.UUID(job["id"]), job["state"], failure.get("code"))
+        problem = problem_of_end(
+            uuid.UUID(job["id"]), job["state"], failure.get("code"), failure.get("detail")
+        )
         if problem is not None:
             return _error(problem)
         image = job["images"][0]

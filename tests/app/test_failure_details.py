@@ -48,13 +48,16 @@ def test_failure_detail_is_told_only_where_the_tenant_can_do_something(a_house, 
         assert listed[job["id"]] == failure
 
 
-def test_failure_detail_is_no_part_of_webhooks_and_openai_s_answers(a_house, stack_database):
+def test_failure_detail_is_no_part_of_webhooks_and_told_by_openai_s_answers(
+    a_house, stack_database
+):
     tenant = a_house().with_workers().tenant()
 
     for code in FailureCode:
         row = fail(stack_database, tenant.post(n=1).json, code)
         told = message(SimpleNamespace(event="job.failed"), row, datetime.now(UTC))
-        problem = problem_of_end(row.id, row.state, row.failure_code).summary()
+        problem = problem_of_end(row.id, row.state, row.failure_code, row.failure_detail)
 
         assert told["data"]["failure"] == {"code": code}
-        assert INSIDES not in json.dumps([told, problem])
+        assert INSIDES not in json.dumps(told)
+        assert (INSIDES in json.dumps(problem.summary())) is (code not in OURS_ALONE)

@@ -377,7 +377,7 @@ OURS = (
     "run_deadline",
     "not_stored",
 )
-THEIRS = ("unsupported", "not_finite")
+THEIRS = ("unsupported", "model_gone", "not_finite")
 
 
 def test_every_failure_is_somebody_s_fault():
@@ -388,7 +388,7 @@ def test_every_failure_is_somebody_s_fault():
 def test_a_failure_of_ours_is_a_server_error_and_one_of_the_request_s_is_not(
     code,
 ):
-    problem = problem_of_end(uuid.uuid4(), "failed", code)
+    problem = problem_of_end(uuid.uuid4(), "failed", code, None)
 
     assert isinstance(problem, JobFailed if code in OURS else InvalidImageRequest)
     assert (problem.status >= 500) is (code in OURS)

@@ -50,6 +50,16 @@ def test_a_message_that_comes_twice_or_for_nothing_is_counted(here):
     assert grown == {'duplicate_messages{task="render"}': 2}
 
 
+def test_a_job_whose_model_is_gone_fails_with_a_code_of_its_own_and_names_no_other_model(here):
+    job = here.accept(model="large", model_version="3")
+
+    rendered(here, job)
+
+    row = here.row(job)
+    detail = "version 3 of model large is not offered any more"
+    assert (row.failure_code, row.failure_detail) == ("model_gone", detail)
+
+
 def test_an_error_is_counted_by_its_kind(here):
     job = here.accept(sampler="nobody's")
 
