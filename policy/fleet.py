@@ -26,6 +26,7 @@ from pydantic import (
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 # An argument of a diffusers pipeline's call; some begin with an underscore.
 OptionName = Annotated[str, StringConstraints(pattern=r"^[a-z_][a-z0-9_]{0,62}$")]
+OptionValue = str | int | float | bool
 # Ids that other programs have built in.
 ModelAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]
 MAX_SIDE_PX = 4096
@@ -124,11 +125,17 @@ class ModelTier(_Table):
 
 
 class ModelVersion(_Table):
-    """One set of weights. `traffic_weight` 0: loadable for replays, but gets no new jobs."""
+    """One set of weights. `traffic_weight` 0: it is loaded, but gets only jobs that name it.
+
+    precision, licence, options: None where they are the model's.
+    """
 
     id: ModelName
     source: str = Field(min_length=1)
     traffic_weight: float = Field(1.0, ge=0)
+    precision: Precision | None = None
+    licence: str | None = None
+    options: dict[OptionName, OptionValue] | None = None
     sha256: dict[str, Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]] = Field(
         default_factory=dict
     )
@@ -151,7 +158,7 @@ class Model(_Table):
     # Families pipeline and plain: the diffusers class; "": the one that the checkpoint names.
     pipeline_class: str = ""
     # Families pipeline and plain: arguments of every call.
-    options: dict[OptionName, str | int | float | bool] = Field(default_factory=dict)
+    options: dict[OptionName, OptionValue] = Field(default_factory=dict)
     adapters: dict[ModelName, Adapter] = Field(default_factory=dict)
     # The largest rank of an adapter; device memory grows with it only where one has it.
     max_adapter_rank: int = Field(64, ge=1, le=1024)
@@ -176,6 +183,24 @@ class Model(_Table):
     created_at: datetime = datetime.fromtimestamp(0, UTC)  # 1970: nobody said
     tiers: dict[Name, ModelTier] = Field(default_factory=dict)
     versions: tuple[ModelVersion, ...] = Field(min_length=1)
+
+    @cached_property
+    def as_served(self) -> dict[str, "Model"]:
+        """Map the id of each version to the model with what that version says of its own."""
+        return {version.id: self._with(version) for version in self.versions}
+
+    def of_version(self, version: str) -> "Model":
+        """Return the model as this version serves it; as it is if the version is gone."""
+        return self.as_served.get(version, self)
+
+    def _with(self, version: ModelVersion) -> "Model":
+        said = {
+            "precision": version.precision,
+            "licence": version.licence,
+            "options": version.options,
+        }
+        own = {name: value for name, value in said.items() if value is not None}
+        return self.model_copy(update=own) if own else self
 
 
 class Pool(_Table):
@@ -431,7 +456,12 @@ def _contradictions_of_model(fleet: Fleet, name: str, model: Model, homes: int) 
         problems.append(f"{place}: must be in exactly one pool, is in {homes}")
     if model.default_sampler not in model.samplers:
         problems.append(f"{place}.default_sampler: must be one of samplers")
-    for key, is_given in (("pipeline_class", model.pipeline_class), ("options", model.options)):
+    open_keys = {
+        "pipeline_class": model.pipeline_class,
+        "options": model.options,
+        "versions.*.options": any(version.options for version in model.versions),
+    }
+    for key, is_given in open_keys.items():
         if is_given and model.family not in OPEN_FAMILIES:
             problems.append(f"{place}.{key}: means nothing to family {model.family!r}")
     if not model.guidance_distilled and model.family != "flux":
