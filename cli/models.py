@@ -289,7 +289,7 @@ def _listed(fleet: Fleet, entry: _Entry) -> dict[str, Any]:
         "name": entry.name,
         "pool": fleet.pool_of(entry.model_name),
         "family": entry.model.family,
-        "precision": entry.model.precision,
+        "precision": entry.model.of_version(entry.version.id).precision,
         "traffic_weight": entry.version.traffic_weight,
         "path": str(entry.path),
         "size_bytes": size_bytes,

@@ -223,6 +223,8 @@ def hand_off(
     image.handed_off_at = func.clock_timestamp()
     image.steps_done = image.reached_step = rendered.num_steps
     image.device_seconds += rendered.device_seconds
+    # What rendered it, where the catalogue was edited since the job was accepted.
+    job.precision = rendered.fingerprint_facts.get("precision", job.precision)
     _add_to_record(session.get_one(Attempt, (job.id, lease.attempt)), rendered)
     session.flush()
     if not _num_pending(session, job):

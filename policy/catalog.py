@@ -77,10 +77,11 @@ def _by_catalogue(
     guidance = _first(requested.guidance, own.default_guidance, model.default_guidance)
     sampler = one_of("sampler", _first(requested.sampler, model.default_sampler), model.samplers)
     _check_sampler_fits(sampler, model, requested)
+    version = pick_version(model, draw).id
     return Resolved(
         model=model_id,
         model_alias=model_name if model_name != model_id else None,
-        model_version=pick_version(model, draw).id,
+        model_version=version,
         pool=fleet.pool_of(model_id),
         tier=tier_id,
         width_px=width_px,
@@ -93,7 +94,7 @@ def _by_catalogue(
         **_passed_through(model, model_id, requested),
         strength=_strength(model, requested, steps),
         adapters=_adapters(model, model_id, requested),
-        precision=model.precision,
+        precision=model.of_version(version).precision,
         determinism=tier.determinism,
         bucket_rows=own.bucket_rows[size] if tier.determinism == "reproducible" else None,
     )

@@ -26,6 +26,7 @@ from pydantic import (
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 # An argument of a diffusers pipeline's call; some begin with an underscore.
 OptionName = Annotated[str, StringConstraints(pattern=r"^[a-z_][a-z0-9_]{0,62}$")]
+OptionValue = str | int | float | bool
 # Ids that other programs have built in.
 ModelAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]
 MAX_SIDE_PX = 4096
@@ -129,11 +130,17 @@ class ModelTier(_Table):
 
 
 class ModelVersion(_Table):
-    """One set of weights. `traffic_weight` 0: loadable for replays, but gets no new jobs."""
+    """One set of weights. `traffic_weight` 0: it is loaded, but gets only jobs that name it.
+
+    precision, licence, options: None where they are the model's.
+    """
 
     id: ModelName
     source: str = Field(min_length=1)
     traffic_weight: float = Field(1.0, ge=0)
+    precision: Precision | None = None
+    licence: str | None = None
+    options: dict[OptionName, OptionValue] | None = None
     sha256: dict[str, Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]] = Field(
         default_factory=dict
     )
@@ -156,7 +163,7 @@ class Model(_Table):
     # Families pipeline and plain: the diffusers class; "": the one that the checkpoint names.
     pipeline_class: str = ""
     # Families pipeline and plain: arguments of every call; of sd3 and flux see OPTIONS_OF.
-    options: dict[OptionName, str | int | float | bool] = Field(default_factory=dict)
+    options: dict[OptionName, OptionValue] = Field(default_factory=dict)
     adapters: dict[ModelName, Adapter] = Field(default_factory=dict)
     # The largest rank of an adapter; device memory grows with it only where one has it.
     max_adapter_rank: int = Field(64, ge=1, le=1024)
@@ -181,6 +188,24 @@ class Model(_Table):
     created_at: datetime = datetime.fromtimestamp(0, UTC)  # 1970: nobody said
     tiers: dict[Name, ModelTier] = Field(default_factory=dict)
     versions: tuple[ModelVersion, ...] = Field(min_length=1)
+
+    @cached_property
+    def as_served(self) -> dict[str, "Model"]:
+        """Map the id of each version to the model with what that version says of its own."""
+        return {version.id: self._with(version) for version in self.versions}
+
+    def of_version(self, version: str) -> "Model":
+        """Return the model as this version serves it; as it is if the version is gone."""
+        return self.as_served.get(version, self)
+
+    def _with(self, version: ModelVersion) -> "Model":
+        said = {
+            "precision": version.precision,
+            "licence": version.licence,
+            "options": version.options,
+        }
+        own = {name: value for name, value in said.items() if value is not None}
+        return self.model_copy(update=own) if own else self
 
 
 class Pool(_Table):
@@ -438,12 +463,7 @@ def _contradictions_of_model(fleet: Fleet, name: str, model: Model, homes: int) 
         problems.append(f"{place}.default_sampler: must be one of samplers")
     if model.pipeline_class and model.family not in OPEN_FAMILIES:
         problems.append(f"{place}.pipeline_class: means nothing to family {model.family!r}")
-    if model.family not in OPEN_FAMILIES:
-        problems += [
-            f"{place}.options.{option}: means nothing to family {model.family!r}"
-            for option in model.options
-            if option not in OPTIONS_OF.get(model.family, ())
-        ]
+    problems += _meaningless_options(place, model)
     if not model.guidance_distilled and model.family != "flux":
         problems.append(f"{place}.guidance_distilled: means nothing to family {model.family!r}")
     if model.block_cache_threshold and model.family not in BLOCK_CACHE_FAMILIES:
@@ -457,6 +477,21 @@ def _contradictions_of_model(fleet: Fleet, name: str, model: Model, homes: int) 
     if not any(version.traffic_weight for version in model.versions):
         problems.append(f"{place}.versions: no version has a traffic_weight above 0")
     return problems + _contradictions_of_tiers(fleet, name, model)
+
+
+def _meaningless_options(place: str, model: Model) -> list[str]:
+    """Tell of options, the model's and its versions', that the family does not take."""
+    if model.family in OPEN_FAMILIES:
+        return []
+    options = {f"{place}.options": model.options}
+    for nth, version in enumerate(model.versions):
+        options[f"{place}.versions.{nth}.options"] = version.options or {}
+    return [
+        f"{key}.{option}: means nothing to family {model.family!r}"
+        for key, given in options.items()
+        for option in given
+        if option not in OPTIONS_OF.get(model.family, ())
+    ]
 
 
 def _contradictions_of_tiers(fleet: Fleet, name: str, model: Model) -> list[str]:
@@ -506,7 +541,8 @@ def most_rows_of_an_image(model: Model) -> int:
     Guidance takes a second one, unless the network takes it as an input, or it never acts.
     """
     if model.family == "flux" and model.guidance_distilled:
-        return 2 if true_cfg_scale(model) > 1 else 1
+        scales = map(true_cfg_scale, model.as_served.values())
+        return 2 if max(scales) > 1 else 1
     is_never_guided = model.family not in OPEN_FAMILIES and model.max_guidance <= 1
     return 1 if is_never_guided else 2
 

@@ -45,7 +45,7 @@ def denoising_of(fleet: Fleet, job: Resolved) -> Denoising:
 
     A model that the catalogue no longer has counts as one of family `sd`.
     """
-    model = fleet.model_or_retired(job.model)
+    model = fleet.model_or_retired(job.model).of_version(job.model_version)
     return Denoising(
         steps=steps_made(model.family, num_steps=job.num_steps, strength=job.strength),
         rows=rows_taken(model, guidance=job.guidance, negative_prompt=job.negative_prompt),

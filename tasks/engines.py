@@ -26,7 +26,7 @@ def checkpoint_specs(fleet: Fleet, models: Iterable[str], root: Path) -> list[Ch
     """List every version of these models, in the file's order. root: of relative paths."""
     wanted = set(models)
     return [
-        _checkpoint_spec(name, model, version, root)
+        _checkpoint_spec(name, model.of_version(version.id), version, root)
         for name, model in fleet.models.items()
         if name in wanted
         for version in model.versions

@@ -275,7 +275,7 @@ class Renderer:
 
     def _learn(self, job: Job, record: RenderRecord, steps: int) -> None:
         """Note what the image took, for the estimates of jobs to come."""
-        model = self.fleet.model_or_retired(job.model)
+        model = self.fleet.model_or_retired(job.model).of_version(job.model_version)
         rows = rows_taken(model, guidance=job.guidance, negative_prompt=job.negative_prompt)
         self.keeper.learn(
             (job.pool, job.model, job.width_px, job.height_px),

@@ -10,7 +10,7 @@ from app.http.auth import require_key
 from app.http.context import caller, runtime
 from app.problems import ModelNotFound
 from app.schemas import catalog as schemas
-from policy.fleet import Fleet, ModelTier
+from policy.fleet import Fleet, Model, ModelTier, ModelVersion
 from policy.formats import FORMATS
 
 bp = Blueprint("catalog", __name__, url_prefix="/v1")
@@ -98,13 +98,22 @@ def _model_view(fleet: Fleet, name: str) -> schemas.Model:
         output_formats=list(FORMATS),
         pool=fleet.pool_of(model_id),
         versions=[
-            schemas.ModelVersion(id=version.id, traffic_weight=version.traffic_weight)
-            for version in model.versions
+            _version_view(model.of_version(version.id), version) for version in model.versions
         ],
         tiers={
             tier: _defaults(fleet, model_id, tier) for tier in fleet.tiers if _may_use_tier(tier)
         },
         **alias,
+    )
+
+
+def _version_view(served: Model, version: ModelVersion) -> schemas.ModelVersion:
+    """Show one version. served: the model as this version serves it."""
+    return schemas.ModelVersion(
+        id=version.id,
+        traffic_weight=version.traffic_weight,
+        precision=served.precision,
+        licence=served.licence,
     )
 
 

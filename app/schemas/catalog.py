@@ -10,6 +10,8 @@ from policy.formats import FORMATS
 class ModelVersion:
     id: str
     traffic_weight: Annotated[float, says("Its share of new jobs, relative to the other versions.")]
+    precision: Annotated[str, says("The number format that it computes in.")]
+    licence: Annotated[str, says("The licence of its weights.")]
 
 
 @document("The defaults of a model in a tier.")

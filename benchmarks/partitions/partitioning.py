@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from sqlalchemy import create_engine, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 import migrations
 from benchmarks.lib.queue.acts import ACTS
@@ -62,16 +62,21 @@ def make_partitioned(owner_url: str) -> None:
 def detach_oldest(queue: Queue) -> dict[str, object]:
     """Detach and drop the oldest range of each table while another thread claims jobs.
 
-    Returns the seconds for each table, or what Postgres said; and those of the longest claim,
-    before and meanwhile.
+    Returns the seconds for each table, or what Postgres said; those of the longest claim, before
+    and meanwhile; and how many claims Postgres refused, which a worker would try again.
     """
     is_over = threading.Event()
     claims: list[float] = []
+    refused = 0
 
     def claim() -> None:
+        nonlocal refused
         act = next(act for act in ACTS if act.name == "claim")
         while not is_over.is_set():
-            claims.append(act.run(queue)[1])
+            try:
+                claims.append(act.run(queue)[1])
+            except OperationalError:  # a deadlock with what detaches
+                refused += 1
 
     client = threading.Thread(target=claim)
     client.start()
@@ -90,6 +95,7 @@ def detach_oldest(queue: Queue) -> dict[str, object]:
         # None: no claim came to its end meanwhile.
         "longest_claim_s": round(max(claims), 3) if claims else None,
         "longest_claim_before_s": round(quiet_s, 3),
+        "claims_refused": refused,
     }
 
 

@@ -64,6 +64,7 @@ class House:
         """
 
         is_away = threading.Event()
+        client = threading.get_ident()  # a refresh in the background commits as well
         parts = self.app.extensions["darkroom"]
         for engine in (parts.database, parts.forecaster._database):
             engine.dispose()  # the request before this one cut off what they hold
@@ -71,7 +72,8 @@ class House:
 
         def go_away(session: Session) -> None:
             is_the_gateway_s = (
-                session.get_bind().url.database == self._name
+                threading.get_ident() == client
+                and session.get_bind().url.database == self._name
                 and session.get_bind() is not self._database.owner
             )
             if is_the_gateway_s and not is_away.is_set() and self.jobs():

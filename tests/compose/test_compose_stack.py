@@ -6,6 +6,7 @@ project, ports and image tags of its own.
 """
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from typing import Any
 
 import httpx
 import pytest
+import tomlkit
 
 from tests.compose.conftest import REPO
 
@@ -30,18 +32,18 @@ JOB_BODY = {"prompt": "a red circle on a blue background", "tier": "quality", "s
 class Compose:
     """A project of its own, on free ports, from images of its own tag."""
 
-    def __init__(self, command: list[str]) -> None:
-        self._command = [
-            *command,
-            "-p",
-            f"darkroomtest{os.getpid()}",
-            "-f",
-            str(REPO / "docker-compose.yml"),
-        ]
+    def __init__(self, command: list[str], folder: Path) -> None:
+        """Put what an operator edits, and nothing else, into `folder`; images are built before."""
+        self.fleet_file = folder / "fleet.toml"
+        self._command = [*command, "-p", f"darkroomtest{os.getpid()}"]
+        self._here = ["-f", str(folder / "docker-compose.yml")]
+        for name in ("docker-compose.yml", "fleet.toml"):
+            shutil.copy(REPO / name, folder / name)
+            (folder / name).chmod(0o644)
         gateway, objects, flower = (_free_port() for _ in range(3))
         self.gateway = f"http://127.0.0.1:{gateway}"
         self.flower = f"http://127.0.0.1:{flower}"
-        self._environment = os.environ | {
+        self.environment = os.environ | {
             "DARKROOM_TAG": "test",
             "GATEWAY_LISTEN": f"127.0.0.1:{gateway}",
             "OBJECT_STORE_LISTEN": f"127.0.0.1:{objects}",
@@ -49,10 +51,17 @@ class Compose:
             "FLOWER_LISTEN": f"127.0.0.1:{flower}",
         }
 
+    def build(self) -> None:
+        done = self._run(["-f", str(REPO / "docker-compose.yml")], "build")
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
     def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        return self._run(self._here, *arguments)
+
+    def _run(self, files: list[str], *arguments: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
-            [*self._command, *arguments],
-            env=self._environment,
+            [*self._command, *files, *arguments],
+            env=self.environment,
             capture_output=True,
             text=True,
             check=False,
@@ -126,7 +135,9 @@ class Compose:
 
 
 @pytest.fixture(scope="module")
-def compose(request: pytest.FixtureRequest) -> Iterator[Compose]:
+def compose(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Compose]:
     if "compose" not in request.config.getoption("markexpr"):
         pytest.skip("builds images and takes minutes; run it with `pytest -m compose`")
     command = _compose_command()
@@ -134,9 +145,9 @@ def compose(request: pytest.FixtureRequest) -> Iterator[Compose]:
         pytest.skip("no Docker engine answers, or there is no docker compose")
     if not (REPO / "pocket/checkpoint/model_index.json").exists():
         pytest.skip("pocket/checkpoint is not there; `make pocket` trains it")
-    compose = Compose(command)
+    compose = Compose(command, tmp_path_factory.mktemp("compose"))
     try:
-        compose("build")
+        compose.build()
         compose("up", "-d")
         compose.wait_until_well()
         yield compose
@@ -279,6 +290,42 @@ def test_a_restart_keeps_everything_and_every_process_ends_in_good_order(
         _finished(client, JOB_BODY)["images"][0]["pixels_sha256"]
         == before["images"][0]["pixels_sha256"]
     )
+
+
+def test_an_own_checkpoint_is_served_by_a_second_pool(
+    compose: Compose, client: httpx.Client, tmp_path: Path
+):
+    own = tmp_path / "checkpoints" / "My.Model"
+    shutil.copytree(REPO / "pocket/checkpoint", own)
+    subprocess.run(["chmod", "-R", "a+rX", tmp_path.parent, own.parent], check=True)
+    compose.fleet_file.write_text(_with_a_second_pool(compose.fleet_file.read_text()))
+    compose.environment |= {
+        "CHECKPOINTS": str(own.parent),
+        "COMPOSE_PROFILES": "second-pool",
+        "SECOND_POOL": "second",
+    }
+
+    compose("up", "-d")
+    compose("restart", "api", "results", "sweeper", "webhooks", "flower", "worker")
+    compose.wait_until_well()
+    first = _finished(client, JOB_BODY)
+    second = _finished(client, JOB_BODY | {"model": "My.Model"})
+
+    assert (first["model"], second["model"]) == ("pocket", "My.Model")
+    assert second["images"][0]["pixels_sha256"] == first["images"][0]["pixels_sha256"]
+    workers = compose("run", "--rm", "-T", "cli", "sql", "SELECT pool, models FROM workers_now")
+    assert "My.Model" in workers
+
+
+def _with_a_second_pool(text: str) -> str:
+    """Add a copy of the model pocket as `My.Model`, from the mounted folder, in a second pool."""
+    fleet = tomlkit.parse(text).unwrap()
+    own = copy.deepcopy(fleet["models"]["pocket"])
+    del own["aliases"]
+    own["versions"][0]["source"] = "/checkpoints/My.Model"
+    fleet["models"]["My.Model"] = own
+    fleet["pools"]["second"] = fleet["pools"]["local"] | {"models": ["My.Model"]}
+    return tomlkit.dumps(fleet)
 
 
 def _finished(client: httpx.Client, job_body: dict[str, Any]) -> dict[str, Any]:

@@ -376,6 +376,14 @@ def test_an_image_handed_off_before_its_lease_was_lost_is_stored_while_the_job_w
     assert store(session, job, 1, attempt=2).state == "succeeded"
 
 
+def test_the_row_says_in_which_precision_its_images_were_rendered(session):
+    lease = a_lease(session, precision="fp32")
+
+    hand_off(session, lease, fingerprint_facts={"precision": "bf16"})
+
+    assert lease.job.precision == "bf16"
+
+
 def test_a_vanished_hand_off_sends_back_only_what_is_gone(session):
     lease = a_lease(session, num_images=3)
     for index in range(3):

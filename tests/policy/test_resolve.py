@@ -149,6 +149,20 @@ def test_the_seed_of_the_last_image_is_still_exact_in_json():
     assert refusal_of(seed=MAX_SEED - 3, n=4).field == "seed"
 
 
+def test_a_version_computes_in_a_precision_of_its_own_or_in_the_models():
+    versions = [
+        {"id": "1", "source": "a"},
+        {"id": "half", "source": "a", "precision": "bf16", "traffic_weight": 0.0},
+    ]
+    model = a_fleet({"models.pocket.versions": versions}).models["pocket"]
+
+    assert {name: own.precision for name, own in model.as_served.items()} == {
+        "1": "fp32",
+        "half": "bf16",
+    }
+    assert model.of_version("gone") == model
+
+
 def test_versions_get_traffic_by_their_weight():
     versions = [
         {"id": "1", "source": "a", "traffic_weight": 9.0},

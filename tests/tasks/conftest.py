@@ -180,7 +180,8 @@ def urls_here(stack, database_here) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def settings_here(stack, urls_here) -> WorkerSettings:
-    times = {"lease_ttl_s": 6, "lease_renew_s": 1, "lease_stop_s": 5, "handoff_ttl_s": 60}
+    # Long enough for a machine that stands still for a while beside other work.
+    times = {"lease_ttl_s": 60, "lease_renew_s": 1, "lease_stop_s": 50, "handoff_ttl_s": 60}
     own = {"device": "cpu", "worker_name": "cpu0@here"} | times
     return settings_for(WorkerSettings, stack.env, **own, **urls_here)
 

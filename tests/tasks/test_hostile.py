@@ -463,7 +463,7 @@ def test_a_wall_clock_that_is_a_day_off_changes_nothing_about_leases(here, brake
     brake.release()
     thread.join(timeout=60)
 
-    assert 0 < left_s <= 6
+    assert 0 < left_s <= here.settings.lease_ttl_s
     assert here.row(job).state == "storing"
 
 
