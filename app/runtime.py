@@ -5,6 +5,7 @@ import secrets
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 from sqlalchemy import Engine
 
@@ -30,8 +31,8 @@ from edges.objectstore import ObjectStore
 from edges.outbound import Outbound
 from edges.progress import Endings, JobSignals
 from models.database import make_engine
-from policy import connections
-from policy.catalog import resolve
+from policy import connections, warnings
+from policy.catalog import capabilities_of, resolve
 from policy.fleet import Fleet
 from policy.params import RequestedParams, Resolved
 from settings import GatewaySettings
@@ -86,6 +87,12 @@ class Runtime:
             known=self.abilities.known(),
             usable_models=usable_models,
         )
+
+    def expected_warnings(self, job: Resolved) -> list[dict[str, Any]]:
+        """List the parts of the job that are known to have no effect."""
+        model = self.fleet.models[job.model].of_version(job.model_version)
+        able = capabilities_of(self.abilities.known(), model, job)
+        return warnings.expected(model, job, able)
 
 
 def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:

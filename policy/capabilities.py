@@ -77,6 +77,15 @@ def read(value: Any) -> Capabilities | None:
     return found if found.format == FORMAT else None
 
 
+def of_version(known: Known, checkpoint: str, model: Model) -> Capabilities | None:
+    """Find what a checkpoint can do; None if no worker has loaded it yet.
+
+    A description of another family is of a model that had the name before.
+    """
+    able = known.get(checkpoint)
+    return able if able is not None and able.family == model.family else None
+
+
 def check_fits(able: Capabilities, model: Model, job: Resolved, *, max_batch_rows: int) -> None:
     """Raise InvalidParam for what the checkpoint cannot render of the job.
 
@@ -108,16 +117,15 @@ def _check_sampler(able: Capabilities, model: Model, job: Resolved) -> None:
 
 
 def _check_pictures(able: Capabilities, job: Resolved) -> None:
-    taken = [role for role, need in able.pictures.items() if need != "none"]
-    for role, need in able.pictures.items():
-        if role not in PICTURES:
-            continue
-        is_given = getattr(job, PICTURES[role].name) is not None
-        if is_given and need == "none":
+    needs = {role: able.pictures.get(role, "none") for role in PICTURES}
+    taken = [role for role, need in needs.items() if need != "none"]
+    needed = [role for role, need in needs.items() if need == "required"]
+    for role, param in PICTURES.items():
+        is_given = getattr(job, param.name) is not None
+        if is_given and role not in taken:
             told = f"it takes {', '.join(taken)}" if taken else "it takes no picture"
             raise InvalidParam(role, f"cannot be used with model {job.model}: {told}", taken)
-        if not is_given and need == "required":
-            needed = [one for one, how in able.pictures.items() if how == "required"]
+        if not is_given and role in needed:
             detail = f"is needed by model {job.model}, as are all of: {', '.join(needed)}"
             raise InvalidParam(role, detail, needed)
 

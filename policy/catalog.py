@@ -9,7 +9,7 @@ from collections.abc import Collection
 from typing import Any, TypeVar
 
 from policy import capabilities
-from policy.capabilities import Known
+from policy.capabilities import Capabilities, Known
 from policy.fleet import OPEN_FAMILIES, Family, Fleet, Model, ModelTier, ModelVersion, parse_size
 from policy.params import PARAMS, PassThrough, RequestedParams, Resolved
 from policy.refusals import InvalidParam, one_of, within
@@ -45,11 +45,17 @@ def resolve(
     """
     job = _by_catalogue(fleet, requested, default_seed, draw, usable_models)
     model = fleet.models[job.model]
-    able = (known or {}).get(checkpoint_name(job.model, job.model_version))
-    if able is not None and able.family == model.family:  # else of a model that had its name before
+    able = capabilities_of(known or {}, model, job)
+    if able is not None:
         max_batch_rows = fleet.pools[job.pool].max_batch_rows
         capabilities.check_fits(able, model, job, max_batch_rows=max_batch_rows)
     return job
+
+
+def capabilities_of(known: Known, model: Model, job: Resolved) -> Capabilities | None:
+    """Find what the job's checkpoint can do; None if no worker has loaded it yet."""
+    checkpoint = checkpoint_name(job.model, job.model_version)
+    return capabilities.of_version(known, checkpoint, model)
 
 
 def _by_catalogue(
