@@ -18,6 +18,7 @@ from models import jobs, learning, webhooks
 from models.database import make_engine, transaction
 from models.tables import IdempotencyKey, WebhookAttempt, WebhookDelivery, WebhookEndpoint
 from policy import queues
+from policy.current import CurrentFleet
 from policy.prediction import FIRST_RATIOS
 from tasks.sweep import Sweeper
 from tests.builders import a_fleet, a_job, a_lease, a_succeeded_job, a_tenant, until
@@ -189,7 +190,9 @@ def keeps_for_a_month(stack, sweeper):
         owner = make_engine(database.owner_url, pool_size=2)
         yield (
             replace(
-                sweeper, fleet=a_fleet({"tiers.fast.retention_days": 30}), database=database.app
+                sweeper,
+                current=CurrentFleet(a_fleet({"tiers.fast.retention_days": 30})),
+                database=database.app,
             ),
             owner,
         )
