@@ -311,9 +311,9 @@ def test_a_stack_is_ready_when_its_parts_are_and_each_worker_that_was_asked_for_
     stack = Stack(tmp_path, workers=2)
 
     with pytest.raises(StackError, match=re.escape(f"the stack is not ready in time: {told}")):
-        stack._wait_ready(time.monotonic() - 1, {"local": 2})
+        stack._wait_ready(time.monotonic() - 1, {"local": 2}, 1)
 
-    stack._wait_ready(time.monotonic() - 1, {"local": 2})
+    stack._wait_ready(time.monotonic() - 1, {"local": 2}, 1)
 
 
 @pytest.mark.parametrize(("state", "after_looks"), [("fatal", 1), ("backoff", 3)])

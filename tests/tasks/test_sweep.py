@@ -291,7 +291,9 @@ def test_a_message_is_lost_when_one_announced_clearly_later_is_next_in_its_queue
     sweeper, database_here
 ):
     with transaction(database_here) as session:
-        overtaken, close, next_one = (a_job(session, pool="big", tier="batch") for _ in range(3))
+        overtaken, close, next_one = (
+            a_job(session, pool="big", model="large", tier="batch") for _ in range(3)
+        )
         for job, ago_s in ((overtaken, 40), (close, 21), (next_one, 20)):
             announced = text(
                 "UPDATE jobs SET announced_at = clock_timestamp() - make_interval(secs => :ago) "
