@@ -143,6 +143,11 @@ class LatentFamily(ABC):
 
     # --- what all of them do ---
 
+    def modules(self) -> Sequence[nn.Module]:
+        """Return every network whose weights are on the device, each once."""
+        parts = [*self.networks().values(), *vars(self).values()]
+        return list(dict.fromkeys(part for part in parts if isinstance(part, nn.Module)))
+
     def unread(self, request: ImageRequest) -> tuple[UnreadText, ...]:
         """Tell what has no effect: without a second row no negative prompt has any."""
         readers = self.readers(request)
