@@ -2,11 +2,14 @@
 
 import random
 import secrets
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 from sqlalchemy import Engine
 
+from app.live.abilities import Abilities
 from app.live.cache import Cache
 from app.live.capacity import Capacity
 from app.live.forecast import QueueForecaster
@@ -28,8 +31,8 @@ from edges.objectstore import ObjectStore
 from edges.outbound import Outbound
 from edges.progress import Endings, JobSignals
 from models.database import make_engine
-from policy import connections
-from policy.catalog import resolve
+from policy import connections, warnings
+from policy.catalog import capabilities_of, resolve
 from policy.fleet import Fleet
 from policy.params import RequestedParams, Resolved
 from settings import GatewaySettings
@@ -52,6 +55,7 @@ class Runtime:
     events: JobEventStreams
     outbound: Outbound
     keyring: Keyring
+    abilities: Abilities
     rates: Rates
     budgets: Budgets
     links: LinkSigner
@@ -68,14 +72,27 @@ class Runtime:
     statuses: Statuses = field(default_factory=Statuses)
     watchers: Watchers = field(default_factory=Watchers)
 
-    def resolve(self, requested: RequestedParams) -> Resolved:
+    def resolve(
+        self, requested: RequestedParams, *, usable_models: Collection[str] | None = None
+    ) -> Resolved:
         """Resolve every requested parameter. Raises InvalidParam.
 
-        A seed is drawn where none was asked for.
+        A seed is drawn where none was asked for. usable_models: those that a refusal may name.
         """
         return resolve(
-            self.fleet, requested, default_seed=secrets.randbelow(2**32), draw=random.random()
+            self.fleet,
+            requested,
+            default_seed=secrets.randbelow(2**32),
+            draw=random.random(),
+            known=self.abilities.known(),
+            usable_models=usable_models,
         )
+
+    def expected_warnings(self, job: Resolved) -> list[dict[str, Any]]:
+        """List the parts of the job that are known to have no effect."""
+        model = self.fleet.models[job.model].of_version(job.model_version)
+        able = capabilities_of(self.abilities.known(), model, job)
+        return warnings.expected(model, job, able)
 
 
 def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:
@@ -120,6 +137,7 @@ def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:
         ),
         outbound=Outbound(settings.outbound_allowed_networks),
         keyring=keyring,
+        abilities=Abilities(aside, refresher),
         rates=Rates(settings.handoff_url),
         budgets=Budgets(settings.handoff_url),
         links=LinkSigner(settings.api_key_pepper.get_secret_value(), ttl_s=settings.presign_ttl_s),

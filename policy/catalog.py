@@ -5,10 +5,14 @@ be replayed from its row.
 """
 
 import math
+from collections.abc import Collection
 from typing import Any, TypeVar
 
+from policy import capabilities
+from policy.capabilities import Capabilities, Known
 from policy.fleet import OPEN_FAMILIES, Family, Fleet, Model, ModelTier, ModelVersion, parse_size
 from policy.params import PARAMS, PassThrough, RequestedParams, Resolved
+from policy.refusals import InvalidParam, one_of, within
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
 RANDOM_SEED = -1  # what other programs send for a seed that is drawn
@@ -20,44 +24,64 @@ FLOW_FAMILIES: tuple[Family, ...] = ("sd3", "flux")
 NOISE_ONLY_SAMPLERS = ("flow_dpmpp_2m", "flow_unipc")
 MAX_ADAPTER_STRENGTH = 4.0
 
-Number = TypeVar("Number", int, float)
 Value = TypeVar("Value")
 
 
-class InvalidParam(Exception):
-    """No worker could ever render the field; `accepted` says what would be accepted."""
-
-    def __init__(self, field: str, detail: str, accepted: object = None) -> None:
-        super().__init__(f"{field}: {detail}")
-        self.field = field
-        self.detail = detail
-        self.accepted = accepted
-
-
 def resolve(
-    fleet: Fleet, requested: RequestedParams, *, default_seed: int, draw: float
+    fleet: Fleet,
+    requested: RequestedParams,
+    *,
+    default_seed: int,
+    draw: float,
+    known: Known | None = None,
+    usable_models: Collection[str] | None = None,
 ) -> Resolved:
     """Fill in what was not said and refuse what cannot be served.
 
     default_seed: used when the request names none.  draw: in [0, 1), picks the model version by
-    traffic weight.  Raises InvalidParam, which names the field.
+    traffic weight.  known: what checkpoints can do, of those that a worker has loaded.
+    usable_models: ids of the models that a refusal may name; None: all.  Raises InvalidParam, which
+    names the field.
     """
-    model_name = _one_of(
-        "model", _first(requested.model, fleet.default_model()), tuple(fleet.model_ids)
-    )
+    job = _by_catalogue(fleet, requested, default_seed, draw, usable_models)
+    model = fleet.models[job.model]
+    able = capabilities_of(known or {}, model, job)
+    if able is not None:
+        max_batch_rows = fleet.pools[job.pool].max_batch_rows
+        capabilities.check_fits(able, model, job, max_batch_rows=max_batch_rows)
+    return job
+
+
+def capabilities_of(known: Known, model: Model, job: Resolved) -> Capabilities | None:
+    """Find what the job's checkpoint can do; None if no worker has loaded it yet."""
+    checkpoint = checkpoint_name(job.model, job.model_version)
+    return capabilities.of_version(known, checkpoint, model)
+
+
+def _by_catalogue(
+    fleet: Fleet,
+    requested: RequestedParams,
+    default_seed: int,
+    draw: float,
+    usable_models: Collection[str] | None,
+) -> Resolved:
+    """Resolve by the catalogue alone."""
+    model_name = _first(requested.model, fleet.default_model())
+    if model_name not in fleet.model_ids:
+        one_of("model", model_name, _usable_names(fleet, usable_models))
     model_id = fleet.model_ids[model_name]
-    tier_id = _one_of("tier", _first(requested.tier, fleet.default_tier()), tuple(fleet.tiers))
+    tier_id = one_of("tier", _first(requested.tier, fleet.default_tier()), tuple(fleet.tiers))
     model = fleet.models[model_id]
     tier = fleet.tiers[tier_id]
     own = model.tiers.get(tier_id, ModelTier())
     _check_text(model, requested)
     sizes = fleet.sizes_of(model_id, tier_id)
-    size = _one_of("size", _first(requested.size, sizes[0]), sizes)
+    size = one_of("size", _first(requested.size, sizes[0]), sizes)
     width_px, height_px = parse_size(size)
-    num_images = _within("n", requested.n, 1, tier.max_images, f"tier {tier_id}")
+    num_images = within("n", requested.n, 1, tier.max_images, f"tier {tier_id}")
     steps = _first(requested.steps, fleet.default_steps(model_id, tier_id))
     guidance = _first(requested.guidance, own.default_guidance, model.default_guidance)
-    sampler = _one_of("sampler", _first(requested.sampler, model.default_sampler), model.samplers)
+    sampler = one_of("sampler", _first(requested.sampler, model.default_sampler), model.samplers)
     _check_sampler_fits(sampler, model, requested)
     version = pick_version(model, draw).id
     return Resolved(
@@ -68,8 +92,8 @@ def resolve(
         tier=tier_id,
         width_px=width_px,
         height_px=height_px,
-        num_steps=_within("steps", steps, 1, tier.max_steps, f"tier {tier_id}"),
-        guidance=_within("guidance", guidance, 0.0, model.max_guidance, f"model {model_id}"),
+        num_steps=within("steps", steps, 1, tier.max_steps, f"tier {tier_id}"),
+        guidance=within("guidance", guidance, 0.0, model.max_guidance, f"model {model_id}"),
         sampler=sampler,
         seed=_seed(requested, default_seed, num_images),
         num_images=num_images,
@@ -79,6 +103,15 @@ def resolve(
         precision=model.of_version(version).precision,
         determinism=tier.determinism,
         bucket_rows=own.bucket_rows[size] if tier.determinism == "reproducible" else None,
+    )
+
+
+def _usable_names(fleet: Fleet, usable_models: Collection[str] | None) -> tuple[str, ...]:
+    """List the names of models that a tenant may use."""
+    return tuple(
+        name
+        for name, model_id in fleet.model_ids.items()
+        if usable_models is None or model_id in usable_models
     )
 
 
@@ -157,7 +190,7 @@ def _strength(model: Model, requested: RequestedParams, num_steps: int) -> float
         return None
     strength = _first(requested.strength, DEFAULT_STRENGTH if requested.mask is None else 1.0)
     least = math.ceil(10_000 / num_steps) / 10_000  # below that no step is left
-    return _within("strength", strength, least, 1.0, f"{num_steps} steps")
+    return within("strength", strength, least, 1.0, f"{num_steps} steps")
 
 
 def _passed_through(model: Model, model_id: str, requested: RequestedParams) -> dict[str, Any]:
@@ -176,7 +209,7 @@ def _check_rule(field: str, rule: PassThrough, value: Any, model: Model, model_i
     if rule.families is not None and model.family not in rule.families:
         raise InvalidParam(field, rule.unfit.format(model=model_id))
     if rule.choices is not None:
-        _one_of(field, value, rule.choices)
+        one_of(field, value, rule.choices)
     _check_range(field, value, rule.low, rule.high)
 
 
@@ -184,7 +217,7 @@ def _check_range(field: str, value: Any, low: float | None, high: float | None) 
     """Refuse what is outside; None: that side has no end."""
     by = "every model that takes it"
     if low is not None and high is not None:
-        _within(field, value, low, high, by)
+        within(field, value, low, high, by)
     elif low is not None and not value >= low:
         raise InvalidParam(field, f"must be at least {low} ({by})", {"min": low})
     elif high is not None and not value <= high:
@@ -201,31 +234,18 @@ def _adapters(
     for place, adapter in enumerate(requested.adapters):
         if not model.adapters:
             raise InvalidParam("adapters", f"are not offered by model {model_id}", [])
-        _one_of(f"adapters/{place}/name", adapter.name, tuple(model.adapters))
+        one_of(f"adapters/{place}/name", adapter.name, tuple(model.adapters))
         if adapter.name in names[:place]:
             left = [name for name in model.adapters if name not in names]
             detail = f"names {adapter.name!r} again; each adapter is accepted once"
             raise InvalidParam(f"adapters/{place}/name", detail, left)
         field = f"adapters/{place}/strength"
         most = MAX_ADAPTER_STRENGTH
-        _within(field, adapter.strength, -most, most, "every adapter")
+        within(field, adapter.strength, -most, most, "every adapter")
     chosen: list[dict[str, str | float]] = [
         {"name": adapter.name, "strength": adapter.strength} for adapter in requested.adapters
     ]
     return chosen or None
-
-
-def _one_of(field: str, value: str, accepted: tuple[str, ...]) -> str:
-    if value not in accepted:
-        detail = f"{value[:64]!r} is not offered; accepted: {', '.join(accepted)}"
-        raise InvalidParam(field, detail, list(accepted))
-    return value
-
-
-def _within(field: str, value: Number, low: Number, high: Number, by: str) -> Number:
-    if not low <= value <= high:
-        raise InvalidParam(field, f"must be from {low} to {high} ({by})", {"min": low, "max": high})
-    return value
 
 
 def _first(*options: Value | None) -> Value:
