@@ -194,7 +194,11 @@ class LoadedCheckpoints(Mapping[str, LoadedCheckpoint]):
             batch_key=key,
             rows=rows,
             # A reproducible image computes every block, whatever the catalogue allows.
-            skips_blocks=loaded.block_cache is not None and not request.is_reproducible,
+            skips_blocks=(
+                loaded.block_cache is not None
+                and request.may_skip_blocks
+                and not request.is_reproducible
+            ),
             submitted_at=time.monotonic(),
         )
 
