@@ -127,6 +127,7 @@ class ModelTier(_Table):
     default_guidance: float | None = Field(None, ge=0)
     # Size -> rows of every forward of a reproducible request.
     bucket_rows: dict[Size, int] = Field(default_factory=dict)
+    block_cache: bool = True  # false: jobs of this tier compute every block
 
 
 class ModelVersion(_Table):
