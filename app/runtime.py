@@ -1,12 +1,12 @@
 """Hold what the gateway's services work with; made once per process."""
 
-import random
 import secrets
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from sqlalchemy import Engine
 
+from app.caller import Caller
 from app.live.cache import Cache
 from app.live.capacity import Capacity
 from app.live.forecast import QueueForecaster
@@ -31,7 +31,9 @@ from models.database import make_engine
 from policy import connections
 from policy.catalog import resolve
 from policy.fleet import Fleet
+from policy.limits import NAMES_VERSIONS
 from policy.params import RequestedParams, Resolved
+from policy.routing import ANYBODY, Asker
 from settings import GatewaySettings
 
 
@@ -68,14 +70,16 @@ class Runtime:
     statuses: Statuses = field(default_factory=Statuses)
     watchers: Watchers = field(default_factory=Watchers)
 
-    def resolve(self, requested: RequestedParams) -> Resolved:
+    def resolve(self, requested: RequestedParams, asker: Asker = ANYBODY) -> Resolved:
         """Resolve every requested parameter. Raises InvalidParam.
 
         A seed is drawn where none was asked for.
         """
-        return resolve(
-            self.fleet, requested, default_seed=secrets.randbelow(2**32), draw=random.random()
-        )
+        return resolve(self.fleet, requested, default_seed=secrets.randbelow(2**32), asker=asker)
+
+    def asker(self, caller: Caller) -> Asker:
+        """Tell what of the caller decides on version and pool."""
+        return Asker(caller.tenant, NAMES_VERSIONS in caller.scopes, self.forecaster.live_pool)
 
 
 def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:

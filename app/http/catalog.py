@@ -10,8 +10,10 @@ from app.http.auth import require_key
 from app.http.context import caller, runtime
 from app.problems import ModelNotFound
 from app.schemas import catalog as schemas
+from policy.catalog import offered_names
 from policy.fleet import Fleet, Model, ModelTier, ModelVersion
 from policy.formats import FORMATS
+from policy.routing import tiers_for
 
 bp = Blueprint("catalog", __name__, url_prefix="/v1")
 bp.before_request(require_key)
@@ -46,7 +48,8 @@ def list_tiers() -> ResponseReturnValue:
 
 
 def _usable_names(fleet: Fleet) -> list[str]:
-    return [name for name, model_id in fleet.model_ids.items() if _may_use_model(model_id)]
+    offered = offered_names(fleet, caller().tenant)
+    return [name for name in offered if _may_use_model(fleet.model_ids[name])]
 
 
 def _may_use_model(name: str) -> bool:
@@ -81,6 +84,7 @@ def _model_view(fleet: Fleet, name: str) -> schemas.Model:
     model = fleet.models[model_id]
     is_alias = name != model_id
     kind = schemas.ModelAlias if is_alias else schemas.Model
+    pools = _pools(fleet, model_id)
     alias: dict[str, Any] = {"alias_of": model_id} if is_alias else {}
     return kind(
         id=name,
@@ -96,15 +100,28 @@ def _model_view(fleet: Fleet, name: str) -> schemas.Model:
         max_guidance=model.max_guidance,
         max_prompt_chars=model.max_prompt_chars,
         output_formats=list(FORMATS),
-        pool=fleet.pool_of(model_id),
+        pool=pools[0],
+        pools=pools,
         versions=[
             _version_view(model.of_version(version.id), version) for version in model.versions
         ],
         tiers={
-            tier: _defaults(fleet, model_id, tier) for tier in fleet.tiers if _may_use_tier(tier)
+            tier: _defaults(fleet, model_id, tier)
+            for tier in tiers_for(fleet, model=model_id, tenant=caller().tenant)
+            if _may_use_tier(tier)
         },
         **alias,
     )
+
+
+def _pools(fleet: Fleet, model_id: str) -> list[str]:
+    """List the model's pools, but for those that are reserved for other tenants."""
+    tenant = caller().tenant
+    return [
+        pool
+        for pool in fleet.pools_of(model_id)
+        if not fleet.pools[pool].tenants or tenant in fleet.pools[pool].tenants
+    ]
 
 
 def _version_view(served: Model, version: ModelVersion) -> schemas.ModelVersion:
@@ -120,8 +137,12 @@ def _version_view(served: Model, version: ModelVersion) -> schemas.ModelVersion:
 def _defaults(fleet: Fleet, model_id: str, tier: str) -> schemas.ModelDefaults:
     """Show the model's defaults in the tier."""
     model = fleet.models[model_id]
-    guidance = model.tiers.get(tier, ModelTier()).default_guidance
+    own = model.tiers.get(tier, ModelTier())
+    guidance = own.default_guidance
     return schemas.ModelDefaults(
         default_steps=fleet.default_steps(model_id, tier),
         default_guidance=model.default_guidance if guidance is None else guidance,
+        default_sampler=own.default_sampler or model.default_sampler,
+        version=own.version,
+        adapters=[adapter.name for adapter in own.adapters],
     )

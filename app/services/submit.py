@@ -163,7 +163,7 @@ def resolve(runtime: Runtime, caller: Caller, requested: RequestedParams) -> Res
     Raises InvalidImageRequest, which names the field, and Forbidden.
     """
     try:
-        resolved = runtime.resolve(requested)
+        resolved = runtime.resolve(requested, runtime.asker(caller))
     except InvalidParam as error:
         raise invalid_param(error) from None
     quotas.check_allowed(caller, resolved)
