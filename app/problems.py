@@ -56,7 +56,7 @@ from typing import Any, Self, Unpack
 
 from app.schemas import problems as schemas
 from app.schemas.problems import FieldError, ProblemFacts
-from policy.catalog import InvalidParam
+from policy.refusals import InvalidParam
 
 MOST_NAMED = 5  # wrong fields in OpenAI's one message
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}

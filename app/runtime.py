@@ -3,10 +3,12 @@
 import secrets
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 from sqlalchemy import Engine
 
 from app.caller import Caller
+from app.live.abilities import Abilities
 from app.live.cache import Cache
 from app.live.capacity import Capacity
 from app.live.forecast import QueueForecaster
@@ -28,8 +30,8 @@ from edges.objectstore import ObjectStore
 from edges.outbound import Outbound
 from edges.progress import Endings, JobSignals
 from models.database import make_engine
-from policy import connections
-from policy.catalog import resolve
+from policy import connections, warnings
+from policy.catalog import capabilities_of, resolve
 from policy.fleet import Fleet
 from policy.limits import NAMES_VERSIONS
 from policy.params import RequestedParams, Resolved
@@ -54,6 +56,7 @@ class Runtime:
     events: JobEventStreams
     outbound: Outbound
     keyring: Keyring
+    abilities: Abilities
     rates: Rates
     budgets: Budgets
     links: LinkSigner
@@ -75,11 +78,28 @@ class Runtime:
 
         A seed is drawn where none was asked for.
         """
-        return resolve(self.fleet, requested, default_seed=secrets.randbelow(2**32), asker=asker)
+        return resolve(
+            self.fleet,
+            requested,
+            default_seed=secrets.randbelow(2**32),
+            asker=asker,
+            known=self.abilities.known(),
+        )
 
     def asker(self, caller: Caller) -> Asker:
         """Tell what of the caller decides on version and pool."""
-        return Asker(caller.tenant, NAMES_VERSIONS in caller.scopes, self.forecaster.live_pool)
+        return Asker(
+            tenant=caller.tenant,
+            models=caller.limits.allowed_models,
+            may_name_versions=NAMES_VERSIONS in caller.scopes,
+            live=self.forecaster.live_pool,
+        )
+
+    def expected_warnings(self, job: Resolved) -> list[dict[str, Any]]:
+        """List the parts of the job that are known to have no effect."""
+        model = self.fleet.models[job.model].of_version(job.model_version)
+        able = capabilities_of(self.abilities.known(), model, job)
+        return warnings.expected(model, job, able)
 
 
 def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:
@@ -124,6 +144,7 @@ def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:
         ),
         outbound=Outbound(settings.outbound_allowed_networks),
         keyring=keyring,
+        abilities=Abilities(aside, refresher),
         rates=Rates(settings.handoff_url),
         budgets=Budgets(settings.handoff_url),
         links=LinkSigner(settings.api_key_pepper.get_secret_value(), ttl_s=settings.presign_ttl_s),

@@ -48,8 +48,10 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import Tensor, nn
 from torch.nn import functional
 
+from engine.capabilities import AdapterFacts
 from engine.config import AdapterSpec
 from engine.errors import CheckpointCorrupt, EngineError, UnsupportedRequest
+from engine.inspection import trigger_words
 from engine.request import AdapterUse
 
 MAX_STRENGTH = 10.0
@@ -103,10 +105,7 @@ class AdapterBank:
             for spec in specs
         }
         self.slots = min(slots, len(specs))
-        self.rank = max(
-            (update.rank for file in self._files.values() for update in file.updates.values()),
-            default=0,
-        )
+        self.rank = max((file.rank for file in self._files.values()), default=0)
         self.hits = 0
         self.misses = 0
         self.evictions = 0
@@ -147,6 +146,13 @@ class AdapterBank:
     def names(self) -> list[str]:
         """Return the names of all adapters that may be used."""
         return list(self._files)
+
+    def describe(self) -> dict[str, AdapterFacts]:
+        """Tell of each adapter what its file says of it."""
+        return {
+            name: AdapterFacts(rank=file.rank, trigger_words=file.trigger_words)
+            for name, file in self._files.items()
+        }
 
     def digest(self, name: str) -> str:
         """Give the sha256 of the adapter's file, hex."""
@@ -408,6 +414,12 @@ class AdapterFile:
 
     sha256: str
     updates: Mapping[LayerName, Update]
+    trigger_words: tuple[str, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """Return its largest rank."""
+        return max((update.rank for update in self.updates.values()), default=0)
 
 
 def read_adapter(
@@ -430,7 +442,7 @@ def read_adapter(
     except ValueError as problem:
         raise UnsupportedRequest("adapters", f"{spec.name!r} {problem}") from problem
     _check_finite(spec, updates, dtype)
-    return AdapterFile(sha256, updates)
+    return AdapterFile(sha256, updates, trigger_words(_header_facts(data)))
 
 
 def _verified(spec: AdapterSpec) -> tuple[bytes, str]:
@@ -622,10 +634,14 @@ def _training_facts(data: bytes) -> dict[str, Any]:
 
     {} where it did not.
     """
+    facts: dict[str, Any] = json.loads(_header_facts(data).get("lora_adapter_metadata", "{}"))
+    return facts
+
+
+def _header_facts(data: bytes) -> dict[str, str]:
+    """Give what the file's maker wrote into its header."""
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    facts: dict[str, Any] = json.loads(
-        header.get("__metadata__", {}).get("lora_adapter_metadata", "{}")
-    )
+    facts: dict[str, str] = header.get("__metadata__", {})
     return facts
 
 

@@ -19,6 +19,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from engine.capabilities import Capabilities
 from engine.checkpoints import LoadedCheckpoints
 from engine.conditioning import ConditioningCache
 from engine.config import CheckpointSpec, EngineConfig
@@ -338,6 +339,10 @@ class Engine:
     def warm_up_s(self) -> float:
         """Return the seconds that warming up all checkpoints took."""
         return self._loop.warm_up_s
+
+    def capabilities(self, checkpoint: str) -> Capabilities:
+        """Tell what may be asked of this checkpoint. Raises `UnknownCheckpoint`."""
+        return self._checkpoints.find(checkpoint).capabilities
 
     def fingerprint(self, checkpoint: str, bucket_rows: int | None = None) -> Fingerprint:
         """Give what besides a plain request can change a bit of an image of this checkpoint."""

@@ -493,6 +493,7 @@ _TEXT_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048:
 _FAMILIES = {"Stable Diffusion 1.x": "sd", "Stable Diffusion 2.x": "sd", "SDXL": "sdxl"}
 _FAMILIES |= {"Stable Diffusion 3": "sd3", "FLUX.1": "flux"}
 MOST_TRIGGER_WORDS = 8
+MOST_TRIGGER_CHARS = 128
 
 
 def _is_adapter(header: Header) -> bool:
@@ -535,7 +536,7 @@ def _adapter(path: Path, header: Header) -> Inspection:
         missing=tuple(f"it is a {name}, and those are not read" for name in strange),
         rank=max((tensor.shape[0] for _, tensor in downs), default=None),
         num_layers=len(downs),
-        trigger_words=_trigger_words(header.metadata),
+        trigger_words=trigger_words(header.metadata),
     )
 
 
@@ -588,18 +589,20 @@ def _base_by_layers(tensors: Mapping[str, TensorHeader]) -> str:
     return _TEXT_WIDTHS.get(widths.most_common(1)[0][0], "") if widths else ""
 
 
-def _trigger_words(notes: Mapping[str, str]) -> tuple[str, ...]:
+def trigger_words(notes: Mapping[str, str]) -> tuple[str, ...]:
     """Return the words that call an adapter up, the most frequent in front.
 
     They are what its trainer wrote down: a phrase, else the tags of its pictures.
     """
     phrase = notes.get("modelspec.trigger_phrase", "").strip()
     if phrase:
-        return (phrase,)
+        return (phrase[:MOST_TRIGGER_CHARS],)
     counts: Counter[str] = Counter()
     try:
         for tags in json.loads(notes.get("ss_tag_frequency", "{}")).values():
             counts.update({str(tag).strip(): int(count) for tag, count in tags.items()})
     except (ValueError, TypeError, AttributeError):
         return ()
-    return tuple(tag for tag, _ in counts.most_common(MOST_TRIGGER_WORDS) if tag)
+    return tuple(
+        tag[:MOST_TRIGGER_CHARS] for tag, _ in counts.most_common(MOST_TRIGGER_WORDS) if tag
+    )

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from engine.acceleration import accelerate
 from engine.adapters import AdapterBank
 from engine.blockcache import BlockCache
+from engine.capabilities import Capabilities
 from engine.config import CheckpointSpec
 from engine.device import Device
 from engine.errors import CheckpointCorrupt, UnsupportedRequest
@@ -48,6 +49,15 @@ class LoadedCheckpoint:
     def adapted(self, per_row: Sequence[tuple[AdapterUse, ...]]) -> AbstractContextManager[None]:
         """Apply the adapters `per_row[i]` to row i of every forward made within this context."""
         return nullcontext() if self.adapters is None else self.adapters.rows(per_row)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Tell what may be asked of it, its adapters and sizes included."""
+        return replace(
+            self.family.capabilities,
+            sizes=tuple(f"{width_px}x{height_px}" for width_px, height_px in self.spec.sizes),
+            adapters={} if self.adapters is None else self.adapters.describe(),
+        )
 
     def adapter_facts(self, request: ImageRequest) -> list[dict[str, Any]]:
         """Give the request's adapters by name, digest and strength: part of its fingerprint."""

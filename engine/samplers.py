@@ -28,7 +28,7 @@ from typing import Any, cast
 
 import torch
 
-from engine.errors import UnsupportedRequest
+from engine.capabilities import SamplerLimits
 from engine.tensors import Sampler
 
 
@@ -93,20 +93,19 @@ FLOW_SAMPLERS: dict[str, Recipe] = {
 }
 
 
-def check_sampler(
-    name: str, num_steps: int, config: Mapping[str, Any], allowed: Mapping[str, Recipe] = SAMPLERS
-) -> None:
-    """Raise `UnsupportedRequest` for a sampler that is not allowed.
-
-    Also for more steps than its schedule has. Plain numbers only.
-    """
-    if name not in allowed:
-        raise UnsupportedRequest("sampler", f"{name!r} is none of {', '.join(allowed)}")
-    most = int(config.get("num_train_timesteps", 1000))
-    if allowed[name].is_distilled:
-        most = min(most, int(config.get("original_inference_steps", 50)))
-    if not 1 <= num_steps <= most:
-        raise UnsupportedRequest("num_steps", f"{num_steps} is not within 1..{most} for {name}")
+def sampler_limits(
+    config: Mapping[str, Any], recipes: Mapping[str, Recipe] = SAMPLERS
+) -> dict[str, SamplerLimits]:
+    """Tell what each sampler takes with the schedule of this scheduler config."""
+    schedule = int(config.get("num_train_timesteps", 1000))
+    distilled = min(schedule, int(config.get("original_inference_steps", 50)))
+    return {
+        name: SamplerLimits(
+            max_steps=distilled if recipe.is_distilled else schedule,
+            takes_picture=not recipe.starts_from_noise_only,
+        )
+        for name, recipe in recipes.items()
+    }
 
 
 def fresh_sampler(name: str, config: Mapping[str, Any]) -> Sampler:

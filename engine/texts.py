@@ -30,11 +30,11 @@ def cut_off(field: str, text: str, readers: Sequence[tuple[Any, int]]) -> Unread
     furthest: UnreadText | None = None
     for tokenizer, length in readers:
         given = _count(tokenizer, text)
-        room = max(0, length - int(tokenizer.num_special_tokens_to_add()))
-        if given <= room:
+        read = room(tokenizer, length)
+        if given <= read:
             return None
-        if furthest is None or room > furthest.tokens_read:
-            furthest = UnreadText(field=field, tokens_given=given, tokens_read=room)
+        if furthest is None or read > furthest.tokens_read:
+            furthest = UnreadText(field=field, tokens_given=given, tokens_read=read)
     return furthest
 
 
@@ -45,6 +45,11 @@ def ignored(field: str, text: str, readers: Sequence[tuple[Any, int]]) -> Unread
         tokens_given=max((_count(tokenizer, text) for tokenizer, _ in readers), default=0),
         tokens_read=0,
     )
+
+
+def room(tokenizer: Any, length: int) -> int:
+    """Give the tokens of a text that fit into `length`, beside those that frame it."""
+    return max(0, length - int(tokenizer.num_special_tokens_to_add()))
 
 
 def _count(tokenizer: Any, text: str) -> int:

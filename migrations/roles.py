@@ -94,6 +94,7 @@ GRANTS: dict[str, tuple[May, ...]] = {
         May("learnt_costs", "SELECT"),
         May("learnt_etas", "SELECT"),
         May("workers", "SELECT"),
+        May("capabilities", "SELECT"),
         May("webhook_endpoints", "SELECT, INSERT, UPDATE"),
         May("webhook_secrets", "SELECT", but=("secret",)),
         May("webhook_secrets", "INSERT"),
@@ -107,6 +108,7 @@ GRANTS: dict[str, tuple[May, ...]] = {
         May("jobs", "SELECT"),
         May("attempts", "INSERT"),
         May("workers", "INSERT, UPDATE, DELETE"),
+        May("capabilities", "SELECT, INSERT, UPDATE"),
         May("learnt_costs", "SELECT, INSERT, UPDATE"),
     ),
     "results": (

@@ -1,12 +1,14 @@
 """Resolve the parameters of a request to complete parameters, before anything is written.
 
-Pure: no clock, no randomness of its own (the caller hands a seed and a draw), so a resolved job can
+Pure: no clock, no randomness of its own (the caller hands a seed), so a resolved job can
 be replayed from its row.
 """
 
 import math
 from typing import Any, TypeVar
 
+from policy import capabilities
+from policy.capabilities import Capabilities, Known
 from policy.fleet import (
     MAX_ADAPTER_STRENGTH,
     MAX_ADAPTERS,
@@ -20,6 +22,7 @@ from policy.fleet import (
     parse_size,
 )
 from policy.params import PARAMS, PassThrough, RequestedParams, Resolved
+from policy.refusals import InvalidParam, one_of, within
 from policy.routing import (
     ANYBODY,
     Asker,
@@ -38,28 +41,42 @@ DEFAULT_STRENGTH = 0.8
 FLOW_FAMILIES: tuple[Family, ...] = ("sd3", "flux")
 NOISE_ONLY_SAMPLERS = ("flow_dpmpp_2m", "flow_unipc")
 
-Number = TypeVar("Number", int, float)
 Value = TypeVar("Value")
 
 
-class InvalidParam(Exception):
-    """No worker could ever render the field; `accepted` says what would be accepted."""
-
-    def __init__(self, field: str, detail: str, accepted: object = None) -> None:
-        super().__init__(f"{field}: {detail}")
-        self.field = field
-        self.detail = detail
-        self.accepted = accepted
-
-
 def resolve(
-    fleet: Fleet, requested: RequestedParams, *, default_seed: int, asker: Asker = ANYBODY
+    fleet: Fleet,
+    requested: RequestedParams,
+    *,
+    default_seed: int,
+    asker: Asker = ANYBODY,
+    known: Known | None = None,
 ) -> Resolved:
     """Fill in what was not said and refuse what cannot be served.
 
     default_seed: used when the request names none.  asker: who asks, by which version and pool are
-    chosen.  Raises InvalidParam, which names the field.
+    chosen.  known: what checkpoints can do, of those that a worker has loaded.  Raises
+    InvalidParam, which names the field.
     """
+    job = _by_catalogue(fleet, requested, default_seed, asker)
+    model = fleet.models[job.model]
+    able = capabilities_of(known or {}, model, job)
+    if able is not None:
+        max_batch_rows = fleet.pools[job.pool].max_batch_rows
+        capabilities.check_fits(able, model, job, max_batch_rows=max_batch_rows)
+    return job
+
+
+def capabilities_of(known: Known, model: Model, job: Resolved) -> Capabilities | None:
+    """Find what the job's checkpoint can do; None if no worker has loaded it yet."""
+    checkpoint = checkpoint_name(job.model, job.model_version)
+    return capabilities.of_version(known, checkpoint, model)
+
+
+def _by_catalogue(
+    fleet: Fleet, requested: RequestedParams, default_seed: int, asker: Asker
+) -> Resolved:
+    """Resolve by the catalogue alone."""
     model_name, named_version = _model(fleet, requested, asker)
     model_id = fleet.model_ids[model_name]
     tier_id = _tier(fleet, requested, model_id, asker)
@@ -68,13 +85,13 @@ def resolve(
     own = model.tiers.get(tier_id, ModelTier())
     _check_text(model, requested)
     sizes = fleet.sizes_of(model_id, tier_id)
-    size = _one_of("size", _first(requested.size, sizes[0]), sizes)
+    size = one_of("size", _first(requested.size, sizes[0]), sizes)
     width_px, height_px = parse_size(size)
-    num_images = _within("n", requested.n, 1, tier.max_images, f"tier {tier_id}")
+    num_images = within("n", requested.n, 1, tier.max_images, f"tier {tier_id}")
     steps = _first(requested.steps, fleet.default_steps(model_id, tier_id))
     guidance = _first(requested.guidance, own.default_guidance, model.default_guidance)
     default_sampler = _first(own.default_sampler, model.default_sampler)
-    sampler = _one_of("sampler", _first(requested.sampler, default_sampler), model.samplers)
+    sampler = one_of("sampler", _first(requested.sampler, default_sampler), model.samplers)
     _check_sampler_fits(sampler, model, requested)
     version = _version(fleet, model_id, tier_id, named_version, asker)
     return Resolved(
@@ -85,8 +102,8 @@ def resolve(
         tier=tier_id,
         width_px=width_px,
         height_px=height_px,
-        num_steps=_within("steps", steps, 1, tier.max_steps, f"tier {tier_id}"),
-        guidance=_within("guidance", guidance, 0.0, model.max_guidance, f"model {model_id}"),
+        num_steps=within("steps", steps, 1, tier.max_steps, f"tier {tier_id}"),
+        guidance=within("guidance", guidance, 0.0, model.max_guidance, f"model {model_id}"),
         sampler=sampler,
         seed=_seed(requested, default_seed, num_images),
         num_images=num_images,
@@ -105,18 +122,18 @@ def _model(fleet: Fleet, requested: RequestedParams, asker: Asker) -> tuple[str,
     name, version = _split(fleet, said)
     model = fleet.model_ids.get(name)
     if model is None or not tiers_for(fleet, model=model, tenant=asker.tenant):
-        _one_of("model", said, offered_names(fleet, asker.tenant))
+        one_of("model", said, offered_names(fleet, asker))
         raise AssertionError("an offered model is found")
     if version is None:
         return name, None
     if not asker.may_name_versions:
-        offered = offered_names(fleet, asker.tenant)
+        offered = offered_names(fleet, asker)
         detail = (
             f"{said[:64]!r} names a version, which only a key with the scope `versions` may;"
             f" accepted: {', '.join(offered)}"
         )
         raise InvalidParam("model", detail, list(offered))
-    _one_of(
+    one_of(
         "model", said, tuple(checkpoint_name(name, each) for each in fleet.models[model].as_served)
     )
     return name, version
@@ -128,18 +145,19 @@ def _split(fleet: Fleet, said: str) -> tuple[str, str | None]:
     return (name, version) if mark and said not in fleet.model_ids else (said, None)
 
 
-def offered_names(fleet: Fleet, tenant: str) -> tuple[str, ...]:
-    """List the ids and aliases of the models that some pool may render for this tenant."""
+def offered_names(fleet: Fleet, asker: Asker) -> tuple[str, ...]:
+    """List the ids and aliases of the models that this tenant may use and some pool may render."""
     return tuple(
         name
         for name, model in fleet.model_ids.items()
-        if tiers_for(fleet, model=model, tenant=tenant)
+        if (asker.models is None or model in asker.models)
+        and tiers_for(fleet, model=model, tenant=asker.tenant)
     )
 
 
 def _tier(fleet: Fleet, requested: RequestedParams, model: str, asker: Asker) -> str:
     """Return the tier; by default the first one in which the model is served."""
-    tier = _one_of("tier", _first(requested.tier, fleet.default_tier()), tuple(fleet.tiers))
+    tier = one_of("tier", _first(requested.tier, fleet.default_tier()), tuple(fleet.tiers))
     served = tiers_for(fleet, model=model, tenant=asker.tenant)
     if tier in served:
         return tier
@@ -155,12 +173,12 @@ def _version(fleet: Fleet, model: str, tier: str, named: str | None, asker: Aske
     chosen = named or fleet.models[model].tiers.get(tier, ModelTier()).version
     if chosen is not None:
         names = tuple(checkpoint_name(model, version.id) for version in served)
-        _one_of("model", checkpoint_name(model, chosen), names)
+        one_of("model", checkpoint_name(model, chosen), names)
         return chosen
     drawn = [version for version in served if version.traffic_weight > 0]
     if not drawn:
         detail = f"no version of {model} is offered in tier {tier}"
-        raise InvalidParam("model", detail, list(offered_names(fleet, asker.tenant)))
+        raise InvalidParam("model", detail, list(offered_names(fleet, asker)))
     return choose_version(fleet, drawn, model=model, tier=tier, asker=asker).id
 
 
@@ -228,7 +246,7 @@ def _strength(model: Model, requested: RequestedParams, num_steps: int) -> float
         return None
     strength = _first(requested.strength, DEFAULT_STRENGTH if requested.mask is None else 1.0)
     least = math.ceil(10_000 / num_steps) / 10_000  # below that no step is left
-    return _within("strength", strength, least, 1.0, f"{num_steps} steps")
+    return within("strength", strength, least, 1.0, f"{num_steps} steps")
 
 
 def _passed_through(model: Model, model_id: str, requested: RequestedParams) -> dict[str, Any]:
@@ -247,7 +265,7 @@ def _check_rule(field: str, rule: PassThrough, value: Any, model: Model, model_i
     if rule.families is not None and model.family not in rule.families:
         raise InvalidParam(field, rule.unfit.format(model=model_id))
     if rule.choices is not None:
-        _one_of(field, value, rule.choices)
+        one_of(field, value, rule.choices)
     _check_range(field, value, rule.low, rule.high)
 
 
@@ -255,7 +273,7 @@ def _check_range(field: str, value: Any, low: float | None, high: float | None) 
     """Refuse what is outside; None: that side has no end."""
     by = "every model that takes it"
     if low is not None and high is not None:
-        _within(field, value, low, high, by)
+        within(field, value, low, high, by)
     elif low is not None and not value >= low:
         raise InvalidParam(field, f"must be at least {low} ({by})", {"min": low})
     elif high is not None and not value <= high:
@@ -273,33 +291,21 @@ def _adapters(
     for place, adapter in enumerate(requested.adapters):
         if not model.adapters:
             raise InvalidParam("adapters", f"are not offered by model {model_id}", [])
-        _one_of(f"adapters/{place}/name", adapter.name, tuple(model.adapters))
+        one_of(f"adapters/{place}/name", adapter.name, tuple(model.adapters))
         if adapter.name in names[:place]:
             left = [name for name in model.adapters if name not in names]
             detail = f"names {adapter.name!r} again; each adapter is accepted once"
             raise InvalidParam(f"adapters/{place}/name", detail, left)
         field = f"adapters/{place}/strength"
         most = MAX_ADAPTER_STRENGTH
-        _within(field, adapter.strength, -most, most, "every adapter")
-    strengths = {adapter.name: adapter.strength for adapter in (*own.adapters, *requested.adapters)}
+        within(field, adapter.strength, -most, most, "every adapter")
+    strengths = {adapter.name: adapter.strength for adapter in own.adapters}
+    strengths |= {adapter.name: adapter.strength for adapter in requested.adapters}
     if len(strengths) > MAX_ADAPTERS:
         most = MAX_ADAPTERS - len(own.adapters)
         detail = f"has {len(names)} entries; at most {most} are accepted beside those of the tier"
         raise InvalidParam("adapters", detail, {"max": most})
     return [{"name": name, "strength": strengths[name]} for name in strengths] or None
-
-
-def _one_of(field: str, value: str, accepted: tuple[str, ...]) -> str:
-    if value not in accepted:
-        detail = f"{value[:64]!r} is not offered; accepted: {', '.join(accepted)}"
-        raise InvalidParam(field, detail, list(accepted))
-    return value
-
-
-def _within(field: str, value: Number, low: Number, high: Number, by: str) -> Number:
-    if not low <= value <= high:
-        raise InvalidParam(field, f"must be from {low} to {high} ({by})", {"min": low, "max": high})
-    return value
 
 
 def _first(*options: Value | None) -> Value:

@@ -37,6 +37,11 @@ Precision = Literal["fp32", "bf16", "fp16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 # Whose transformer can leave out later blocks.
 BLOCK_CACHE_FAMILIES: tuple[Family, ...] = ("sd3", "flux")
+# Arguments of its pipeline's call that a native family takes as options of the model.
+OPTIONS_OF: Mapping[Family, tuple[str, ...]] = {
+    "sd3": ("max_sequence_length",),
+    "flux": ("max_sequence_length", "true_cfg_scale"),
+}
 # Any diffusers pipeline: what it makes of its arguments is not known here.
 OPEN_FAMILIES: tuple[Family, ...] = ("pipeline", "plain")
 
@@ -193,7 +198,7 @@ class Model(_Table):
     family: Family
     # Families pipeline and plain: the diffusers class; "": the one that the checkpoint names.
     pipeline_class: str = ""
-    # Families pipeline and plain: arguments of every call.
+    # Families pipeline and plain: arguments of every call; of sd3 and flux see OPTIONS_OF.
     options: dict[OptionName, OptionValue] = Field(default_factory=dict)
     adapters: dict[ModelName, Adapter] = Field(default_factory=dict)
     # The largest rank of an adapter; device memory grows with it only where one has it.
@@ -545,14 +550,9 @@ def _contradictions_of_model(fleet: Fleet, name: str, model: Model) -> list[str]
         problems.append(f"{place}: must be in a pool, is in none")
     if model.default_sampler not in model.samplers:
         problems.append(f"{place}.default_sampler: must be one of samplers")
-    open_keys = {
-        "pipeline_class": model.pipeline_class,
-        "options": model.options,
-        "versions.*.options": any(version.options for version in model.versions),
-    }
-    for key, is_given in open_keys.items():
-        if is_given and model.family not in OPEN_FAMILIES:
-            problems.append(f"{place}.{key}: means nothing to family {model.family!r}")
+    if model.pipeline_class and model.family not in OPEN_FAMILIES:
+        problems.append(f"{place}.pipeline_class: means nothing to family {model.family!r}")
+    problems += _meaningless_options(place, model)
     if not model.guidance_distilled and model.family != "flux":
         problems.append(f"{place}.guidance_distilled: means nothing to family {model.family!r}")
     if model.block_cache_threshold and model.family not in BLOCK_CACHE_FAMILIES:
@@ -566,6 +566,21 @@ def _contradictions_of_model(fleet: Fleet, name: str, model: Model) -> list[str]
     if not any(version.traffic_weight for version in model.versions):
         problems.append(f"{place}.versions: no version has a traffic_weight above 0")
     return problems + _contradictions_of_tiers(fleet, name, model)
+
+
+def _meaningless_options(place: str, model: Model) -> list[str]:
+    """Tell of options, the model's and its versions', that the family does not take."""
+    if model.family in OPEN_FAMILIES:
+        return []
+    options = {f"{place}.options": model.options}
+    for nth, version in enumerate(model.versions):
+        options[f"{place}.versions.{nth}.options"] = version.options or {}
+    return [
+        f"{key}.{option}: means nothing to family {model.family!r}"
+        for key, given in options.items()
+        for option in given
+        if option not in OPTIONS_OF.get(model.family, ())
+    ]
 
 
 def _contradictions_of_tiers(fleet: Fleet, name: str, model: Model) -> list[str]:
@@ -628,6 +643,17 @@ def most_rows_of_an_image(model: Model) -> int:
 
     Guidance takes a second one, unless the network takes it as an input, or it never acts.
     """
-    takes_guidance_as_input = model.family == "flux" and model.guidance_distilled
+    if model.family == "flux" and model.guidance_distilled:
+        scales = map(true_cfg_scale, model.as_served.values())
+        return 2 if max(scales) > 1 else 1
     is_never_guided = model.family not in OPEN_FAMILIES and model.max_guidance <= 1
-    return 1 if takes_guidance_as_input or is_never_guided else 2
+    return 1 if is_never_guided else 2
+
+
+def true_cfg_scale(model: Model) -> float:
+    """Return the scale of classifier-free guidance that a distilled network gets on top; 1: none.
+
+    What is no number the worker refuses when it loads the model.
+    """
+    scale = model.options.get("true_cfg_scale", 1.0)
+    return float(scale) if isinstance(scale, int | float) else 1.0

@@ -38,10 +38,12 @@ def _everything_is_served(pool: str) -> LivePool:
 class Asker:
     """Who sends a request, as far as it decides on version and pool.
 
-    tenant: its name.  may_name_versions: its key has the scope for it.  live: looks at a pool.
+    tenant: its name.  models: that it may use; None: all.  may_name_versions: its key has the scope
+    for it.  live: looks at a pool.
     """
 
     tenant: str = ""
+    models: Collection[str] | None = None
     may_name_versions: bool = False
     live: Callable[[str], LivePool] = _everything_is_served
 

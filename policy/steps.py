@@ -7,7 +7,7 @@ and progress. tests/engine/test_steps.py compares the two.
 from dataclasses import dataclass
 from typing import Protocol
 
-from policy.fleet import OPEN_FAMILIES, Family, Fleet, Model
+from policy.fleet import OPEN_FAMILIES, Family, Fleet, Model, true_cfg_scale
 from policy.params import Resolved
 
 # Pipelines of flow matching round steps up; those of noise prediction round down.
@@ -75,7 +75,9 @@ def rows_taken(model: Model, *, guidance: float, negative_prompt: str) -> int:
     catalogue that guides is told to every call.
     """
     scale: float = guidance
-    if model.family == "flux" and (model.guidance_distilled or not negative_prompt):
+    if model.family == "flux" and model.guidance_distilled:
+        scale = true_cfg_scale(model)
+    elif model.family == "flux" and not negative_prompt:
         scale = 1.0
     elif model.family in OPEN_FAMILIES:
         said = model.options.get("true_cfg_scale", model.options.get("guidance_scale", guidance))

@@ -230,7 +230,7 @@ class Renderer:
             owner=str(job.tenant_id),
             checkpoint=checkpoint_name(job.model, job.model_version),
             rank=self.fleet.tier_or_retired(job.tier).rank,
-            **_rendering(job, index, pictures),
+            **rendering(job, index, pictures),
         )
 
     def _warn(self, lease: Lease, unread: tuple[UnreadText, ...]) -> None:
@@ -416,7 +416,7 @@ def _release_of(held: HeldLease) -> RenderResult:
     return RenderResult(End.LOST if held.is_lost else End.LEAVING)
 
 
-def _rendering(job: Job, index: int, pictures: Mapping[str, Picture]) -> dict[str, Any]:
+def rendering(job: Job, index: int, pictures: Mapping[str, Picture]) -> dict[str, Any]:
     """Name one image's parameters as ImageRequest does; leave out those that are None."""
     given = {
         param.engine_field: getattr(job, param.name)

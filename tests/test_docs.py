@@ -20,12 +20,13 @@ from app.spec.operations import OPERATIONS
 from cli.main import darkroom
 from fleet.stack import Stack
 from policy import warnings
-from policy.catalog import InvalidParam, resolve
+from policy.catalog import resolve
 from policy.cost import price
 from policy.failures import FailureCode
 from policy.fleet import Adapter, Fleet, Model, ModelTier, ModelVersion, Pool, Tier, parse_fleet
 from policy.limits import LIMITS, SCOPES
 from policy.params import RequestedParams
+from policy.refusals import InvalidParam
 from policy.states import JobState
 from policy.webhooks import EVENTS
 from settings import REPO

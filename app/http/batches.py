@@ -21,7 +21,7 @@ from app.schemas import jobs as schemas
 from app.schemas.bodies import MAX_JOBS
 from app.services.batches import BatchAnswer, BatchJob, Item, submit_batch
 from app.services.submit import JobRequest
-from policy.catalog import InvalidParam
+from policy.refusals import InvalidParam
 
 bp = Blueprint("batches", __name__)
 bp.before_request(require_key)

@@ -27,8 +27,8 @@ from app.schemas.bodies import (
     JobBody,
 )
 from app.services.submit import JobRequest
-from policy.catalog import InvalidParam
 from policy.params import ASKED, PICTURES, RequestedAdapter, RequestedParams
+from policy.refusals import InvalidParam
 from policy.text import is_human
 
 Body = TypeVar("Body", bound=BaseModel)

@@ -10,8 +10,10 @@ from app.http.auth import require_key
 from app.http.context import caller, runtime
 from app.problems import ModelNotFound
 from app.schemas import catalog as schemas
+from policy import capabilities
+from policy.capabilities import Capabilities
 from policy.catalog import offered_names
-from policy.fleet import Fleet, Model, ModelTier, ModelVersion
+from policy.fleet import Fleet, Model, ModelTier, ModelVersion, checkpoint_name
 from policy.formats import FORMATS
 from policy.routing import tiers_for
 
@@ -48,13 +50,7 @@ def list_tiers() -> ResponseReturnValue:
 
 
 def _usable_names(fleet: Fleet) -> list[str]:
-    offered = offered_names(fleet, caller().tenant)
-    return [name for name in offered if _may_use_model(fleet.model_ids[name])]
-
-
-def _may_use_model(name: str) -> bool:
-    allowed = caller().limits.allowed_models
-    return allowed is None or name in allowed
+    return list(offered_names(fleet, runtime().asker(caller())))
 
 
 def _may_use_tier(name: str) -> bool:
@@ -96,6 +92,7 @@ def _model_view(fleet: Fleet, name: str) -> schemas.Model:
         precision=model.precision,
         sizes=list(model.sizes),
         samplers=list(model.samplers),
+        adapters=list(model.adapters),
         default_sampler=model.default_sampler,
         max_guidance=model.max_guidance,
         max_prompt_chars=model.max_prompt_chars,
@@ -103,7 +100,8 @@ def _model_view(fleet: Fleet, name: str) -> schemas.Model:
         pool=pools[0],
         pools=pools,
         versions=[
-            _version_view(model.of_version(version.id), version) for version in model.versions
+            _version_view(model_id, model.of_version(version.id), version)
+            for version in model.versions
         ],
         tiers={
             tier: _defaults(fleet, model_id, tier)
@@ -124,13 +122,41 @@ def _pools(fleet: Fleet, model_id: str) -> list[str]:
     ]
 
 
-def _version_view(served: Model, version: ModelVersion) -> schemas.ModelVersion:
+def _version_view(model_id: str, served: Model, version: ModelVersion) -> schemas.ModelVersion:
     """Show one version. served: the model as this version serves it."""
+    checkpoint = checkpoint_name(model_id, version.id)
+    able = capabilities.of_version(runtime().abilities.known(), checkpoint, served)
     return schemas.ModelVersion(
         id=version.id,
         traffic_weight=version.traffic_weight,
         precision=served.precision,
         licence=served.licence,
+        capabilities=None if able is None else _capabilities_view(served, able),
+    )
+
+
+def _capabilities_view(served: Model, able: Capabilities) -> schemas.Capabilities:
+    """Show what the version can do, of what the catalogue offers."""
+    return schemas.Capabilities(
+        pictures=schemas.PictureNeeds(**able.pictures),
+        takes_strength=able.takes_strength,
+        negative_prompt=able.negative_prompt,
+        guidance=able.guidance,
+        max_clip_skip=able.max_clip_skip,
+        samplers={
+            name: schemas.SamplerLimits(
+                max_steps=limits.max_steps, takes_picture=limits.takes_picture
+            )
+            for name, limits in able.samplers.items()
+            if name in served.samplers
+        },
+        adapters={
+            name: schemas.AdapterFacts(rank=facts.rank, trigger_words=list(facts.trigger_words))
+            for name, facts in able.adapters.items()
+            if name in served.adapters
+        },
+        prompt_tokens=able.prompt_tokens,
+        sizes=[size for size in able.sizes if size in served.sizes],
     )
 
 

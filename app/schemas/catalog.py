@@ -5,6 +5,61 @@ from typing import Annotated, Literal
 from app.schemas.base import document, one_of, says
 from policy.formats import FORMATS
 
+Need = Annotated[
+    Literal["none", "optional", "required"], says("Whether the picture is taken, or needed.")
+]
+
+
+@document("What one sampler takes.")
+class SamplerLimits:
+    max_steps: Annotated[int, says("The most denoise steps; the tier may allow fewer.")]
+    takes_picture: Annotated[bool, says("Whether it can start from an `init_image`.")]
+
+
+@document("An adapter (LoRA), as its file describes it.")
+class AdapterFacts:
+    rank: Annotated[int, says("Its largest rank.")]
+    trigger_words: Annotated[
+        list[str], says("Words that call it up in a prompt; empty where its file names none.")
+    ]
+
+
+@document("Which pictures a request has to give, may give, and must not give.")
+class PictureNeeds:
+    init_image: Need
+    mask: Need
+    control_image: Need
+
+
+@document("What may be asked of a version of a model, as a worker that loaded it describes it.")
+class Capabilities:
+    pictures: Annotated[PictureNeeds, says("The pictures that it takes.")]
+    takes_strength: Annotated[bool, says("Whether `strength` may be other than 1.")]
+    negative_prompt: Annotated[
+        Literal["refused", "ignored", "guided", "used"],
+        says(
+            "`used`: has an effect; `guided`: has one with guidance above 1; `ignored`: is taken"
+            " without any effect; `refused`: is not taken."
+        ),
+    ]
+    guidance: Annotated[
+        Literal["ignored", "negated", "used"],
+        says(
+            "`used`: has an effect; `negated`: has one with a negative prompt; `ignored`: has none."
+        ),
+    ]
+    max_clip_skip: Annotated[int, says("The largest `clip_skip`; 0 where it has no effect.")]
+    samplers: Annotated[dict[str, SamplerLimits], says("The limits of each of its samplers.")]
+    adapters: Annotated[dict[str, AdapterFacts], says("Its adapters.")]
+    prompt_tokens: Annotated[
+        dict[str, int],
+        says(
+            "Tokens of a prompt that each text encoder reads; empty where the model's pipeline"
+            " decides."
+        ),
+    ]
+    sizes: Annotated[list[str], says("The sizes that it was seen to make.")]
+
 
 @document("A version of a model.")
 class ModelVersion:
@@ -12,6 +67,9 @@ class ModelVersion:
     traffic_weight: Annotated[float, says("Its share of new jobs, relative to the other versions.")]
     precision: Annotated[str, says("The number format that it computes in.")]
     licence: Annotated[str, says("The licence of its weights.")]
+    capabilities: Annotated[
+        Capabilities | None, says("What may be asked of it; null until a worker has loaded it.")
+    ]
 
 
 @document("The defaults of a model in a tier.")
@@ -40,6 +98,7 @@ class Model:
     precision: Annotated[str, says("The number format that it computes in.")]
     sizes: Annotated[list[str], says("The sizes of image that it makes.")]
     samplers: Annotated[list[str], says("The sampling methods that it offers.")]
+    adapters: Annotated[list[str], says("The adapters (LoRA) that it offers.")]
     default_sampler: Annotated[str, says("The sampler of a job that names none.")]
     max_guidance: Annotated[float, says("The largest guidance that it accepts.")]
     max_prompt_chars: Annotated[int, says("The longest prompt that it accepts, in characters.")]

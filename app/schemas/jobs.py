@@ -23,7 +23,7 @@ from policy.failures import FailureCode
 from policy.formats import FORMATS
 from policy.params import SHOWN
 from policy.states import ImageState, JobState
-from policy.warnings import IGNORED, TRUNCATED
+from policy.warnings import CODES
 
 State = Annotated[str, one_of(JobState)]
 OutputFormat = Annotated[str, one_of(FORMATS)]
@@ -37,7 +37,7 @@ class Adapter(TypedDict):
 
 @with_config(kept("A part of the request that has no effect; the job is served all the same."))
 class JobWarning(TypedDict):
-    code: Annotated[str, one_of((TRUNCATED, IGNORED)), says("The kind of warning.")]
+    code: Annotated[str, one_of(CODES), says("The kind of warning.")]
     field: Annotated[str, says("The field of the request that has no effect, or not all of it.")]
     detail: Annotated[str, says("The warning as a sentence.")]
     tokens_given: NotRequired[Annotated[int, says("How many tokens the text has.")]]

@@ -11,7 +11,6 @@ from app.runtime import Runtime
 from app.services import inputs, submit
 from app.services.inputs import Intake
 from app.services.submit import JobRequest
-from policy import warnings
 from policy.admission import Refusal
 from policy.cost import megapixel_steps, price
 from policy.params import Resolved
@@ -52,7 +51,7 @@ def estimate(runtime: Runtime, caller: Caller, asked: JobRequest) -> Estimate:
     return Estimate(
         params=resolved,
         start_within_s=deadline_s,
-        warnings=warnings.expected(fleet.models[resolved.model], resolved),
+        warnings=runtime.expected_warnings(resolved),
         megapixel_steps=megapixel_steps(fleet, resolved),
         device_s=device_s,
         cost=price(fleet, pool=resolved.pool, tier=resolved.tier, device_seconds=device_s),

@@ -22,9 +22,9 @@ from edges import telemetry
 from edges.limits import BudgetResult
 from models import files, usage
 from models.database import transaction
-from policy.catalog import InvalidParam
 from policy.limits import Limits, UsageTotals, exceeded_stock
 from policy.params import Resolved
+from policy.refusals import InvalidParam
 
 
 def check_allowed(caller: Caller, resolved: Resolved) -> None:

@@ -36,11 +36,10 @@ from models.accepting import AcceptedRow, NewJob
 from models.database import run_transaction, transaction
 from models.files import FileGone
 from models.idempotency import IdempotentRequest, StoredAnswer
-from policy import warnings
 from policy.admission import Refusal
-from policy.catalog import InvalidParam
 from policy.cost import megapixel_steps
 from policy.params import PICTURES, RequestedParams, Resolved
+from policy.refusals import InvalidParam
 from policy.release import ReleaseHint, ReleaseLimits
 from policy.steps import denoising_of
 
@@ -222,7 +221,7 @@ def price_and_admit(
         megapixel_steps=megapixel_steps(fleet, resolved),
         steps_per_image=denoising_of(fleet, resolved).steps,
         tenant_metadata=prepared.metadata,
-        warnings=warnings.expected(fleet.models[resolved.model], resolved),
+        warnings=runtime.expected_warnings(resolved),
         replay_of=prepared.replay_of,
     )
     return new, expected

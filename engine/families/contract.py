@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from engine.capabilities import Capabilities
 from engine.config import CheckpointSpec
 from engine.inflight import InFlight
 from engine.previews import Projector
@@ -88,8 +89,15 @@ class Family(Protocol):
 
     # --- of a request, from any thread, without tensors ---
 
+    @property
+    def capabilities(self) -> Capabilities:
+        """Tell what may be asked of this checkpoint; the same for as long as it is loaded."""
+
     def check(self, request: ImageRequest) -> None:
-        """Raise `UnsupportedRequest`, naming the field, for what this checkpoint cannot render."""
+        """Raise `UnsupportedRequest`, naming the field, for what this checkpoint cannot render.
+
+        Judges by `capabilities`, and by what only the request's own values tell.
+        """
 
     def rows(self, request: ImageRequest) -> int:
         """Tell the rows of a forward this image takes."""

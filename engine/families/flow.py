@@ -21,23 +21,22 @@ from diffusers.utils.constants import DIFFUSERS_ATTN_BACKEND
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from engine.capabilities import Capabilities, Need, NegativePrompt
 from engine.config import CheckpointSpec
 from engine.errors import CheckpointCorrupt, UnsupportedRequest
-from engine.families.inpainting import check_pictures, mask_tensor, picture_tensor
+from engine.families.inpainting import mask_tensor, picture_tensor
 from engine.families.latent import (
     Beginning,
     LatentFamily,
     begin_at,
-    check_native,
-    check_side,
     load_network,
     load_sampler_config,
     load_tokenizer,
 )
 from engine.folders import part_names
 from engine.inflight import InFlight
-from engine.request import ImageRequest
-from engine.samplers import FLOW_SAMPLERS, check_sampler, fresh_sampler
+from engine.request import ImageRequest, Option
+from engine.samplers import FLOW_SAMPLERS, Recipe, fresh_sampler, sampler_limits
 from engine.tensors import Rows, Sampler
 
 LATENTS_PER_TOKEN = 2  # along each side: both transformers take patches of 2x2 latents
@@ -62,7 +61,9 @@ class FlowFamily(LatentFamily):
         vae: Any,
         sampler_config: dict[str, Any],
         device: torch.device,
+        options: Mapping[str, Option],
     ) -> None:
+        self._options = options
         self._networks = networks
         self._tokenizers = tokenizers
         self._transformer = networks["transformer"]
@@ -80,7 +81,7 @@ class FlowFamily(LatentFamily):
     def load(cls, spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.device) -> Self:
         path = Path(spec.path)
         present = cls.folders(path)
-        return cls(
+        family = cls(
             networks={
                 folder: load_network(network_class, path, folder, dtype, device)
                 for folder, network_class in cls.NETWORKS.items()
@@ -94,7 +95,10 @@ class FlowFamily(LatentFamily):
             vae=load_network(AutoencoderKL, path, "vae", dtype, device),
             sampler_config=_load_flow_config(path),
             device=device,
+            options=spec.options,
         )
+        family.check_options(spec.options)
+        return family
 
     def networks(self) -> Mapping[str, nn.Module]:
         return self._networks
@@ -113,60 +117,71 @@ class FlowFamily(LatentFamily):
             ],
             "vae_tiling": bool(getattr(self._vae, "use_tiling", False)),
             "vae_slicing": bool(getattr(self._vae, "use_slicing", False)),
+            **({"options": dict(self._options)} if self._options else {}),
         }
 
     # --- of a request ---
 
     def option_names(self) -> frozenset[str]:
-        """Tell what `request.options` may hold."""
         return frozenset({"max_sequence_length"})
 
+    def describe(self) -> Capabilities:
+        return Capabilities(
+            family=self.NAME,
+            side_multiple_px=self.pixels_per_latent * LATENTS_PER_TOKEN,
+            pictures={
+                "init_image": Need.OPTIONAL,
+                "mask": Need.OPTIONAL,
+                "control_image": Need.NONE,
+            },
+            samplers=sampler_limits(self._sampler_config, self._fitting_samplers()),
+            rounds_steps_up=True,
+            negative_prompt=NegativePrompt.GUIDED,
+            rows_guided=2,
+            prompt_tokens=self.prompt_tokens(),
+        )
+
+    def _fitting_samplers(self) -> dict[str, Recipe]:
+        """Leave out those that cannot be told a shift which the checkpoint does not ask for."""
+        config = self._sampler_config
+        shifts_by_mu = (
+            config.get("use_dynamic_shifting", False)
+            and config.get("time_shift_type", "exponential") == "exponential"
+        )
+        has_idle_mu = self.is_told_mu(config) and not shifts_by_mu
+        return {
+            name: recipe
+            for name, recipe in FLOW_SAMPLERS.items()
+            if not (recipe.refuses_idle_mu and has_idle_mu)
+        }
+
     def check(self, request: ImageRequest) -> None:
-        pixels_per_token = self.pixels_per_latent * LATENTS_PER_TOKEN
-        check_side("width_px", request.width_px, pixels_per_token)
-        check_side("height_px", request.height_px, pixels_per_token)
-        check_sampler(request.sampler, request.num_steps, self._sampler_config, FLOW_SAMPLERS)
-        check_pictures(request)
-        self._check_sampler_fits(request)
+        super().check(request)
         if _skipped_steps(request) == request.num_steps:
             raise UnsupportedRequest(
                 "strength", f"{request.noise_share} leaves none of {request.num_steps} steps"
             )
-        check_native(request, self.option_names())
-        length = request.options.get("max_sequence_length", self.TEXT_TOKENS)
+
+    def check_options(self, options: Mapping[str, Option]) -> None:
+        super().check_options(options)
+        length = options.get("max_sequence_length", self.TEXT_TOKENS)
         if type(length) is not int or not 1 <= length <= MOST_TEXT_TOKENS:
             raise UnsupportedRequest(
                 "options",
                 f"max_sequence_length {length!r} is not an integer within 1..{MOST_TEXT_TOKENS}",
             )
 
-    def _check_sampler_fits(self, request: ImageRequest) -> None:
-        recipe = FLOW_SAMPLERS[request.sampler]
-        config = self._sampler_config
-        if recipe.starts_from_noise_only and request.init_image is not None:
-            able = [
-                name for name, recipe in FLOW_SAMPLERS.items() if not recipe.starts_from_noise_only
-            ]
-            raise UnsupportedRequest(
-                "sampler",
-                f"{request.sampler!r} cannot start from an init_image; {', '.join(able)} can",
-            )
-        shifts_by_mu = (
-            config.get("use_dynamic_shifting", False)
-            and config.get("time_shift_type", "exponential") == "exponential"
-        )
-        if recipe.refuses_idle_mu and self.is_told_mu(config) and not shifts_by_mu:
-            raise UnsupportedRequest(
-                "sampler",
-                f"{request.sampler!r} needs a checkpoint whose noise levels are shifted by size",
-            )
-
     def rows(self, request: ImageRequest) -> int:
         return 2 if request.is_guided else 1
 
-    def text_tokens(self, request: ImageRequest) -> int:
+    def option(self, request: ImageRequest | None, name: str, default: Option) -> Option:
+        """Return an option: the request's, or else the checkpoint's own, or else the default."""
+        own = self._options.get(name, default)
+        return own if request is None else request.options.get(name, own)
+
+    def text_tokens(self, request: ImageRequest | None = None) -> int:
         """Give the padded length of the T5 rows: `max_sequence_length` of the pipelines."""
-        return int(request.options.get("max_sequence_length", self.TEXT_TOKENS))
+        return int(self.option(request, "max_sequence_length", self.TEXT_TOKENS))
 
     # --- noise levels ---
 

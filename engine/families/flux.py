@@ -12,7 +12,8 @@ within 1e-5 of it in fp32.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -22,12 +23,13 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from engine.capabilities import Capabilities, Guidance, Need, NegativePrompt
 from engine.errors import CheckpointCorrupt, UnsupportedRequest
 from engine.families.contract import Recall
 from engine.families.flow import LATENTS_PER_TOKEN, FlowFamily
 from engine.inflight import InFlight
 from engine.previews import FACTORS
-from engine.request import ImageRequest
+from engine.request import ImageRequest, Option
 from engine.tensors import Rows
 
 
@@ -69,18 +71,26 @@ class Flux(FlowFamily):
             {"true_cfg_scale"} if self.is_distilled and not self._is_fill else set()
         )
 
-    def check(self, request: ImageRequest) -> None:
-        super().check(request)
-        if request.clip_skip:
-            raise UnsupportedRequest(
-                "clip_skip",
-                f"{request.clip_skip} has no meaning for a pooled CLIP vector; 0 is accepted",
-            )
-        if self._is_fill and request.mask is None:
-            raise UnsupportedRequest(
-                "mask", "this checkpoint only fills: it needs an init_image and a mask"
-            )
-        scale = request.options.get("true_cfg_scale", 1.0)
+    def describe(self) -> Capabilities:
+        pictured = Need.REQUIRED if self._is_fill else Need.OPTIONAL
+        common = super().describe()
+        common = replace(
+            common, pictures={**common.pictures, "init_image": pictured, "mask": pictured}
+        )
+        if not self.is_distilled:
+            return replace(common, guidance=Guidance.NEGATED)
+        has_negative = self._true_cfg_scale(None) > 1
+        rows = 2 if has_negative else 1
+        return replace(
+            common,
+            negative_prompt=NegativePrompt.USED if has_negative else NegativePrompt.IGNORED,
+            rows=rows,
+            rows_guided=rows,
+        )
+
+    def check_options(self, options: Mapping[str, Option]) -> None:
+        super().check_options(options)
+        scale = options.get("true_cfg_scale", 1.0)
         if type(scale) not in (int, float):
             raise UnsupportedRequest("options", f"true_cfg_scale {scale!r} is not a number")
 
@@ -91,15 +101,18 @@ class Flux(FlowFamily):
         """Return the number of T5's tokens; CLIP adds none."""
         return self.text_tokens(request)
 
-    def _true_cfg_scale(self, request: ImageRequest) -> float:
-        """Give the scale of classifier-free guidance; 1 or less: none."""
-        if self.is_distilled:
-            return float(request.options.get("true_cfg_scale", 1.0))
-        return request.guidance if request.negative_prompt else 1.0
+    def _true_cfg_scale(self, request: ImageRequest | None) -> float:
+        """Give the scale of classifier-free guidance; 1 or less: none.
 
-    def readers(self, request: ImageRequest) -> Sequence[tuple[Any, int]]:
+        Without a request, that of one which says nothing.
+        """
+        if self.is_distilled:
+            return float(self.option(request, "true_cfg_scale", 1.0))
+        return request.guidance if request is not None and request.negative_prompt else 1.0
+
+    def readers(self, request: ImageRequest | None = None) -> Mapping[str, tuple[Any, int]]:
         """Give T5 alone: what CLIP reads is one vector for the whole."""
-        return [(self._tokenizers["tokenizer_2"], self.text_tokens(request))]
+        return {"text_encoder_2": (self._tokenizers["tokenizer_2"], self.text_tokens(request))}
 
     def encode(self, request: ImageRequest, recall: Recall) -> Rows:
         """Encode to {"text": [rows, tokens, width], "pooled": [rows, width]}, uncond before cond.

@@ -1,6 +1,6 @@
 """Turn pictures into what a native family's networks take: the init image and the mask.
 
-It also checks what a request may say of both.
+It also checks their sizes.
 
 Bit for bit the numbers that diffusers' `VaeImageProcessor` makes of a PIL image of the same size,
 laid out in memory as it lays out a tensor: channels outermost. A PIL image it leaves with channels
@@ -38,25 +38,13 @@ def mask_tensor(picture: Picture) -> Tensor:
     return (unit >= 0.5).to(torch.float32)[None, None]
 
 
-def check_pictures(request: ImageRequest) -> None:
-    """Raise `UnsupportedRequest`, naming the field, for pictures that cannot be used.
-
-    Those have another size or kind, are a lone mask, or come with a meaningless strength.
-    """
+def check_pixels(request: ImageRequest) -> None:
+    """Raise `UnsupportedRequest`, naming the field, for a picture of another size or kind."""
     size = (request.height_px, request.width_px)
-    if request.init_image is None:
-        if request.mask is not None:
-            raise UnsupportedRequest("mask", "needs an init_image to repaint")
-        if request.noise_share != 1.0:
-            raise UnsupportedRequest(
-                "strength", f"{request.noise_share} needs an init_image; without one it is 1.0"
-            )
-        return
-    _check_pixels("init_image", request.init_image, (*size, 3))
+    if request.init_image is not None:
+        _check_pixels("init_image", request.init_image, (*size, 3))
     if request.mask is not None:
         _check_pixels("mask", request.mask, size)
-    if not 0 < request.noise_share <= 1:
-        raise UnsupportedRequest("strength", f"{request.noise_share} is not above 0 and at most 1")
 
 
 def _check_pixels(field_name: str, picture: Picture, shape: tuple[int, ...]) -> None:

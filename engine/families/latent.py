@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,18 @@ import torch
 from diffusers.utils import is_accelerate_available
 from torch import Tensor, nn
 
+from engine.capabilities import Capabilities
 from engine.errors import CheckpointCorrupt, PackageMissing, UnsupportedRequest
 from engine.families.contract import Recall, State
+from engine.families.inpainting import check_pixels
 from engine.folders import check_weights, variant_of
 from engine.inflight import InFlight
 from engine.previews import Projector, clean_latents, fit
-from engine.request import Fork, ImageRequest
+from engine.request import Fork, ImageRequest, Option
 from engine.samplers import step_arguments
 from engine.samplerstate import load_generator, load_sampler, save_generator, save_sampler
 from engine.tensors import Rows, Sampler, Tensors
-from engine.texts import UnreadText, cut_off, ignored
+from engine.texts import UnreadText, cut_off, ignored, room
 
 # How diffusers and transformers tell of a package that they lack.
 _REQUIRES = re.compile(r"requires the (?P<package>[\w.-]+) library", re.IGNORECASE)
@@ -70,10 +73,14 @@ class LatentFamily(ABC):
         """Tell how many rows of a forward the image takes."""
 
     @abstractmethod
-    def readers(self, request: ImageRequest) -> Sequence[tuple[Any, int]]:
-        """Return the tokenizer of each text encoder that reads the whole text.
+    def describe(self) -> Capabilities:
+        """Tell what may be asked of this checkpoint."""
 
-        With it comes the length to which it pads and cuts.
+    @abstractmethod
+    def readers(self, request: ImageRequest | None = None) -> Mapping[str, tuple[Any, int]]:
+        """Return the tokenizer of each text encoder that reads the whole text, by its folder.
+
+        With it comes the length to which it pads and cuts; without a request, the usual one.
         """
 
     @abstractmethod
@@ -143,9 +150,36 @@ class LatentFamily(ABC):
 
     # --- what all of them do ---
 
+    @cached_property
+    def capabilities(self) -> Capabilities:
+        return self.describe()
+
+    def check(self, request: ImageRequest) -> None:
+        self.capabilities.check(request)
+        self.check_options(request.options)
+        check_pixels(request)
+        _check_latents_kept(request)
+
+    def option_names(self) -> frozenset[str]:
+        """Tell what options may be named."""
+        return frozenset()
+
+    def check_options(self, options: Mapping[str, Option]) -> None:
+        """Raise `UnsupportedRequest` for options that the family does not take."""
+        if unknown := sorted(set(options) - self.option_names()):
+            raise UnsupportedRequest(
+                "options",
+                f"{', '.join(unknown)}: not taken here; "
+                f"taken: {', '.join(sorted(self.option_names())) or 'none'}",
+            )
+
+    def prompt_tokens(self) -> dict[str, int]:
+        """Give the tokens of a text that each encoder reads, without those that frame it."""
+        return {name: room(*reader) for name, reader in self.readers().items()}
+
     def unread(self, request: ImageRequest) -> tuple[UnreadText, ...]:
         """Tell what has no effect: without a second row no negative prompt has any."""
-        readers = self.readers(request)
+        readers = list(self.readers(request).values())
         found = [cut_off("prompt", request.prompt, readers)]
         if request.negative_prompt.strip():
             is_read = self.rows(request) > 1
@@ -318,20 +352,8 @@ def stack_rows(parts: Sequence[Rows], bucket_rows: int, device: torch.device) ->
     return stacked
 
 
-def check_native(request: ImageRequest, option_names: Collection[str] = ()) -> None:
-    """Raise `UnsupportedRequest`, naming the field, for what no native family serves.
-
-    Options besides those named are refused too.
-    """
-    if request.control_image is not None:
-        reason = "is only taken by a checkpoint of family pipeline with a control network"
-        raise UnsupportedRequest("control_image", reason)
-    if unknown := sorted(set(request.options) - set(option_names)):
-        raise UnsupportedRequest(
-            "options",
-            f"{', '.join(unknown)}: not taken here; "
-            f"taken: {', '.join(sorted(option_names)) or 'none'}",
-        )
+def _check_latents_kept(request: ImageRequest) -> None:
+    """Raise `UnsupportedRequest` for latents that cannot be kept, or started from."""
     if request.keep_steps and request.init_image is not None:
         raise UnsupportedRequest(
             "keep_steps", "an image that starts from a picture cannot be forked"
@@ -349,12 +371,6 @@ def _check_fork(fork: Fork, request: ImageRequest) -> None:
         raise UnsupportedRequest(
             "fork", f"step {fork.step} is not within 1..{request.num_steps - 1}"
         )
-
-
-def check_side(field_name: str, size_px: int, multiple: int) -> None:
-    """Raise `UnsupportedRequest` for a side that is not a multiple of what the latents need."""
-    if size_px < multiple or size_px % multiple:
-        raise UnsupportedRequest(field_name, f"{size_px} is not a multiple of {multiple}")
 
 
 def load_network(

@@ -9,10 +9,10 @@ repaint at every step; it serves nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -20,16 +20,15 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from engine.capabilities import Capabilities, Need, NegativePrompt
 from engine.config import CheckpointSpec
-from engine.errors import CheckpointCorrupt, UnsupportedRequest
+from engine.errors import CheckpointCorrupt
 from engine.families.contract import Recall
-from engine.families.inpainting import check_pictures, mask_tensor, picture_tensor
+from engine.families.inpainting import mask_tensor, picture_tensor
 from engine.families.latent import (
     Beginning,
     LatentFamily,
     begin_at,
-    check_native,
-    check_side,
     load_network,
     load_sampler_config,
     load_tokenizer,
@@ -38,13 +37,14 @@ from engine.folders import part_names
 from engine.inflight import InFlight
 from engine.previews import FACTORS
 from engine.request import ImageRequest
-from engine.samplers import check_sampler, fresh_sampler
+from engine.samplers import fresh_sampler, sampler_limits
 from engine.tensors import Rows, Sampler
 
 
 class StableDiffusion(LatentFamily):
     """One loaded SD 1.x or 2.x checkpoint."""
 
+    NAME: ClassVar[str] = "sd"
     published = FACTORS["sd"]
 
     def __init__(
@@ -90,24 +90,25 @@ class StableDiffusion(LatentFamily):
 
     # --- of a request ---
 
-    def check(self, request: ImageRequest) -> None:
-        check_side("width_px", request.width_px, max(8, self.pixels_per_latent))
-        check_side("height_px", request.height_px, max(8, self.pixels_per_latent))
-        check_sampler(request.sampler, request.num_steps, self._sampler_config)
-        check_native(request)
-        check_pictures(request)
-        if self._sees_mask and request.mask is None:
-            raise UnsupportedRequest(
-                "mask", "this checkpoint only repaints: it needs an init_image and a mask"
-            )
-        if _skipped_steps(request) == request.num_steps:
-            raise UnsupportedRequest(
-                "strength", f"{request.noise_share} leaves none of {request.num_steps} steps"
-            )
-        if not 0 <= request.clip_skip <= self._most_clip_skip():
-            raise UnsupportedRequest(
-                "clip_skip", f"{request.clip_skip} is not within 0..{self._most_clip_skip()}"
-            )
+    def describe(self) -> Capabilities:
+        pictured = Need.REQUIRED if self._sees_mask else Need.OPTIONAL
+        return Capabilities(
+            family=self.NAME,
+            side_multiple_px=max(8, self.pixels_per_latent),
+            pictures={
+                "init_image": pictured,
+                "mask": pictured if self._takes_mask() else Need.NONE,
+                "control_image": Need.NONE,
+            },
+            samplers=sampler_limits(self._sampler_config),
+            negative_prompt=NegativePrompt.GUIDED,
+            max_clip_skip=self._most_clip_skip(),
+            rows_guided=2,
+            prompt_tokens=self.prompt_tokens(),
+        )
+
+    def _takes_mask(self) -> bool:
+        return True
 
     def _most_clip_skip(self) -> int:
         """Leave one layer."""
@@ -122,8 +123,8 @@ class StableDiffusion(LatentFamily):
 
     # --- of an image ---
 
-    def readers(self, request: ImageRequest) -> Sequence[tuple[Any, int]]:
-        return [(self._tokenizer, int(self._tokenizer.model_max_length))]
+    def readers(self, request: ImageRequest | None = None) -> Mapping[str, tuple[Any, int]]:
+        return {"text_encoder": (self._tokenizer, int(self._tokenizer.model_max_length))}
 
     def encode(self, request: ImageRequest, recall: Recall) -> Rows:
         """Encode to {"text": [rows, tokens, width]}, uncond before cond.

@@ -9,7 +9,8 @@ context (no public checkpoint is one).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -19,7 +20,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from engine.errors import CheckpointCorrupt, UnsupportedRequest
+from engine.capabilities import Capabilities
+from engine.errors import CheckpointCorrupt
 from engine.families.contract import Recall
 from engine.families.flow import FlowFamily
 from engine.inflight import InFlight
@@ -57,16 +59,12 @@ class StableDiffusion3(FlowFamily):
                 f"takes {channels} channels, more than the VAE's: an inpainting network?",
             )
 
-    def check(self, request: ImageRequest) -> None:
-        super().check(request)
+    def describe(self) -> Capabilities:
         layers = min(
             self._networks[name].config.num_hidden_layers
             for name in ("text_encoder", "text_encoder_2")
         )
-        if not 0 <= request.clip_skip < layers:
-            raise UnsupportedRequest(
-                "clip_skip", f"{request.clip_skip} is not within 0..{layers - 1}"
-            )
+        return replace(super().describe(), max_clip_skip=layers - 1)
 
     def text_length(self, request: ImageRequest) -> int:
         """Return the number of CLIP's tokens and T5's together.
@@ -79,15 +77,16 @@ class StableDiffusion3(FlowFamily):
     def _clip_tokens(self) -> int:
         return int(self._tokenizers["tokenizer"].model_max_length)
 
-    def readers(self, request: ImageRequest) -> Sequence[tuple[Any, int]]:
+    def readers(self, request: ImageRequest | None = None) -> Mapping[str, tuple[Any, int]]:
         """Give T5 as well where it is there: it reads further than CLIP."""
-        clips = [
-            (self._tokenizers[name], self._clip_tokens) for name in ("tokenizer", "tokenizer_2")
-        ]
-        t5 = []
+        found = {
+            "text_encoder": (self._tokenizers["tokenizer"], self._clip_tokens),
+            "text_encoder_2": (self._tokenizers["tokenizer_2"], self._clip_tokens),
+        }
         if "text_encoder_3" in self._networks:
-            t5 = [(self._tokenizers["tokenizer_3"], self.text_tokens(request))]
-        return clips + t5
+            t5 = self._tokenizers["tokenizer_3"]
+            found["text_encoder_3"] = (t5, self.text_tokens(request))
+        return found
 
     def encode(self, request: ImageRequest, recall: Recall) -> Rows:
         """Encode to {"text": [rows, tokens, width], "pooled": [rows, width]}, uncond first."""

@@ -8,10 +8,10 @@ is not served is the refiner: it has one text encoder and an aesthetic score.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from engine.config import CheckpointSpec
-from engine.errors import CheckpointCorrupt, UnsupportedRequest
+from engine.errors import CheckpointCorrupt
 from engine.families.contract import Recall
 from engine.families.latent import (
     Beginning,
@@ -38,6 +38,7 @@ from engine.tensors import Rows
 class StableDiffusionXL(StableDiffusion):
     """One loaded SDXL checkpoint."""
 
+    NAME: ClassVar[str] = "sdxl"
     published = FACTORS["sdxl"]
 
     def __init__(
@@ -77,25 +78,21 @@ class StableDiffusionXL(StableDiffusion):
     def networks(self) -> Mapping[str, nn.Module]:
         return {**super().networks(), "text_encoder_2": self._text_encoder_2}
 
-    def check(self, request: ImageRequest) -> None:
-        super().check(request)
-        if request.mask is not None and self._mean_and_std() is not None:
-            raise UnsupportedRequest(
-                "mask",
-                "diffusers' inpainting leaves out the mean that this VAE's latents have, "
-                "and spoils what is kept",
-            )
+    def _takes_mask(self) -> bool:
+        """Refuse one where the VAE's latents have a mean.
+
+        Diffusers' inpainting leaves it out, and spoils what is kept.
+        """
+        return self._mean_and_std() is None
 
     def _most_clip_skip(self) -> int:
         """Leave one layer; the last is never used."""
         encoders = (self._text_encoder, self._text_encoder_2)
         return min(int(encoder.config.num_hidden_layers) for encoder in encoders) - 2
 
-    def readers(self, request: ImageRequest) -> Sequence[tuple[Any, int]]:
-        return [
-            (tokenizer, int(tokenizer.model_max_length))
-            for tokenizer in (self._tokenizer, self._tokenizer_2)
-        ]
+    def readers(self, request: ImageRequest | None = None) -> Mapping[str, tuple[Any, int]]:
+        second = (self._tokenizer_2, int(self._tokenizer_2.model_max_length))
+        return {**super().readers(request), "text_encoder_2": second}
 
     def encode(self, request: ImageRequest, recall: Recall) -> Rows:
         """Encode to "text" [rows, tokens, width], "pooled" [rows, width], "time_ids" [rows, 6].

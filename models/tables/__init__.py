@@ -8,7 +8,7 @@ tenants ─┬─ api_keys, usage_ledger, idempotency_keys
          ├─ webhook_endpoints ─┬─ webhook_secrets
          │                     └─ webhook_deliveries ── webhook_attempts
          └─ flows ── fair_clocks                  learnt_costs, learnt_etas (what jobs took)
-audit_events ── audit_chains (heads)              workers (live ones)
+audit_events ── audit_chains (heads)              workers (live ones), capabilities (theirs)
              ── audit_checkpoints (of pruned months)  job_labels (jobs by metadata)
 """
 
@@ -19,7 +19,7 @@ from models.tables.files import File, StoredFiles, Upload
 from models.tables.jobs import Artifact, Attempt, Image, Job, JobLabel
 from models.tables.tenants import ApiKey, IdempotencyKey, Tenant, UsageDay
 from models.tables.webhooks import WebhookAttempt, WebhookDelivery, WebhookEndpoint, WebhookSecret
-from models.tables.workers import Worker
+from models.tables.workers import CheckpointCapabilities, Worker
 
 __all__ = [
     "NOW",
@@ -30,6 +30,7 @@ __all__ = [
     "AuditCheckpoint",
     "AuditEvent",
     "Base",
+    "CheckpointCapabilities",
     "FairClock",
     "File",
     "Flow",

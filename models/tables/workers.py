@@ -1,4 +1,4 @@
-"""Define the table of workers."""
+"""Define the tables of workers and of what they can do."""
 
 import uuid
 from datetime import datetime
@@ -9,6 +9,19 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from models.tables.base import NOW, Base, listed
 from policy.workers import WorkerState
+
+
+class CheckpointCapabilities(Base):
+    """What one version of a model can do, as the worker that loaded it last describes it."""
+
+    __tablename__ = "capabilities"
+
+    model: Mapped[str] = mapped_column(primary_key=True)
+    version: Mapped[str] = mapped_column(primary_key=True)
+    # As engine/capabilities.py writes it, and policy/capabilities.py reads it.
+    described: Mapped[dict[str, Any]]
+    worker: Mapped[str]  # its name
+    published_at: Mapped[datetime] = mapped_column(server_default=NOW)
 
 
 class Worker(Base):

@@ -31,6 +31,7 @@ from policy import connections, gates, queues, tiers
 from policy.fleet import Fleet
 from policy.workers import device_label, worker_name
 from settings import EX_CONFIG, WorkerSettings, refuse
+from tasks import capabilities
 from tasks.checkpoints import Checkpoints
 from tasks.engines import checkpoint_specs, engine_config, failure_sentence
 from tasks.health import EX_SOFTWARE, Health
@@ -64,8 +65,13 @@ class WorkerParts:
     renderer: Renderer
 
     def start(self) -> None:
-        """Say that this worker is alive and begin to renew leases; returns once Postgres knows."""
+        """Say that this worker is alive and begin to renew leases; returns once Postgres knows.
+
+        Its capabilities are published then, before it takes a job.
+        """
         self.keeper.start(max_attempts=self.settings.max_attempts)
+        name = self.keeper.identity.name
+        capabilities.publish(self.renderer.database, self.fleet, self.engine, worker=name)
 
     def may_take(self, queue: str, taken: Sequence[TakenTask]) -> bool:
         """Decide whether the next message is taken from this queue.

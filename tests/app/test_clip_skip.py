@@ -16,6 +16,7 @@ from tests.app.conftest import bearer
 from tests.app.problem import assert_problem
 from tests.builders import a_fleet
 
+REFUSED = "invalid-image-request"
 BODY = {"prompt": "a large red circle on a blue background", "tier": "quality", "steps": 4}
 BODY |= {"seed": 7}
 WAIT = {"Prefer": "wait=60"}
@@ -83,7 +84,7 @@ def test_the_command_and_the_client_ask_for_it(stack, client):
 def test_a_clip_skip_that_no_encoder_has_is_refused(api, url, value, why):
     answer = api.post(url, json=BODY | {"clip_skip": value})
 
-    problem = assert_problem(answer, 422, "invalid-image-request")
+    problem = assert_problem(answer, 422, REFUSED)
     assert problem["errors"][0]["pointer"] == "/clip_skip"
     assert why in problem["errors"][0]["detail"]
 
@@ -95,13 +96,14 @@ def test_a_family_that_does_not_take_it_refuses_it_by_name(gateway_with, new_key
         "/v1/jobs", json=BODY | {"clip_skip": 1}, headers=bearer(new_key())
     )
 
-    problem = assert_problem(answer, 422, "invalid-image-request")
+    problem = assert_problem(answer, 422, REFUSED)
     assert problem["errors"][0]["pointer"] == "/clip_skip"
     assert "cannot be used with model pocket" in problem["errors"][0]["detail"]
 
 
-def test_more_than_the_checkpoint_has_fails_and_says_so(api):
-    job = made(api, clip_skip=2).json()
+@pytest.mark.parametrize("url", ["/v1/jobs", "/v1/estimate"])
+def test_more_than_the_checkpoint_has_is_refused_with_its_limit(api, url):
+    problem = assert_problem(api.post(url, json=BODY | {"clip_skip": 2}), 422, REFUSED)
 
-    assert (job["state"], job["failure"]["code"]) == ("failed", "unsupported")
-    assert "clip_skip" in job["failure"]["detail"]
+    assert problem["errors"][0]["pointer"] == "/clip_skip"
+    assert problem["errors"][0]["accepted"] == {"min": 0, "max": 1}

@@ -190,7 +190,7 @@ def test_the_audit_log_tells_that_a_job_changed_its_pool(
     release_with().overflow(own, "fast")
 
     query = "SELECT facts FROM audit_events WHERE job_id = :id AND event = 'job:pool:changed'"
-    with transaction(database.app) as session:
+    with transaction(database.owner) as session:
         facts = session.scalar(text(query), {"id": job_id})
 
     assert (facts["left"], facts["pool"]) == (own, spot)

@@ -5,8 +5,9 @@ from uuid import UUID
 import pytest
 
 from engine.samplers import FLOW_SAMPLERS
-from policy.catalog import FLOW_FAMILIES, NOISE_ONLY_SAMPLERS, InvalidParam
+from policy.catalog import FLOW_FAMILIES, NOISE_ONLY_SAMPLERS
 from policy.params import RequestedAdapter
+from policy.refusals import InvalidParam
 from tests.builders import a_fleet, resolved
 
 PICTURE = {"init_image": UUID(int=1)}

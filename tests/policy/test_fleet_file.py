@@ -110,7 +110,7 @@ def test_a_wrong_value_is_named_by_its_key(key, value):
         ),
         (
             {"models.pocket.options": {"eta": 0.5}},
-            "models.pocket.options",
+            "models.pocket.options.eta",
             "means nothing to family 'sd'",
         ),
         (

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policy import catalog
-from policy.catalog import MAX_SEED, RANDOM_SEED, InvalidParam, resolve
+from policy.catalog import MAX_SEED, RANDOM_SEED, resolve
 from policy.fleet import parse_size
 from policy.params import PassThrough, RequestedAdapter, pictures_of
+from policy.refusals import InvalidParam
 from tests.builders import a_fleet, resolved, some_params
 
 

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policy.catalog import InvalidParam, resolve
+from policy.catalog import resolve
 from policy.fleet import FleetInvalid
+from policy.refusals import InvalidParam
 from policy.routing import Asker, LivePool, draw_version, overflow, pools_for
 from tests.builders import a_fleet, some_params
 

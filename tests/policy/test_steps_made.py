@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policy import warnings
-from policy.catalog import InvalidParam
 from policy.cost import megapixel_steps
 from policy.fleet import Family, FleetInvalid
+from policy.refusals import InvalidParam
 from policy.steps import Denoising, denoising_of, image_steps, rows_taken, steps_made
 from tests.builders import a_fleet, resolved
 

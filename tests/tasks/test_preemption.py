@@ -26,14 +26,18 @@ from settings import REPO
 from tests.builders import until
 from tests.pictures import a_picture, png
 
-LEASE_TTL_S = 4
-SHUTDOWN_NOTICE_S = 20
-OWN = {  # leases are shorter than an operator's, for the sake of the suite
-    "LEASE_TTL_S": str(LEASE_TTL_S),
+SHUTDOWN_NOTICE_S = 60
+OWN = {  # a machine that has other things to do takes no lease away
+    "LEASE_TTL_S": "60",
     "LEASE_RENEW_S": "0.5",
-    "LEASE_STOP_S": "3",
+    "LEASE_STOP_S": "50",
     "SHUTDOWN_NOTICE_S": str(SHUTDOWN_NOTICE_S),
 }
+# Nobody has to wait until it does so by itself.
+RUNS_OUT = """
+UPDATE jobs SET lease_expires_at = clock_timestamp() - interval '1 second'
+WHERE id = :id AND worker = :worker RETURNING id
+"""
 JOB_BODY = {
     "prompt": "a large red circle on a blue background",
     "tier": "quality",
@@ -173,9 +177,9 @@ def test_a_zombie_costs_the_steps_since_its_last_checkpoint_and_writes_nothing_w
 ):
     job_id = given(create, steps=100)
 
-    [stopped] = sql("SELECT clock_timestamp() AS at")
     goer.process.send_signal(signal.SIGSTOP)
     try:
+        assert sql(RUNS_OUT, id=job_id, worker=goer.name), "the lease was its own"
         ended = client.wait(job_id)
     finally:
         goer.process.send_signal(signal.SIGCONT)
@@ -186,8 +190,6 @@ def test_a_zombie_costs_the_steps_since_its_last_checkpoint_and_writes_nothing_w
     assert (first["outcome"], second["outcome"]) == ("lease_lost", "rendered")
     assert second["resumed_steps"] >= 4 * 20, "from the newest snapshot of each image"
     assert second["lost_steps"] <= 4 * 10, "an interval of each image"
-    # Its own lease and a sweep; some for a busy machine, and less than the stack's lease.
-    assert (second["started_at"] - stopped["at"]).total_seconds() < LEASE_TTL_S + 2 + 8
     finals = (
         "SELECT count(*) AS n FROM audit_events WHERE job_id = :id AND event LIKE 'job:state:%'"
     )

@@ -7,14 +7,14 @@ import pytest
 
 from engine.request import AdapterUse, Determinism, ImageRequest, Picture
 from policy.params import PARAMS
-from tasks.render import _rendering
+from tasks.render import rendering
 from tests.builders import resolved
 
 OWN = {"id": "a", "group": "j", "owner": "t", "checkpoint": "pocket@1"}
 
 
 def request_of(job, index=0, pictures=None) -> ImageRequest:
-    return ImageRequest(**OWN, **_rendering(job, index, pictures or {}))
+    return ImageRequest(**OWN, **rendering(job, index, pictures or {}))
 
 
 def test_a_request_says_what_its_job_says():

@@ -50,11 +50,6 @@ class Pipeline(CalledPipeline):
     ) -> None:
         super().__init__(pipe, spec, dtype=dtype, device=device)
         self._forms: list[CallForm] = []
-        self._rows = {False: 1, True: 1}  # by whether the image is guided
-
-    def rows(self, request: ImageRequest) -> int:
-        """Give as many as the trial took."""
-        return self._rows[request.is_guided]
 
     def start(self, image: InFlight, recall: Recall) -> None:
         """Run up to the first call of a denoiser."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,6 +13,7 @@ import torch
 from diffusers.utils.constants import DIFFUSERS_ATTN_BACKEND
 from torch import Tensor, nn
 
+from engine.capabilities import Capabilities
 from engine.config import CheckpointSpec
 from engine.errors import EngineError, UnsupportedRequest
 from engine.families.calls import NetworkCall
@@ -63,6 +65,7 @@ class CalledPipeline(ABC):
             is_controlled="controlnet" in networks,
             pixels_per_latent=self.pixels_per_latent,
         )
+        self._rows = {False: 1, True: 1}  # of a forward, by whether the image is guided
         self._calls = PipelineCalls(pipe, decoders=self._decoders, device=device)
 
     @classmethod
@@ -107,11 +110,17 @@ class CalledPipeline(ABC):
 
     # --- of a request ---
 
+    @cached_property
+    def capabilities(self) -> Capabilities:
+        return self._signature.describe(self._spec.family, self._rows)
+
     def check(self, request: ImageRequest) -> None:
+        self.capabilities.check(request)
         self._signature.check(request)
 
     def rows(self, request: ImageRequest) -> int:
-        return 1
+        """Give as many as the trial took."""
+        return self._rows[request.is_guided]
 
     def text_length(self, request: ImageRequest) -> int:
         """Give 0: how long a prompt has become shows in the calls, and so in their names."""

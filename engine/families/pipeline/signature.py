@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from PIL import Image
 
+from engine.capabilities import ROLES, Capabilities, Guidance, Need, NegativePrompt
 from engine.config import CheckpointSpec
 from engine.errors import UnsupportedRequest
-from engine.families.latent import check_side
 from engine.request import ImageRequest, Option, Picture
-from engine.samplers import FLOW_SAMPLERS, SAMPLERS, Recipe, check_sampler
+from engine.samplers import FLOW_SAMPLERS, SAMPLERS, Recipe, sampler_limits
 
 OWN_SAMPLER = "default"  # the checkpoint's own scheduler class and config
 SAID_BY_THE_REQUEST = (
@@ -50,6 +50,7 @@ class CallSignature:
         self._options = spec.options
         self._sampler_config: Mapping[str, Any] = pipe.scheduler.config
         self._samplers = _samplers_for(pipe.scheduler)
+        self._most_clip_skip = _most_clip_skip(pipe)
         self._guidance = _guidance_parameter(self._parameters)
         self.pictures = _picture_parameters(self._parameters, is_controlled=is_controlled)
         self.needs_pictures = False  # a trial call may find out that it cannot do without
@@ -72,42 +73,59 @@ class CallSignature:
 
     # --- a request ---
 
-    def check(self, request: ImageRequest) -> None:
-        """Raise `UnsupportedRequest`, naming the field, for what the call cannot make.
+    def describe(self, family: str, rows: Mapping[bool, int]) -> Capabilities:
+        """Tell what may be asked of the call.
 
-        Guidance is ignored, not refused, where the pipeline knows of none: every request has some.
+        rows: of a forward, by whether the image is guided.  Guidance is ignored, not refused, where
+        the pipeline knows of none: every request has some.
         """
-        check_side("width_px", request.width_px, self.pixels_per_latent)
-        check_side("height_px", request.height_px, self.pixels_per_latent)
-        check_sampler(request.sampler, request.num_steps, self._sampler_config, self._samplers)
-        self._check_options(request.options)
-        self._check_pictures(request)
-        self._check_arguments(request)
-        strength = self._strength_of(request)
-        if request.num_steps * strength < 1:
-            reason = f"{strength} of {request.num_steps} steps leaves none"
-            raise UnsupportedRequest("strength", reason)
+        need = Need.REQUIRED if self.needs_pictures else Need.OPTIONAL
+        knows_guidance = self._guidance is not None and self._guidance not in self._options
+        return Capabilities(
+            family=family,
+            side_multiple_px=self.pixels_per_latent,
+            pictures={role: need if role in self.pictures else Need.NONE for role in ROLES},
+            samplers=sampler_limits(self._sampler_config, self._samplers),
+            takes_strength="strength" in self._parameters,
+            default_strength=self._default_strength(),
+            negative_prompt=self._negative_prompt(rows),
+            guidance=Guidance.USED if knows_guidance else Guidance.IGNORED,
+            max_clip_skip=self._most_clip_skip if "clip_skip" in self._parameters else 0,
+            rows=rows[False],
+            rows_guided=rows[True],
+        )
 
-    def _strength_of(self, request: ImageRequest) -> float:
-        """Tell the strength of the call: where nobody says one, its own default."""
-        if request.strength is not None:
-            return request.strength
+    def check(self, request: ImageRequest) -> None:
+        """Raise `UnsupportedRequest`, naming the field, for options, pictures' sizes and forks."""
+        self._check_options(request.options)
+        self._check_sizes(request)
+        for name, is_asked in (
+            ("fork", request.fork is not None),
+            ("keep_steps", bool(request.keep_steps)),
+        ):
+            if is_asked:
+                raise UnsupportedRequest(name, f"is not for {self.name}")
+
+    def _default_strength(self) -> float:
         own = self._parameters["strength"].default if "strength" in self._parameters else None
         return float(own) if isinstance(own, int | float) else 1.0
 
-    def _check_arguments(self, request: ImageRequest) -> None:
-        asked = {
-            "negative_prompt": bool(request.negative_prompt),
-            "strength": request.noise_share != 1,
-            "clip_skip": request.clip_skip > 0,
-        }
-        refused = [name for name in asked if asked[name] and name not in self._parameters]
-        if request.fork is not None:
-            refused.append("fork")
-        if request.keep_steps:
-            refused.append("keep_steps")
-        for name in refused:
-            raise UnsupportedRequest(name, f"is not for {self.name}")
+    def _negative_prompt(self, rows: Mapping[bool, int]) -> NegativePrompt:
+        """Tell what becomes of a negative prompt, as far as signature and trial calls show it.
+
+        `true_cfg_scale` guides away from it where the call has that argument, above 1.
+        """
+        if "negative_prompt" not in self._parameters:
+            return NegativePrompt.REFUSED
+        scale = self._options.get("true_cfg_scale")
+        if scale is None and self._guidance == "true_cfg_scale":
+            return NegativePrompt.GUIDED
+        if scale is None and "true_cfg_scale" in self._parameters:
+            scale = self._parameters["true_cfg_scale"].default
+        if isinstance(scale, int | float):
+            return NegativePrompt.USED if scale > 1 else NegativePrompt.IGNORED
+        takes_a_row = rows[False] == 1 and rows[True] > 1 and self._guidance not in self._options
+        return NegativePrompt.GUIDED if takes_a_row else NegativePrompt.USED
 
     def _check_options(self, options: Mapping[str, Option]) -> None:
         taken = {*self._parameters} - {*SAID_BY_THE_REQUEST, *SAID_BY_NOBODY}
@@ -115,17 +133,14 @@ class CallSignature:
             if name not in taken:
                 raise UnsupportedRequest("options", f"{name!r} is no option of {self.name}")
 
-    def _check_pictures(self, request: ImageRequest) -> None:
+    def _check_sizes(self, request: ImageRequest) -> None:
         asked = f"{request.width_px}x{request.height_px}"
-        for name in ("init_image", "mask", "control_image"):
+        for name in self.pictures:
             picture: Picture | None = getattr(request, name)
             if picture is None:
-                if self.needs_pictures and name in self.pictures:
-                    raise UnsupportedRequest(name, f"is needed by {self.name}")
-            elif name not in self.pictures:
-                raise UnsupportedRequest(name, f"is not taken by {self.name}")
-            elif picture.pixels.shape[:2] != (request.height_px, request.width_px):
-                height_px, width_px = picture.pixels.shape[:2]
+                continue
+            height_px, width_px = picture.pixels.shape[:2]
+            if (width_px, height_px) != (request.width_px, request.height_px):
                 raise UnsupportedRequest(name, f"is {width_px}x{height_px}, the image {asked}")
 
     def arguments(self, request: ImageRequest) -> dict[str, Any]:
@@ -163,6 +178,17 @@ class CallSignature:
             parameter: None if picture is None else Image.fromarray(picture.pixels)
             for parameter, picture in pictures.items()
         }
+
+
+def _most_clip_skip(pipe: Any) -> int:
+    """Leave one layer of the encoders that are skipped: CLIP's; two of several are never used."""
+    encoders = [
+        part
+        for name, part in pipe.components.items()
+        if name.startswith("text_encoder") and "CLIP" in type(part).__name__
+    ]
+    layers = min((int(encoder.config.num_hidden_layers) for encoder in encoders), default=1)
+    return max(0, layers - (1 if len(encoders) == 1 else 2))
 
 
 def _samplers_for(own: Any) -> dict[str, Recipe]:
