@@ -163,6 +163,7 @@ class ModelTier(_Table):
     adapters: tuple[TierAdapter, ...] = Field((), max_length=MAX_ADAPTERS)
     # Size -> rows of every forward of a reproducible request.
     bucket_rows: dict[Size, int] = Field(default_factory=dict)
+    block_cache: bool = True  # false: jobs of this tier compute every block
 
 
 class ModelVersion(_Table):
