@@ -125,6 +125,17 @@ def ended_among(session: Session, job_ids: Collection[uuid.UUID]) -> Sequence[uu
     ).all()
 
 
+def rendered_facts(session: Session, job_id: uuid.UUID) -> dict[str, Any]:
+    """Return the facts of the newest fingerprint of the job's images; {} if none was rendered."""
+    facts = session.scalar(
+        select(Attempt.fingerprint_facts)
+        .where(Attempt.job_id == job_id, Attempt.fingerprint_facts.is_not(None))
+        .order_by(Attempt.attempt.desc())
+        .limit(1)
+    )
+    return facts or {}
+
+
 def cancel(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: str) -> Job | None:
     """Cancel the job; None if the tenant has no such job.
 
@@ -258,17 +269,27 @@ def fail_gone(session: Session, job_id: uuid.UUID) -> Job | None:
 def move(session: Session, job_id: uuid.UUID, pool: str) -> Job | None:
     """Put a queued job into another pool, at the end of its tenant's line; None if it was taken.
 
-    The trigger `flows_count_moved` counts it there.
+    The trigger `flows_count_rerouted` counts it there.
     """
     job = _queued(session, job_id)
     if job is not None:
+        left = job.pool
         job.pool = pool
         job.announced_at = None
+        job.is_front = False
         session.flush()
         job.release_tag = flows.line_up(
             session, pool=pool, tier=job.tier, tenant_id=job.tenant_id, cost_s=job.predicted_s
         )
-        session.flush()
+        audit.append(
+            session,
+            EventName.JOB_POOL_CHANGED,
+            chain=job.tenant_id,
+            actor=SWEEPER,
+            job_id=job.id,
+            left=left,
+            pool=pool,
+        )
     return job
 
 

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from models import audit
 from models.audit_events import EventName
-from models.tables import FleetRevision, Job
+from models.tables import FleetRevision, Job, Tenant
 from policy.revisions import QueuedKind
 from policy.states import JobState
 
@@ -91,15 +91,16 @@ def queued_of(session: Session, kind: QueuedKind, *, most: int) -> list[uuid.UUI
         Job.pool == kind.pool,
         Job.model == kind.model,
         Job.model_version == kind.model_version,
+        Job.tier == kind.tier,
+        Tenant.name == kind.tenant,
     )
-    return list(session.scalars(select(Job.id).where(*conditions).order_by(Job.id).limit(most)))
+    query = select(Job.id).join(Tenant, Tenant.id == Job.tenant_id).where(*conditions)
+    return list(session.scalars(query.order_by(Job.id).limit(most)))
 
 
 def queued_kinds(session: Session) -> dict[QueuedKind, int]:
     """Count the queued jobs by what of the fleet they need."""
-    columns = (Job.pool, Job.model, Job.model_version)
-    query = select(*columns, func.count()).where(Job.state == JobState.QUEUED).group_by(*columns)
-    return {
-        QueuedKind(pool, model, version): count
-        for pool, model, version, count in session.execute(query)
-    }
+    columns = (Job.pool, Job.model, Job.model_version, Job.tier, Tenant.name)
+    query = select(*columns, func.count()).join(Tenant, Tenant.id == Job.tenant_id)
+    counted = query.where(Job.state == JobState.QUEUED).group_by(*columns)
+    return {QueuedKind(*kind): count for *kind, count in session.execute(counted)}

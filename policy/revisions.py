@@ -5,6 +5,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from policy.fleet import Fleet, toml_key
+from policy.routing import pools_for
 
 
 class Fate(StrEnum):
@@ -21,6 +22,8 @@ class QueuedKind(NamedTuple):
     pool: str
     model: str
     model_version: str
+    tier: str
+    tenant: str
 
 
 class Change(NamedTuple):
@@ -51,15 +54,19 @@ def fate(job: QueuedKind, fleet: Fleet) -> tuple[Fate, str]:
 
     A job is complete when it is accepted, so it needs no size, sampler or tier of the fleet: those
     may be gone, and the last tier in rank serves it (Fleet.queue_tier). It needs the weights of its
-    version, and a pool that serves them.
+    version in its pool, or in another one that is open to its tenant.
     """
-    model = fleet.models.get(job.model)
-    if model is None or all(version.id != job.model_version for version in model.versions):
-        return Fate.FAILS, job.pool
-    pool = fleet.pools.get(job.pool)
-    if pool is not None and job.model in pool.models:
+    version = (job.model, job.model_version)
+    if job.pool in fleet.pools and version in fleet.versions_in(job.pool):
         return Fate.STAYS, job.pool
-    return Fate.MOVES, fleet.pool_of(job.model)
+    others = pools_for(
+        fleet,
+        model=job.model,
+        version=job.model_version,
+        tier=fleet.queue_tier(job.tier),
+        tenant=job.tenant,
+    )
+    return (Fate.MOVES, others[0]) if others else (Fate.FAILS, job.pool)
 
 
 def _changes(place: str, old: Any, new: Any) -> Iterator[Change]:

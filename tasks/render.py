@@ -37,9 +37,8 @@ from models.database import run_transaction
 from models.leases import Lease, LeaseLost, RenderedWork
 from models.tables import Job
 from policy import queues, warnings
-from policy.catalog import checkpoint_name
 from policy.current import CurrentFleet
-from policy.fleet import Fleet, ModelTier
+from policy.fleet import Fleet, ModelTier, checkpoint_name
 from policy.params import PARAMS
 from policy.steps import image_steps, rows_taken
 from settings import Settings

@@ -100,8 +100,9 @@ def test_a_job_that_a_worker_has_neither_moves_nor_fails(own):
 
 def test_queued_jobs_are_counted_by_what_they_need_of_the_fleet(own):
     with transaction(own.app) as session:
-        job = a_job(session, pool="counted")
-        kind = QueuedKind("counted", job.model, job.model_version)
+        tenant = a_tenant(session)
+        job = a_job(session, tenant=tenant, pool="counted")
+        kind = QueuedKind("counted", job.model, job.model_version, job.tier, tenant.name)
 
         assert revisions.queued_kinds(session)[kind] == 1
         assert revisions.queued_of(session, kind, most=10) == [job.id]

@@ -8,7 +8,7 @@ from policy.current import CurrentFleet, current
 from policy.revisions import Fate, QueuedKind, changes, fate
 from tests.builders import a_fleet
 
-KIND = QueuedKind("local", "pocket", "1")
+KIND = QueuedKind("local", "pocket", "1", "fast", "acme")
 
 
 def told(changed: dict) -> list[str]:

@@ -1,18 +1,10 @@
--- Keep the sums of what a tenant has queued in a pool and tier, as jobs come, go and change pools.
+-- Keep the sums of what a tenant has queued in a pool and tier, as jobs come and go.
 --
 -- Row by row and in the same transaction: the sums are exact, and nobody has to count a backlog of
 -- a million rows.
 CREATE OR REPLACE FUNCTION flows_count_queued() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE sign integer := CASE WHEN NEW.state = 'queued' THEN 1 ELSE -1 END;
 BEGIN
-    IF TG_OP = 'UPDATE' AND OLD.pool <> NEW.pool THEN
-        UPDATE flows AS f SET
-            queued_jobs = f.queued_jobs - 1,
-            queued_images = f.queued_images - OLD.num_images,
-            queued_s = CASE WHEN f.queued_jobs = 1 THEN 0
-                            ELSE greatest(0, f.queued_s - OLD.predicted_s) END
-        WHERE (f.pool, f.tier, f.tenant_id) = (OLD.pool, OLD.tier, OLD.tenant_id);
-    END IF;
     INSERT INTO flows AS f (pool, tier, tenant_id, queued_jobs, queued_images, queued_s)
         VALUES (NEW.pool, NEW.tier, NEW.tenant_id,
                 sign, sign * NEW.num_images, sign * NEW.predicted_s)
