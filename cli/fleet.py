@@ -3,6 +3,7 @@
 import getpass
 import os
 import socket
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -184,15 +185,16 @@ def _show_fates(session: "Session", new: Fleet) -> None:
 
 
 def _fates(queued: Iterable[tuple[QueuedKind, int]], new: Fleet) -> list[str]:
-    lines = []
+    """Tell by model and version what becomes of the queued jobs that do not stay."""
+    jobs: Counter[str] = Counter()
     for kind, count in queued:
         decided, pool = fate(kind, new)
-        which = f"{count} queued jobs of model {kind.model}, version {kind.model_version}"
+        what = f"queued jobs of model {kind.model}, version {kind.model_version}"
         if decided is Fate.FAILS:
-            lines.append(f"{which}: fail with model_gone")
+            jobs[f"{what}: fail with model_gone"] += count
         elif decided is Fate.MOVES:
-            lines.append(f"{which}: move from pool {kind.pool} to {pool}")
-    return lines
+            jobs[f"{what}: move from pool {kind.pool} to {pool}"] += count
+    return [f"{count} {line}" for line, count in jobs.items()]
 
 
 def _note(note: str | None, rollback_of: int | None) -> str:
