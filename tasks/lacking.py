@@ -1,4 +1,4 @@
-"""Put back jobs of models that this worker could not load: another worker of the pool may have.
+"""Put back jobs of models that this worker does not serve: another worker of the pool may.
 
 A queue is a pool's and a tier's, so such jobs come here as well. Their announcement is withdrawn,
 and they are announced again where a live worker serves their model; if none does, they wait in
@@ -9,7 +9,7 @@ the model would have it again and again while those that serve it are busy.
 import time
 import uuid
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable
 
 from sqlalchemy import Engine as Database
 
@@ -25,21 +25,25 @@ REMEMBERED = 1000  # jobs
 
 
 class LackingModels:
-    """Knows the checkpoints that this worker could not load, by name."""
+    """Knows which checkpoints of its pool this worker does not serve now."""
 
-    def __init__(self, database: Database, release: Release, failed: Collection[str]) -> None:
+    def __init__(
+        self, database: Database, release: Release, lacking: Callable[[], frozenset[str]]
+    ) -> None:
+        """Know where to look. lacking: names them."""
         self._database = database
         self._release = release
-        self._failed = frozenset(failed)
+        self._lacking = lacking
         self._came: Counter[uuid.UUID] = Counter()
 
     def puts_back(self, job_id: uuid.UUID) -> bool:
         """Put the job back if its model is not served here; tell whether it was."""
-        if not self._failed:
+        lacking = self._lacking()
+        if not lacking:
             return False
         with transaction(self._database) as session:
             job = session.get(Job, job_id, options=jobs.WITHOUT_TEXTS)
-        if job is None or checkpoint_name(job.model, job.model_version) not in self._failed:
+        if job is None or checkpoint_name(job.model, job.model_version) not in lacking:
             return False
         if len(self._came) >= REMEMBERED:
             self._came.clear()

@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import sys
-import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +14,6 @@ from typing import NoReturn
 import structlog
 from celery.signals import worker_shutting_down
 from sqlalchemy import Engine as Database
-from sqlalchemy.exc import SQLAlchemyError
 
 from dispatch.endings import EndedJobs
 from dispatch.release import Release
@@ -25,12 +23,10 @@ from edges.handoff import Gauge
 from edges.notices import Notice, NoticeSource, NoticeWatch, SignalNotices, sources_from
 from edges.progress import CANCELS, WATCHES, Listener, ProgressWriter
 from edges.snapshots import Snapshots
-from engine.config import CheckpointSpec, EngineConfig
 from engine.engine import Engine
 from engine.errors import NothingLoaded
 from fleet.consumer import TakenTask, tier_gate
-from models import workers
-from models.database import make_engine, run_transaction
+from models.database import make_engine
 from policy import connections, gates, queues, tiers
 from policy.current import CurrentFleet, current
 from policy.fleet import Fleet
@@ -38,7 +34,7 @@ from policy.workers import device_label, worker_name
 from settings import EX_CONFIG, WorkerSettings, refuse
 from tasks import capabilities
 from tasks.checkpoints import Checkpoints
-from tasks.engines import checkpoint_specs, engine_config, failure_sentence
+from tasks.engines import engine_config, failure_sentence
 from tasks.health import EX_SOFTWARE, Health
 from tasks.inputs import InputPictures
 from tasks.keeper import LeaseKeeper
@@ -47,6 +43,7 @@ from tasks.preemption import Preemption, wait_while_a_notice_stands
 from tasks.previews import Previews
 from tasks.registration import Loading, NameTaken, WorkerIdentity
 from tasks.render import Renderer
+from tasks.revisions import EngineRevisions, described_engine
 from tasks.roles.consuming import consume, register
 from tasks.roles.following import following
 from tasks.verdicts import Verdicts
@@ -54,7 +51,6 @@ from tasks.verdicts import Verdicts
 log = structlog.get_logger(__name__)
 
 PORTS_TRIED = 10  # for metrics, from METRICS_PORT on
-TURN_EVERY_S = 1.0  # asks whether it is this worker's turn to start anew
 SPARE_THREADS = 4  # they drop duplicates at once while every slot is taken
 
 
@@ -64,12 +60,12 @@ class WorkerParts:
 
     settings: WorkerSettings
     current: CurrentFleet
-    loaded: Fleet  # whose models the engine has
     engine: Engine
     keeper: LeaseKeeper
     gauge: Gauge
     snapshots: Snapshots
     preemption: Preemption
+    revisions: EngineRevisions
     renderer: Renderer
 
     @property
@@ -100,35 +96,6 @@ class WorkerParts:
             is_leaving=bool(self.keeper.leaving),
             is_reserved=self.keeper.is_reserved(),
         )
-
-    def follow(self, old: Fleet, new: Fleet) -> None:
-        """Go by a new revision: at once, or by a new start if the engine has to be another.
-
-        Of the workers of a pool one starts anew at a time. Their jobs go on where they were.
-        """
-        del old
-        if self._needs_no_other_engine(new):
-            self.keeper.revision = self.current.number
-            return
-        while not self._may_leave():
-            time.sleep(TURN_EVERY_S)
-        self.keeper.is_to_return = True
-        number = self.current.number
-        notice = Notice("fleet", self.settings.shutdown_notice_s, f"revision {number} is in force")
-        self.preemption.begin(notice)
-
-    def _needs_no_other_engine(self, new: Fleet) -> bool:
-        return _engine_of(self.settings, new) == _engine_of(self.settings, self.loaded)
-
-    def _may_leave(self) -> bool:
-        name, pool = self.keeper.identity.name, self.keeper.identity.pool
-        try:
-            return run_transaction(
-                self.renderer.database, lambda session: workers.may_leave(session, name, pool)
-            )
-        except SQLAlchemyError as error:
-            log.info("start_anew_postponed", reason=type(error).__name__)
-            return False
 
     def sign_off(self) -> None:
         """Stop renewing leases and delete the worker's row.
@@ -172,6 +139,9 @@ def build(
         stuck_after_s=settings.engine_stuck_after_s,
         leave=when_unfit or preemption.begin,
     )
+    revisions = EngineRevisions(
+        settings, followed, engine, keeper, database, leave=preemption.begin
+    )
     keeper.on_name_lost = lambda: health.give_up("another process has the name of this worker")
     renderer = _renderer(
         settings,
@@ -180,13 +150,14 @@ def build(
         ended,
         keeper=keeper,
         health=health,
+        revisions=revisions,
         checkpoints=Checkpoints(engine, ended.snapshots, ended.signals, fill=gauge.fill),
         progress=ProgressWriter(settings.handoff_url, fill=gauge.fill),
     )
     return WorkerParts(
         settings=settings,
         current=followed,
-        loaded=followed.fleet,
+        revisions=revisions,
         engine=engine,
         keeper=keeper,
         gauge=gauge,
@@ -204,6 +175,7 @@ def _renderer(
     *,
     keeper: LeaseKeeper,
     health: Health,
+    revisions: EngineRevisions,
     checkpoints: Checkpoints,
     progress: ProgressWriter,
 ) -> Renderer:
@@ -225,7 +197,7 @@ def _renderer(
         database=database,
         broker=broker,
         release=release,
-        lacking=LackingModels(database, release, keeper.identity.failed),
+        lacking=LackingModels(database, release, revisions.lacking),
         handoff=ended.handoff,
         progress=progress,
         previews=Previews(progress),
@@ -426,7 +398,7 @@ def _take_jobs(parts: WorkerParts, sources: Sequence[NoticeSource]) -> int:
         parts.start()
         _log_ready(parts)
         database = parts.renderer.database
-        with following(settings, parts.current, database, on_change=parts.follow):
+        with following(settings, parts.current, database, on_change=parts.revisions.follow):
             status = consume(celery, names(), name=name, threads=threads)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
@@ -461,24 +433,13 @@ def _start_engine(settings: WorkerSettings, fleet: Fleet) -> Engine:
 
     Those that cannot be loaded are left out. Raises NothingLoaded if that is all of them.
     """
-    described = _engine_of(settings, fleet)
+    described = described_engine(settings, fleet)
     assert described is not None, "the settings were checked against the fleet"
-    engine = Engine(*described)
+    engine = Engine(described.config, list(described.specs.values()))
     engine.start()
     for sentence in _sentences(settings, fleet, engine).values():
         log.error("model_not_served", pool=settings.worker_pool, problem=sentence)
     return engine
-
-
-def _engine_of(
-    settings: WorkerSettings, fleet: Fleet
-) -> tuple[EngineConfig, Sequence[CheckpointSpec]] | None:
-    """Describe the engine of this worker under a fleet; None if the fleet lacks its pool."""
-    pool = fleet.pools.get(settings.worker_pool)
-    if pool is None:
-        return None
-    specs = checkpoint_specs(fleet, pool.models, settings.checkpoint_root)
-    return engine_config(settings, fleet, pool, may_lack_checkpoints=True), specs
 
 
 def _notice_sources(settings: WorkerSettings) -> list[NoticeSource]:

@@ -113,6 +113,30 @@ def test_a_tier_that_is_added_and_removed_again_serves_all_its_jobs(operator, ga
     assert operator.pids() == pids, "no process started anew"
 
 
+def test_a_model_joins_the_running_worker_and_leaves_it_again(operator, gateway):
+    pids = operator.pids()
+    models, pools = operator.tables["models"], operator.tables["pools"]
+    models["Twin-1.5"] = models["pocket"] | {"aliases": []}
+    pools["local"]["models"].append("Twin-1.5")
+    operator.apply()
+
+    def answer() -> httpx.Response:
+        return gateway.post(
+            "/v1/jobs", json=JOB | {"model": "Twin-1.5", "seed": 7}, headers={"Prefer": "wait=60"}
+        )
+
+    until(lambda: answer().json().get("state") == "succeeded", what="the worker")
+    twin = answer().json()
+    pocket = gateway.post("/v1/jobs", json=JOB | {"seed": 7}, headers={"Prefer": "wait=60"}).json()
+    del models["Twin-1.5"]
+    pools["local"]["models"].remove("Twin-1.5")
+    operator.apply()
+    until(lambda: answer().status_code == 422, within_s=FOLLOWS_WITHIN_S, what="the gateway")
+
+    assert twin["images"][0]["pixels_sha256"] == pocket["images"][0]["pixels_sha256"]
+    assert operator.pids() == pids, "no process started anew"
+
+
 def test_a_fleet_with_an_error_is_refused_as_a_whole_by_its_key(operator):
     before = operator.number()
     operator.tables["tiers"]["fast"]["max_steps"] = 25

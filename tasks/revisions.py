@@ -1,0 +1,152 @@
+"""Have a worker's engine go by a new revision of the fleet, while it renders.
+
+Models that are new are loaded beside the images that run, those that are gone leave when their last
+image has ended. What an engine is started with (slots, rows of a forward, the tiers' shares) cannot
+be changed while it runs: then the worker starts anew. Of the workers of a pool one does so at a
+time; its images go on at their step.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import structlog
+from sqlalchemy import Engine as Database
+from sqlalchemy.exc import SQLAlchemyError
+
+from edges.notices import Notice
+from engine.config import CheckpointSpec, EngineConfig
+from engine.engine import Engine
+from engine.errors import EngineStopped, LoadFailed, UnknownCheckpoint
+from models import workers
+from models.database import run_transaction
+from policy.current import CurrentFleet
+from policy.fleet import Fleet
+from settings import WorkerSettings
+from tasks import capabilities
+from tasks.engines import checkpoint_specs, engine_config, failure_sentence
+from tasks.keeper import LeaseKeeper
+
+log = structlog.get_logger(__name__)
+
+TURN_EVERY_S = 1.0  # asks whether it is this worker's turn to start anew
+
+
+@dataclass(frozen=True)
+class DescribedEngine:
+    """What the engine of a worker is under a fleet: its configuration and its checkpoints."""
+
+    config: EngineConfig
+    specs: Mapping[str, CheckpointSpec]
+
+
+def described_engine(settings: WorkerSettings, fleet: Fleet) -> DescribedEngine | None:
+    """Describe the engine of this worker under a fleet; None if the fleet lacks its pool."""
+    pool = fleet.pools.get(settings.worker_pool)
+    if pool is None:
+        return None
+    specs = checkpoint_specs(fleet, pool.models, settings.checkpoint_root)
+    config = engine_config(settings, fleet, pool, may_lack_checkpoints=True)
+    return DescribedEngine(config, {spec.name: spec for spec in specs})
+
+
+class EngineRevisions:
+    """Take over one revision after another. Called by one thread."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        current: CurrentFleet,
+        engine: Engine,
+        keeper: LeaseKeeper,
+        database: Database,
+        *,
+        leave: Callable[[Notice], None],
+    ) -> None:
+        """Know the engine as it was started. leave: empties the worker and ends its process."""
+        self._settings = settings
+        self._current = current
+        self._engine = engine
+        self._keeper = keeper
+        self._database = database
+        self._leave = leave
+        self._has = described_engine(settings, current.fleet)
+
+    def lacking(self) -> frozenset[str]:
+        """Name the checkpoints that the pool offers and the engine does not serve now."""
+        fleet = self._current.fleet
+        pool = self._settings.worker_pool
+        offered = fleet.checkpoints_in(pool) if pool in fleet.pools else frozenset()
+        return offered - set(self._engine.checkpoints)
+
+    def follow(self, old: Fleet, new: Fleet) -> None:
+        """Go by a new fleet. Returns when the engine does, or the worker has begun to leave."""
+        del old
+        wanted = described_engine(self._settings, new)
+        if self._has is None or wanted is None or wanted.config != self._has.config:
+            self._start_anew()
+            return
+        with suppress(EngineStopped):  # the worker ends; its successor reads the newest revision
+            self._change(new, self._has.specs, wanted.specs)
+            self._has = wanted
+            self._keeper.revision = self._current.number
+
+    def _change(
+        self, fleet: Fleet, has: Mapping[str, CheckpointSpec], wanted: Mapping[str, CheckpointSpec]
+    ) -> None:
+        for name, spec in has.items():
+            if wanted.get(name) != spec:
+                self._unload(name)
+        for name, spec in wanted.items():
+            if has.get(name) != spec:
+                self._load(fleet, spec)
+        if has != wanted:
+            worker = self._keeper.identity.name
+            capabilities.publish(self._database, fleet, self._engine, worker=worker)
+
+    def _load(self, fleet: Fleet, spec: CheckpointSpec) -> None:
+        try:
+            times = self._engine.load(spec).result()
+        except LoadFailed as error:
+            sentence = failure_sentence(fleet, error.failure, self._settings.checkpoint_root)
+            log.error("model_not_served", pool=self._settings.worker_pool, problem=sentence)
+            self._tell({**self._keeper.identity.failed, spec.name: sentence})
+            return
+        log.info(
+            "checkpoint_joined",
+            checkpoint=spec.name,
+            read_s=round(times.read_s, 3),
+            warm_up_s=round(times.warm_up_s, 3),
+        )
+        self._tell(self._keeper.identity.failed)
+
+    def _unload(self, name: str) -> None:
+        with suppress(UnknownCheckpoint):  # it could not be loaded
+            self._engine.unload(name).result()
+            log.info("checkpoint_left", checkpoint=name)
+        failed = self._keeper.identity.failed
+        self._tell({each: why for each, why in failed.items() if each != name})
+
+    def _tell(self, failed: Mapping[str, str]) -> None:
+        """Have the next heartbeat say what is served, and why the rest is not."""
+        held = self._engine.checkpoints
+        self._keeper.identity = replace(self._keeper.identity, held=held, failed=failed)
+
+    def _start_anew(self) -> None:
+        while not self._may_leave():
+            time.sleep(TURN_EVERY_S)
+        self._keeper.is_to_return = True
+        number = self._current.number
+        within_s = self._settings.shutdown_notice_s
+        self._leave(Notice("fleet", within_s, f"revision {number} is in force"))
+
+    def _may_leave(self) -> bool:
+        name, pool = self._keeper.identity.name, self._keeper.identity.pool
+        try:
+            return run_transaction(
+                self._database, lambda session: workers.may_leave(session, name, pool)
+            )
+        except SQLAlchemyError as error:
+            log.info("start_anew_postponed", reason=type(error).__name__)
+            return False
