@@ -108,6 +108,8 @@ class ImageRequest:
     determinism: Determinism = Determinism.BEST_EFFORT
     bucket_rows: int | None = None  # required for reproducible, ignored for best effort
     rank: int = 0  # 0 is served first
+    # Whether a best-effort image may skip blocks, where the checkpoint has a block cache.
+    may_skip_blocks: bool = True
 
     @property
     def is_guided(self) -> bool:

@@ -16,6 +16,8 @@ def check_values(request: ImageRequest) -> None:
     for name in ("id", "group", "owner", "policy_version", "prompt", "negative_prompt"):
         _check_text(name, getattr(request, name))
     _check_numbers(request)
+    if not isinstance(request.may_skip_blocks, bool):
+        raise UnsupportedRequest("may_skip_blocks", f"{request.may_skip_blocks!r} is no yes or no")
     for name in ("init_image", "mask", "control_image"):
         if not isinstance(getattr(request, name), Picture | None):
             raise UnsupportedRequest(name, "is not a picture")

@@ -86,6 +86,7 @@ def a_full_request(**changes) -> ImageRequest:
         "determinism": Determinism.REPRODUCIBLE,
         "bucket_rows": 8,
         "rank": 3,
+        "may_skip_blocks": False,
     }
     return a_request(**given | changes)
 
@@ -496,6 +497,7 @@ OTHERWISE = {
     "determinism": Determinism.BEST_EFFORT,
     "bucket_rows": 4,
     "rank": 0,
+    "may_skip_blocks": True,
 }
 
 
