@@ -1,14 +1,13 @@
 """Hold what the gateway's services work with; made once per process."""
 
-import random
 import secrets
-from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Engine
 
+from app.caller import Caller
 from app.live.abilities import Abilities
 from app.live.cache import Cache
 from app.live.capacity import Capacity
@@ -34,7 +33,9 @@ from models.database import make_engine
 from policy import connections, warnings
 from policy.catalog import capabilities_of, resolve
 from policy.fleet import Fleet
+from policy.limits import NAMES_VERSIONS
 from policy.params import RequestedParams, Resolved
+from policy.routing import ANYBODY, Asker
 from settings import GatewaySettings
 
 
@@ -72,20 +73,26 @@ class Runtime:
     statuses: Statuses = field(default_factory=Statuses)
     watchers: Watchers = field(default_factory=Watchers)
 
-    def resolve(
-        self, requested: RequestedParams, *, usable_models: Collection[str] | None = None
-    ) -> Resolved:
+    def resolve(self, requested: RequestedParams, asker: Asker = ANYBODY) -> Resolved:
         """Resolve every requested parameter. Raises InvalidParam.
 
-        A seed is drawn where none was asked for. usable_models: those that a refusal may name.
+        A seed is drawn where none was asked for.
         """
         return resolve(
             self.fleet,
             requested,
             default_seed=secrets.randbelow(2**32),
-            draw=random.random(),
+            asker=asker,
             known=self.abilities.known(),
-            usable_models=usable_models,
+        )
+
+    def asker(self, caller: Caller) -> Asker:
+        """Tell what of the caller decides on version and pool."""
+        return Asker(
+            tenant=caller.tenant,
+            models=caller.limits.allowed_models,
+            may_name_versions=NAMES_VERSIONS in caller.scopes,
+            live=self.forecaster.live_pool,
         )
 
     def expected_warnings(self, job: Resolved) -> list[dict[str, Any]]:

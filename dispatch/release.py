@@ -15,14 +15,14 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from edges.broker import Broker, BrokerUnavailable
-from models import inputs, releasing, workers
+from models import inputs, overflowing, releasing, workers
 from models.database import run_transaction, transaction
 from models.tables import Job
-from policy import queues
+from policy import queues, routing, tiers
 from policy.fleet import Fleet
 from policy.release import PickedJob, ReleaseLimits, release_limits
+from policy.routing import LivePool, Overflow
 from policy.states import JobState
-from policy.workers import checkpoints_of
 
 log = structlog.get_logger(__name__)
 
@@ -38,7 +38,6 @@ class Release:
         self._broker = broker
         self._fleet = fleet
         self._worker_silence_s = worker_silence_s
-        self._checkpoints = {pool: checkpoints_of(fleet, pool) for pool in fleet.pools}
 
     def release(self, pool: str, tier: str, *, tenant_id: uuid.UUID | None = None) -> int:
         """Announce the next waiting jobs of (pool, tier), in fair order; return how many.
@@ -64,6 +63,35 @@ class Release:
         picked, lacking = run_transaction(self._engine, pick)
         self._ask_for_inputs(tier, lacking)
         return self._publish(pool, tier, picked)
+
+    def overflow(self, pool: str, tier: str) -> int:
+        """Move jobs that waited too long for `pool` to where fleet.toml says; return how many.
+
+        As far as that pool has live workers and idle room; they are announced there at once.
+        """
+        other = self._fleet.pools[pool].overflow_to
+        if other is None:
+            return 0
+        with transaction(self._engine) as session:
+            there = workers.capacity(session, pool=other, silent_for_s=self._worker_silence_s)
+            live = LivePool(there.devices, there.held)
+            way = routing.overflow(self._fleet, pool=pool, tier=tier, live=live)
+            if way is None:
+                return 0
+            slots = tiers.own_slots(self._fleet, tier, there.slots)
+            room = overflowing.idle_images(session, pool=other, slots=slots)
+            late = overflowing.late_jobs(session, pool=pool, tier=tier, way=way, most_images=room)
+        moved = [job_id for job_id in late if self._move(job_id, way)]
+        if moved:
+            log.info("jobs_overflowed", pool=pool, tier=tier, to=other, jobs=len(moved))
+            self.release(other, tier)
+        return len(moved)
+
+    def _move(self, job_id: uuid.UUID, way: Overflow) -> bool:
+        def move(session: Session) -> Job | None:
+            return overflowing.move(session, job_id, way=way, actor="sweeper")
+
+        return run_transaction(self._engine, move) is not None
 
     def ask_for_inputs_again(self, pool: str, tier: str, *, asked_before_s: float) -> int:
         """Have pictures brought that were asked for that long ago and did not come.
@@ -114,7 +142,8 @@ class Release:
         """List the pool's checkpoints that no live worker serves; none if nothing is known."""
         if capacity.held is None:
             return frozenset()
-        return self._checkpoints.get(pool, frozenset()) - capacity.held
+        has = self._fleet.checkpoints_in(pool) if pool in self._fleet.pools else frozenset()
+        return has - capacity.held
 
     def _ask_for_inputs(self, tier: str, job_ids: Sequence[uuid.UUID]) -> None:
         if left := self._publish_asking(tier, job_ids):

@@ -125,6 +125,17 @@ def ended_among(session: Session, job_ids: Collection[uuid.UUID]) -> Sequence[uu
     ).all()
 
 
+def rendered_facts(session: Session, job_id: uuid.UUID) -> dict[str, Any]:
+    """Return the facts of the newest fingerprint of the job's images; {} if none was rendered."""
+    facts = session.scalar(
+        select(Attempt.fingerprint_facts)
+        .where(Attempt.job_id == job_id, Attempt.fingerprint_facts.is_not(None))
+        .order_by(Attempt.attempt.desc())
+        .limit(1)
+    )
+    return facts or {}
+
+
 def cancel(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: str) -> Job | None:
     """Cancel the job; None if the tenant has no such job.
 

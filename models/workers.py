@@ -205,6 +205,13 @@ def now(session: Session, *, silent_for_s: float) -> list[WorkerNow]:
     return [WorkerNow(*row) for row in session.execute(select(*columns).order_by(Worker.name))]
 
 
+def weights_of(session: Session, checkpoint: str, *, silent_for_s: float) -> set[str]:
+    """Collect the digests of the files by which live workers serve the checkpoint."""
+    digest = Worker.facts["weights"][checkpoint].astext
+    query = select(digest).where(digest.is_not(None), *_is_live(silent_for_s)).distinct()
+    return {found for found in session.scalars(query) if found}
+
+
 class Capacity(NamedTuple):
     """The capacity of a pool's live workers.
 

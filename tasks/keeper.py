@@ -227,6 +227,7 @@ class LeaseKeeper:
             worker=who.name,
             device=who.device,
             ttl_s=self._ttl_s,
+            pool=who.pool,
         )
 
     def _begins(self, max_attempts: int) -> bool:

@@ -37,8 +37,7 @@ from models.database import run_transaction
 from models.leases import Lease, LeaseLost, RenderedWork
 from models.tables import Job
 from policy import queues, warnings
-from policy.catalog import checkpoint_name
-from policy.fleet import Fleet, ModelTier
+from policy.fleet import Fleet, ModelTier, checkpoint_name
 from policy.params import PARAMS
 from policy.steps import image_steps, rows_taken
 from settings import Settings

@@ -176,6 +176,7 @@ class Sweeper:
             (self._leases, 0),
             (self._deadlines, 0),
             (self._stores, 0),
+            (self._overflows, 0),
             (self._releases, 0),
             (self._lost_messages, 0),
             (self._late_inputs, 0),
@@ -295,6 +296,16 @@ class Sweeper:
             self.database, self.ended, unstored.job_id, gone, attempt_of=unstored.attempt_of
         )
         return job is not None and job.state in FINAL_STATES
+
+    def _overflows(self) -> None:
+        """Move jobs that waited too long for their pool to another one that has room."""
+        if "broker" in self._away:
+            return
+        for pool, shape in self.fleet.pools.items():
+            for tier in self.fleet.tiers if shape.overflow_to is not None else ():
+                self.on_turn()
+                if moved := self.release.overflow(pool, tier):
+                    telemetry.SWEPT.labels("overflowed").inc(moved)
 
     def _releases(self) -> None:
         """Release waiting jobs for which there is room: missed at accept, or put back since."""

@@ -27,11 +27,11 @@ from models.inputs import MissingInputs
 from models.tables import Job
 from policy import admission, prediction
 from policy.admission import PoolSnapshot, QueuePosition, Refusal, RunningJobs, TenantBacklog
-from policy.catalog import checkpoint_name
-from policy.fleet import Fleet
+from policy.fleet import Fleet, checkpoint_name
 from policy.params import Resolved, pictures_of
 from policy.prediction import DeviceCost, Eta, EtaRatios, QueuedFlow, TierQueue
 from policy.release import Outstanding, ReleaseHint, ReleaseLimits, release_hint
+from policy.routing import LivePool
 from policy.states import JobState
 from policy.steps import denoising_of, image_steps
 
@@ -231,6 +231,11 @@ class QueueForecaster:
         )
         queue_place = QueuePlace(place.jobs_ahead, prediction.corrected(raw_s, ratios))
         return JobForecast(job_device_s, raw_s, queue_place, refused)
+
+    def live_pool(self, pool: str) -> LivePool:
+        """Tell what the live workers of the pool serve, as it was at most `FRESH_FOR_S` ago."""
+        state = self._pool_state(pool, needs_pictures=True)
+        return LivePool(state.devices, state.held)
 
     def _predicted_s(self, params: Resolved) -> float:
         """Predict the device seconds of all images of the job."""

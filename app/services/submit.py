@@ -162,7 +162,7 @@ def resolve(runtime: Runtime, caller: Caller, requested: RequestedParams) -> Res
     Raises InvalidImageRequest, which names the field, and Forbidden.
     """
     try:
-        resolved = runtime.resolve(requested, usable_models=caller.limits.allowed_models)
+        resolved = runtime.resolve(requested, runtime.asker(caller))
     except InvalidParam as error:
         raise invalid_param(error) from None
     quotas.check_allowed(caller, resolved)

@@ -196,7 +196,12 @@ def _identity(
         pool=settings.worker_pool,
         device=engine.config.device,
         slots=fleet.pools[settings.worker_pool].slots,
-        facts={"load_s": round(engine.load_s, 3)},
+        facts={
+            "load_s": round(engine.load_s, 3),
+            "weights": {
+                name: engine.fingerprint(name).facts["weights"] for name in engine.checkpoints
+            },
+        },
         instance=instance,
         held=engine.checkpoints,
         failed=_sentences(settings, fleet, engine),

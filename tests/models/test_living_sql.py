@@ -283,14 +283,16 @@ def test_a_function_with_another_signature_takes_the_place_of_the_one_of_before(
 def test_an_object_whose_file_is_gone_goes_too(own_database, files):
     (files / "triggers/jobs.flows_count_moved.sql").unlink()
     (files / "triggers/jobs.flows_count_accepted.sql").unlink()
+    (files / "triggers/jobs.flows_count_rerouted.sql").unlink()
     (files / "functions/flows_count_queued.sql").unlink()
+    (files / "functions/flows_count_rerouted.sql").unlink()
     (files / "views/flows_now.sql").unlink()
 
     said = upgrade(own_database)
 
     assert said.startswith("made anew: jobs.flows_count_")
     kept = {name.partition("(")[0] for name in found(own_database)}
-    assert len(kept) == len(EVERY_FILE) - 4
+    assert len(kept) == len(EVERY_FILE) - 6
     assert not [name for name in kept if "flows" in name]
     assert upgrade(own_database) == "nothing to do"
 
