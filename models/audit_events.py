@@ -42,5 +42,6 @@ class EventName(StrEnum):
     WEBHOOK_ENDPOINT_DISABLED = "webhook:endpoint:disabled"  # its receiver answered 410
     WEBHOOK_SECRET_ROTATED = "webhook:secret:rotated"
     WEBHOOK_DELIVERY_REDELIVERED = "webhook:delivery:redelivered"
+    FLEET_REVISION_APPLIED = "fleet:revision:applied"  # fleet.toml as it is from then on
     USAGE_DAYS_PRUNED = "usage:days:pruned"
     AUDIT_MONTH_PRUNED = "audit:month:pruned"  # by audit_prune_month

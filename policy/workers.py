@@ -32,7 +32,8 @@ class WorkerNow:
 
     held: the checkpoints that it serves; None: a worker of an older version, which serves all of
     its pool.  failed: why it does not serve others, by checkpoint.  failed_starts: starts in a row
-    before this one that did not get ready.
+    before this one that did not get ready.  revision: of the fleet that it goes by; None: of a
+    file.
     """
 
     name: str
@@ -42,6 +43,7 @@ class WorkerNow:
     failed_starts: int = 0
     held: Collection[str] | None = None
     failed: Mapping[str, str] | None = None
+    revision: int | None = None
 
     @property
     def is_live(self) -> bool:

@@ -222,6 +222,7 @@ def price_and_admit(
         steps_per_image=denoising_of(fleet, resolved).steps,
         tenant_metadata=prepared.metadata,
         warnings=runtime.expected_warnings(resolved),
+        fleet_revision=runtime.current.number or None,
         replay_of=prepared.replay_of,
     )
     return new, expected

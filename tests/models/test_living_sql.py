@@ -117,7 +117,13 @@ def test_triggers_are_made_in_the_order_in_which_writers_lock_their_tables():
     """
     tables = [each.table for each in EVERY_FILE if each.kind == "trigger"]
 
-    assert list(dict.fromkeys(tables)) == ["jobs", "files", "audit_events_default", "audit_events"]
+    assert list(dict.fromkeys(tables)) == [
+        "jobs",
+        "files",
+        "fleet_revisions",
+        "audit_events_default",
+        "audit_events",
+    ]
 
 
 def test_no_file_has_a_setting_s_value_in_it():
