@@ -24,7 +24,6 @@ Kubernetes provide secrets that way. A missing or wrong variable ends the proces
 and one line per variable. No line contains a value.
 """
 
-import functools
 import ipaddress
 import os
 import re
@@ -351,6 +350,9 @@ class ServerSettings(StreamSettings):
 class Settings(BrokerSettings):
     """Hold what every process that moves jobs needs."""
 
+    # Go by the newest revision of the fleet in Postgres; false: by FLEET_FILE alone.
+    follow_revisions: bool = True
+
     database_url: PostgresUrl  # of the role of this kind of process (migrations/roles.py)
     # Another Redis: decoded pixels on their way to storage, progress, cancels
     handoff_url: RedisUrl
@@ -606,21 +608,14 @@ def load_fleet_or_exit(settings: FleetSettings) -> Fleet:
         fleet = settings.load_fleet()
     except FleetInvalid as error:
         refuse(f"fleet.toml: {problem}" for problem in error.problems)
-    if problems := misfits(settings, fleet):
-        refuse(f"settings: {problem}" for problem in problems)
+    refuse_misfits(settings, fleet)
     return fleet
 
 
-@functools.cache
-def load_gateway() -> tuple[GatewayProcessSettings, Fleet]:
-    """Read the gateway's settings and fleet once per process.
-
-    gunicorn's master reads them before it starts a worker, and the workers inherit them. A worker
-    that read them itself could fail where the master did not, and gunicorn would restart it
-    without end.
-    """
-    settings = load(GatewayProcessSettings)
-    return settings, load_fleet_or_exit(settings)
+def refuse_misfits(settings: FleetSettings, fleet: Fleet) -> None:
+    """End the process, with one line per setting, if some do not fit the fleet."""
+    if problems := misfits(settings, fleet):
+        refuse(f"settings: {problem}" for problem in problems)
 
 
 def misfits(settings: FleetSettings, fleet: Fleet) -> list[str]:

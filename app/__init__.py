@@ -30,11 +30,13 @@ from app.http import (
     uploads,
     webhooks,
 )
+from app.http.context import runtime
 from app.http.prefix import PathPrefix
 from app.openai import images as openai_images
 from app.problems import MethodUnknown
 from app.runtime import open_runtime
 from edges import telemetry
+from policy.current import CurrentFleet, current
 from policy.fleet import Fleet
 from settings import GatewaySettings
 
@@ -62,8 +64,11 @@ METHODS = frozenset(
 _SANE_REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 
 
-def create_app(settings: GatewaySettings, fleet: Fleet) -> Flask:
-    """Build the gateway as a WSGI application."""
+def create_app(settings: GatewaySettings, fleet: Fleet | CurrentFleet) -> Flask:
+    """Build the gateway as a WSGI application.
+
+    It follows the fleet's revisions once its runtime's `following` is started.
+    """
     app = Flask(__name__)
     app.request_class = uploads.SpoolingRequest
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
@@ -71,7 +76,7 @@ def create_app(settings: GatewaySettings, fleet: Fleet) -> Flask:
     app.config["MAX_FORM_PARTS"] = MAX_FORM_PARTS
     assert isinstance(app.json, DefaultJSONProvider)
     app.json.sort_keys = False
-    app.extensions["darkroom"] = open_runtime(settings, fleet)
+    app.extensions["darkroom"] = open_runtime(settings, current(fleet))
     errors.register(app)
     for blueprint in BLUEPRINTS:
         app.register_blueprint(blueprint)
@@ -82,10 +87,17 @@ def create_app(settings: GatewaySettings, fleet: Fleet) -> Flask:
     # The way of Flask's own documents to add WSGI middleware; to mypy it is a method.
     app.wsgi_app = PathPrefix(app.wsgi_app, settings)  # type: ignore[method-assign]
     app.teardown_request(uploads.release)
+    app.teardown_request(_go_by_newest_fleet)
     return app
 
 
+def _go_by_newest_fleet(error: BaseException | None) -> None:
+    del error
+    runtime().current.unpin()
+
+
 def _open_request() -> None:
+    runtime().current.pin()  # a request never sees two fleets
     offered = request.headers.get("X-Request-Id", "")
     g.request_id = offered if _SANE_REQUEST_ID.match(offered) else str(uuid.uuid4())
     g.opened_at = time.monotonic()

@@ -22,8 +22,8 @@ class LimitsUse:
 class Caller:
     """The tenant and the API key that a request was sent with.
 
-    kid: the public id of its key. actor: its name in the audit log. used: filled in while the
-    request is answered.
+    kid: the public id of its key. actor: its name in the audit log. tenant: the name of its tenant.
+    used: filled in while the request is answered.
     """
 
     tenant_id: UUID
@@ -32,4 +32,5 @@ class Caller:
     actor: str
     scopes: frozenset[str]
     limits: Limits
+    tenant: str = ""
     used: LimitsUse = field(default_factory=LimitsUse, compare=False)

@@ -1,14 +1,13 @@
 """Hold what the gateway's services work with; made once per process."""
 
-import random
 import secrets
-from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Engine
 
+from app.caller import Caller
 from app.live.abilities import Abilities
 from app.live.cache import Cache
 from app.live.capacity import Capacity
@@ -20,6 +19,7 @@ from app.live.streams import JobEventStreams, Watchers
 from app.live.uploads import UploadRoom
 from app.signing import LinkSigner
 from dispatch.endings import EndedJobs
+from dispatch.following import Following
 from dispatch.release import Release
 from edges import telemetry
 from edges.broker import Broker
@@ -33,8 +33,11 @@ from edges.progress import Endings, JobSignals
 from models.database import make_engine
 from policy import connections, warnings
 from policy.catalog import capabilities_of, resolve
+from policy.current import CurrentFleet
 from policy.fleet import Fleet
+from policy.limits import NAMES_VERSIONS
 from policy.params import RequestedParams, Resolved
+from policy.routing import ANYBODY, Asker
 from settings import GatewaySettings
 
 
@@ -43,7 +46,8 @@ class Runtime:
     """The connections, caches and settings that a service may use."""
 
     settings: GatewaySettings
-    fleet: Fleet
+    current: CurrentFleet
+    following: Following
     database: Engine
     broker: Broker
     release: Release
@@ -67,25 +71,37 @@ class Runtime:
     judged: Cache[tuple[str, str, int, int], bool] = field(
         default_factory=lambda: Cache("judged", 10_000)
     )
-    # The OpenAPI document by the prefix of its links: a proxy may give the gateway several.
-    documents: Cache[str, str] = field(default_factory=lambda: Cache("documents", 8))
+    # The OpenAPI document by the prefix of its links (a proxy may give the gateway several), and by
+    # the number of the fleet's revision.
+    documents: Cache[tuple[str, int], str] = field(default_factory=lambda: Cache("documents", 8))
     statuses: Statuses = field(default_factory=Statuses)
     watchers: Watchers = field(default_factory=Watchers)
 
-    def resolve(
-        self, requested: RequestedParams, *, usable_models: Collection[str] | None = None
-    ) -> Resolved:
+    @property
+    def fleet(self) -> Fleet:
+        """Return the fleet that runs now; within a request always the same."""
+        return self.current.fleet
+
+    def resolve(self, requested: RequestedParams, asker: Asker = ANYBODY) -> Resolved:
         """Resolve every requested parameter. Raises InvalidParam.
 
-        A seed is drawn where none was asked for. usable_models: those that a refusal may name.
+        A seed is drawn where none was asked for.
         """
         return resolve(
             self.fleet,
             requested,
             default_seed=secrets.randbelow(2**32),
-            draw=random.random(),
+            asker=asker,
             known=self.abilities.known(),
-            usable_models=usable_models,
+        )
+
+    def asker(self, caller: Caller) -> Asker:
+        """Tell what of the caller decides on version and pool."""
+        return Asker(
+            tenant=caller.tenant,
+            models=caller.limits.allowed_models,
+            may_name_versions=NAMES_VERSIONS in caller.scopes,
+            live=self.forecaster.live_pool,
         )
 
     def expected_warnings(self, job: Resolved) -> list[dict[str, Any]]:
@@ -95,15 +111,15 @@ class Runtime:
         return warnings.expected(model, job, able)
 
 
-def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:
+def open_runtime(settings: GatewaySettings, current: CurrentFleet) -> Runtime:
     """Make a runtime; connections are opened at first use.
 
     So a gateway starts while Postgres, Redis or the object store are away, and reports it in
     /readyz.
     """
     database = make_engine(settings.database_url, pool_size=settings.database_pool_size)
-    broker = Broker(settings, fleet)
-    release = Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s)
+    broker = Broker(settings, current)
+    release = Release(database, broker, current, worker_silence_s=settings.lease_ttl_s)
     signals = JobSignals(settings.handoff_url)
     # An engine of its own, so that keys and queues can be read however many requests write.
     aside = make_engine(settings.database_url, pool_size=connections.GATEWAY_ASIDE)
@@ -114,11 +130,12 @@ def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:
     store = ObjectStore(settings)
     fanout = EventFanout(settings.handoff_url, most=settings.gateway_max_streams)
     forecaster = QueueForecaster(
-        aside, fleet, gauge, release.limits, refresher, worker_silence_s=settings.lease_ttl_s
+        aside, current, gauge, release.limits, refresher, worker_silence_s=settings.lease_ttl_s
     )
     return Runtime(
         settings=settings,
-        fleet=fleet,
+        current=current,
+        following=Following(current, aside),
         database=database,
         broker=broker,
         release=release,
@@ -141,7 +158,7 @@ def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:
         rates=Rates(settings.handoff_url),
         budgets=Budgets(settings.handoff_url),
         links=LinkSigner(settings.api_key_pepper.get_secret_value(), ttl_s=settings.presign_ttl_s),
-        readiness=Readiness(checks(settings, fleet, broker=broker, handoff=handoff, store=store)),
+        readiness=Readiness(checks(settings, current, broker=broker, handoff=handoff, store=store)),
         waits=Capacity(settings.max_waits, telemetry.WAITS),
         uploads=UploadRoom(settings),
     )

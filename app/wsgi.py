@@ -3,9 +3,9 @@
 import structlog
 
 from app import create_app
+from app.starting import load_gateway
 from edges import telemetry
 from policy import connections
-from settings import load_gateway
 
 log = structlog.get_logger(__name__)
 settings, fleet = load_gateway()
@@ -20,3 +20,5 @@ at_most = connections.at_most(
 log.info("database_connections", at_most=at_most)
 # Its metrics are served by deploy/gunicorn.conf.py, for all processes.
 application = create_app(settings, fleet)
+if settings.follow_revisions:
+    application.extensions["darkroom"].following.start()

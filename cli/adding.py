@@ -32,8 +32,7 @@ from cli.checkpoints import (
 from cli.fleet_text import NotWritable, model_text, with_model
 from cli.installation import Installation, pass_installation
 from engine.inspection import Inspection
-from policy.catalog import checkpoint_name
-from policy.fleet import PRECISIONS, Fleet, FleetInvalid, parse_fleet
+from policy.fleet import PRECISIONS, Fleet, FleetInvalid, checkpoint_name, parse_fleet
 from policy.proposals import propose
 from settings import REPO, DeviceSettings
 

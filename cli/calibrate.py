@@ -42,7 +42,7 @@ def calibrate(installation: Installation, model: str, repeats: int) -> None:
         raise click.BadParameter(
             f"{model!r} is not one of {', '.join(fleet.models)}", param_hint="MODEL"
         )
-    pool = fleet.pools[fleet.pool_of(model)]
+    pool = fleet.pools[fleet.pools_of(model)[0]]
     config = engine_config(settings, fleet, pool, warm_up_repeats=repeats)
     for spec in checkpoint_specs(fleet, [model], settings.checkpoint_root):
         _measure(config, spec, folder)

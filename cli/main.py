@@ -55,6 +55,7 @@ _MODULES = {
     "backup": "cli.backup",
     "restore": "cli.backup",
     "check": "cli.check",
+    "fleet": "cli.fleet",
     "models": "cli.models",
     "calibrate": "cli.calibrate",
     "demo": "cli.demo",

@@ -26,8 +26,7 @@ from cli.installation import Installation, pass_installation
 from engine.errors import CheckpointCorrupt
 from engine.folders import files_read, part_names
 from engine.inspection import Inspection, Part, inspect
-from policy.catalog import checkpoint_name
-from policy.fleet import PRECISIONS, Fleet, Model, ModelVersion
+from policy.fleet import PRECISIONS, Fleet, Model, ModelVersion, checkpoint_name
 from policy.proposals import fitting_samplers
 from settings import load_fleet_or_exit
 
@@ -272,6 +271,10 @@ def list_models(installation: Installation, as_json: bool) -> None:
     screen.out().print(screen.table(columns, shown, numbers=("weight", "on disk", "digests")))
 
 
+def _pools(fleet: Fleet, entry: _Entry) -> list[str]:
+    return [pool for pool in fleet.pools if entry.name in fleet.checkpoints_in(pool)]
+
+
 def _listed(fleet: Fleet, entry: _Entry) -> dict[str, Any]:
     """Return what is told of one version."""
     size_bytes = 0
@@ -287,7 +290,7 @@ def _listed(fleet: Fleet, entry: _Entry) -> dict[str, Any]:
         state = str(problem)
     return {
         "name": entry.name,
-        "pool": fleet.pool_of(entry.model_name),
+        "pool": ", ".join(_pools(fleet, entry)),
         "family": entry.model.family,
         "precision": entry.model.of_version(entry.version.id).precision,
         "traffic_weight": entry.version.traffic_weight,

@@ -104,6 +104,7 @@ def status(ctx: click.Context, installation: Installation) -> None:
 
 _WORKERS = """
 SELECT pool, worker, state, device, models, failed_models, problem, restarts, failed_starts,
+       fleet_revision, (SELECT max(number) FROM fleet_revisions) AS newest_revision,
        to_char(started_at AT TIME ZONE 'UTC', 'MM-DD HH24:MI:SS') AS since
 FROM workers_now ORDER BY pool, worker
 """
@@ -125,7 +126,17 @@ def _show_workers(stack: Stack) -> None:
         return
     finally:
         engine.dispose()
-    columns = ["pool", "worker", "state", "device", "serves", "cannot load", "restarts", "since"]
+    columns = [
+        "pool",
+        "worker",
+        "state",
+        "device",
+        "serves",
+        "cannot load",
+        "fleet",
+        "restarts",
+        "since",
+    ]
     rows = [
         (
             worker.pool,
@@ -134,6 +145,7 @@ def _show_workers(stack: Stack) -> None:
             worker.device,
             worker.models,
             worker.failed_models,
+            _revision(worker),
             worker.restarts,
             worker.since,
         )
@@ -142,6 +154,16 @@ def _show_workers(stack: Stack) -> None:
     screen.out().print(screen.table(columns, rows, numbers=["restarts"]))
     for problem in dict.fromkeys(worker.problem for worker in workers if worker.problem):
         screen.complain(problem)
+
+
+def _revision(worker: Any) -> str | None:
+    """Name the revision of the fleet that a worker goes by, and the newest where that is another.
+
+    None while the worker loads, or for one that was told to go by its file.
+    """
+    if worker.fleet_revision in (None, worker.newest_revision):
+        return worker.fleet_revision and str(worker.fleet_revision)
+    return f"{worker.fleet_revision}, behind {worker.newest_revision}"
 
 
 def _worker_state(worker: Any) -> str:

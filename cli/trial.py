@@ -23,8 +23,7 @@ from engine.engine import Engine
 from engine.errors import EngineError, UnsupportedRequest
 from engine.records import FinishedImage
 from engine.request import ImageRequest, Picture
-from policy.catalog import checkpoint_name
-from policy.fleet import Fleet
+from policy.fleet import Fleet, checkpoint_name
 from settings import DeviceSettings, load, load_fleet_or_exit
 from tasks.engines import checkpoint_specs, engine_config
 
@@ -50,7 +49,7 @@ def main() -> int:
 def _tried(settings: DeviceSettings, fleet: Fleet, order: dict[str, Any]) -> dict[str, Any]:
     """Load, measure and render. Raises EngineError."""
     model = order["model"]
-    pool = fleet.pools[fleet.pool_of(model)]
+    pool = fleet.pools[fleet.pools_of(model)[0]]
     config = replace(engine_config(settings, fleet, pool), curves_folder="")
     wanted = checkpoint_name(model, order["version"])
     specs = checkpoint_specs(fleet, [model], settings.checkpoint_root)

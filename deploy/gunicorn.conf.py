@@ -16,8 +16,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from app.starting import load_gateway
 from deploy.connections import BoundedWorker, Pace
-from settings import load_gateway
 
 # A wrong setting must end the gateway here, in the master. If only a worker noticed it, gunicorn
 # would start the next worker, for ever.

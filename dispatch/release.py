@@ -15,14 +15,15 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from edges.broker import Broker, BrokerUnavailable
-from models import inputs, releasing, workers
+from models import inputs, overflowing, releasing, workers
 from models.database import run_transaction, transaction
 from models.tables import Job
-from policy import queues
+from policy import queues, routing, tiers
+from policy.current import CurrentFleet, current
 from policy.fleet import Fleet
 from policy.release import PickedJob, ReleaseLimits, release_limits
+from policy.routing import LivePool, Overflow
 from policy.states import JobState
-from policy.workers import checkpoints_of
 
 log = structlog.get_logger(__name__)
 
@@ -31,14 +32,18 @@ class Release:
     """Announces waiting jobs to Celery as the limits allow."""
 
     def __init__(
-        self, engine: Engine, broker: Broker, fleet: Fleet, *, worker_silence_s: float
+        self,
+        engine: Engine,
+        broker: Broker,
+        fleet: Fleet | CurrentFleet,
+        *,
+        worker_silence_s: float,
     ) -> None:
         """Keep the parts. worker_silence_s: a worker not heard of for so long counts as gone."""
         self._engine = engine
         self._broker = broker
-        self._fleet = fleet
+        self._current = current(fleet)
         self._worker_silence_s = worker_silence_s
-        self._checkpoints = {pool: checkpoints_of(fleet, pool) for pool in fleet.pools}
 
     def release(self, pool: str, tier: str, *, tenant_id: uuid.UUID | None = None) -> int:
         """Announce the next waiting jobs of (pool, tier), in fair order; return how many.
@@ -65,6 +70,35 @@ class Release:
         self._ask_for_inputs(tier, lacking)
         return self._publish(pool, tier, picked)
 
+    def overflow(self, pool: str, tier: str) -> int:
+        """Move jobs that waited too long for `pool` to where fleet.toml says; return how many.
+
+        As far as that pool has live workers and idle room; they are announced there at once.
+        """
+        other = self._current.fleet.pools[pool].overflow_to
+        if other is None:
+            return 0
+        with transaction(self._engine) as session:
+            there = workers.capacity(session, pool=other, silent_for_s=self._worker_silence_s)
+            live = LivePool(there.devices, there.held)
+            way = routing.overflow(self._current.fleet, pool=pool, tier=tier, live=live)
+            if way is None:
+                return 0
+            slots = tiers.own_slots(self._current.fleet, tier, there.slots)
+            room = overflowing.idle_images(session, pool=other, slots=slots)
+            late = overflowing.late_jobs(session, pool=pool, tier=tier, way=way, most_images=room)
+        moved = [job_id for job_id in late if self._move(job_id, way)]
+        if moved:
+            log.info("jobs_overflowed", pool=pool, tier=tier, to=other, jobs=len(moved))
+            self.release(other, tier)
+        return len(moved)
+
+    def _move(self, job_id: uuid.UUID, way: Overflow) -> bool:
+        def move(session: Session) -> Job | None:
+            return overflowing.move(session, job_id, way=way, actor="sweeper")
+
+        return run_transaction(self._engine, move) is not None
+
     def ask_for_inputs_again(self, pool: str, tier: str, *, asked_before_s: float) -> int:
         """Have pictures brought that were asked for that long ago and did not come.
 
@@ -78,7 +112,7 @@ class Release:
 
     def limits(self, pool: str, tier: str, live_slots: int) -> ReleaseLimits:
         """Limit what may be outstanding while the live workers hold so many images at once."""
-        return release_limits(self._fleet, pool=pool, tier=tier, live_slots=live_slots)
+        return release_limits(self._current.fleet, pool=pool, tier=tier, live_slots=live_slots)
 
     def announce(self, pool: str, tier: str, job_id: uuid.UUID, *, num_images: int) -> None:
         """Publish a job that was stamped as it was accepted."""
@@ -114,7 +148,9 @@ class Release:
         """List the pool's checkpoints that no live worker serves; none if nothing is known."""
         if capacity.held is None:
             return frozenset()
-        return self._checkpoints.get(pool, frozenset()) - capacity.held
+        fleet = self._current.fleet
+        has = fleet.checkpoints_in(pool) if pool in fleet.pools else frozenset()
+        return has - capacity.held
 
     def _ask_for_inputs(self, tier: str, job_ids: Sequence[uuid.UUID]) -> None:
         if left := self._publish_asking(tier, job_ids):
@@ -123,7 +159,7 @@ class Release:
 
     def _publish_asking(self, tier: str, job_ids: Sequence[uuid.UUID]) -> Sequence[uuid.UUID]:
         """Ask for the pictures of each job; return those that could not be asked for."""
-        queue = queues.results_queue(self._fleet, tier)
+        queue = queues.results_queue(self._current.fleet, tier)
         for position, job_id in enumerate(job_ids):
             try:
                 self._broker.announce(queues.STAGE_INPUTS, queue, job_id)
@@ -133,8 +169,9 @@ class Release:
         return ()
 
     def _publish(self, pool: str, tier: str, picked: Sequence[PickedJob]) -> int:
+        fleet = self._current.fleet
         for position, job in enumerate(picked):
-            queue = queues.render_queue(pool, tier, is_front=job.is_front)
+            queue = queues.queue_of_jobs(fleet, pool, tier, is_front=job.is_front)
             try:
                 self._broker.announce(
                     queues.RENDER_JOB, queue, job.job_id, num_images=job.num_images

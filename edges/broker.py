@@ -13,12 +13,14 @@ from typing import Any
 import redis
 from celery import Celery
 from celery.exceptions import QueueNotFound
+from kombu.entity import Queue
 from kombu.exceptions import KombuError
 
 import celeryconfig
 from edges.connections import connect
 from edges.errors import wrap
 from policy import queues
+from policy.current import CurrentFleet, current
 from policy.fleet import Fleet
 from settings import BrokerSettings
 
@@ -33,12 +35,13 @@ class BrokerUnavailable(Exception):
 class Broker:
     """Publish to the queues, and look at what waits in them."""
 
-    def __init__(self, settings: BrokerSettings, fleet: Fleet) -> None:
+    def __init__(self, settings: BrokerSettings, fleet: Fleet | CurrentFleet) -> None:
+        self._current = current(fleet)
         # An app of its own, for publishing alone. With retry=False kombu still tries to connect
         # for 6 s; max_retries=0 stops that.
-        options = celeryconfig.delivery(settings, fleet)["broker_transport_options"]
+        options = celeryconfig.delivery(settings, self._current.fleet)["broker_transport_options"]
         once = options | {"max_retries": 0}
-        self._celery = make_celery(settings, fleet, broker_transport_options=once)
+        self._celery = make_celery(settings, self._current.fleet, broker_transport_options=once)
         self._redis = connect(settings.broker_url, socket_timeout=5)
 
     def announce(
@@ -90,6 +93,7 @@ class Broker:
         self._ask("set", PROBE, 1, 60)  # seconds
 
     def _send(self, task_name: str, queue: str, **options: Any) -> None:
+        self._learn(queue)
         theirs = (KombuError, redis.RedisError, OSError, QueueNotFound)
         with wrap(theirs, BrokerUnavailable), self._celery.producer_or_acquire() as producer:
             try:
@@ -100,6 +104,12 @@ class Broker:
                 # A demoted primary keeps its clients: the next message takes a new connection.
                 producer.connection.collect()
                 raise
+
+    def _learn(self, queue: str) -> None:
+        """Make a queue known to Celery that the fleet has got since this process started."""
+        known = self._celery.amqp.queues
+        if queue not in known and queue in queues.all_queues(self._current.fleet):
+            known.add(Queue(queue, routing_key=queue))
 
     def _ask(self, command: str, *arguments: Any) -> Any:
         with wrap(redis.RedisError, BrokerUnavailable):

@@ -39,6 +39,14 @@ BUILD_INFO = Gauge(
     multiprocess_mode="livemax",
 )
 BUILD_INFO.labels(VERSION).set(1)
+FLEET_REVISION = Gauge(
+    "darkroom_fleet_revision",
+    "Number of the revision of the fleet that this process goes by; 0: of its file",
+    multiprocess_mode="livemin",
+)
+FLEET_UNREADABLE = Counter(
+    "darkroom_fleet_unreadable_total", "Revisions of the fleet that this release cannot read"
+)
 HTTP_REQUESTS = Counter(
     "darkroom_http_requests_total", "Answers of the gateway", ["method", "route", "status"]
 )

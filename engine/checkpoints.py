@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from engine.config import CheckpointSpec
@@ -15,6 +16,7 @@ from engine.errors import (
     LoadFailure,
     LoadProblem,
     NothingLoaded,
+    TooLittleMemory,
     UnknownCheckpoint,
     UnsupportedRequest,
 )
@@ -31,9 +33,10 @@ SPEED = ("channels_last", "compile_blocks", "cuda_graphs")  # what a spec asks o
 
 
 class LoadedCheckpoints(Mapping[str, LoadedCheckpoint]):
-    """Checkpoints by name.
+    """Checkpoints by name: those that are served.
 
-    Empty until `load`, which the device thread calls; any thread may read.
+    Others are held as well: on their way in or out. Only the device thread changes what is held;
+    any thread may read.
     """
 
     def __init__(
@@ -47,34 +50,74 @@ class LoadedCheckpoints(Mapping[str, LoadedCheckpoint]):
         self.specs = {spec.name: spec for spec in specs}
         if len(self.specs) != len(specs):
             raise ValueError("two checkpoints have one name")
-        self.failures: dict[str, LoadFailure] = {}  # by checkpoint
+        self.failures: Mapping[str, LoadFailure] = {}  # by checkpoint
         self._may_lack_some = may_lack_some
-        self.load_s = 0.0  # reading and verifying all of them
+        self.load_s = 0.0  # reading and verifying all of them, those that are gone included
         self._max_batch_rows = max_batch_rows
-        self._loaded: dict[str, LoadedCheckpoint] = {}
+        # Never changed in place: other threads iterate.
+        self.held: Mapping[str, LoadedCheckpoint] = {}
+        self._served: tuple[str, ...] = ()
+        self._lock = threading.Lock()
         self._device_facts: dict[str, Any] = {}
         self._fingerprints: dict[tuple[str, int | None, str], Fingerprint] = {}
 
     def __getitem__(self, name: str) -> LoadedCheckpoint:
-        return self._loaded[name]
+        """Find one that is held."""
+        return self.held[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._loaded)
+        return iter(self._served)
 
     def __len__(self) -> int:
-        return len(self._loaded)
+        return len(self._served)
 
-    def load(self, device: Device) -> None:
-        """Verify and read every checkpoint once.
+    # --- they come and go ---
 
-        Raises as `load_checkpoint`; if some may be lacking, `NothingLoaded` when all are.
-        """
+    def prepare(self, device: Device) -> None:
+        """Note the device's facts once, for fingerprints."""
         self._device_facts = device.facts()
-        for spec in self.specs.values():
-            with self.may_fail(spec.name, device):
-                self._loaded[spec.name] = load_checkpoint(spec, device)
-        self.check_any_is_loaded()
-        self.load_s = sum(loaded.load_s for loaded in self._loaded.values())
+
+    def read(
+        self,
+        spec: CheckpointSpec,
+        device: Device,
+        *,
+        pace: Callable[[], AbstractContextManager[None]] = nullcontext,
+        working_bytes: int = 0,
+    ) -> LoadedCheckpoint:
+        """Verify and read a checkpoint; it is not held yet. Raises as `load_checkpoint`."""
+        return load_checkpoint(spec, device, pace=pace, working_bytes=working_bytes)
+
+    def add(self, loaded: LoadedCheckpoint) -> None:
+        """Hold a checkpoint, not served yet. Raises `ValueError` where one has its name."""
+        name = loaded.spec.name
+        if name in self.held:
+            raise ValueError(f"a checkpoint named {name!r} is loaded already; unload that first")
+        self.held = {**self.held, name: loaded}
+        self.load_s += loaded.load_s
+
+    def serve(self, name: str) -> None:
+        """Let callers ask for a checkpoint that is held."""
+        with self._lock:
+            self._served = (*self._served, name)
+            self.failures = {key: one for key, one in self.failures.items() if key != name}
+
+    def withhold(self, name: str) -> None:
+        """Let callers ask for it no more. Raises `UnknownCheckpoint`."""
+        with self._lock:
+            self.find(name)
+            self._served = tuple(served for served in self._served if served != name)
+
+    def drop(self, name: str) -> LoadedCheckpoint:
+        """Hold a checkpoint no more, and return it."""
+        with self._lock:
+            self._served = tuple(served for served in self._served if served != name)
+        dropped = self.held[name]
+        self.held = {key: one for key, one in self.held.items() if key != name}
+        self._fingerprints = {
+            key: one for key, one in list(self._fingerprints.items()) if key[0] != name
+        }
+        return dropped
 
     @contextmanager
     def may_fail(self, name: str, device: Device) -> Iterator[None]:
@@ -84,37 +127,59 @@ class LoadedCheckpoints(Mapping[str, LoadedCheckpoint]):
         except Exception as problem:
             if not self._may_lack_some:
                 raise
-            failure = _failure(name, problem)
-            is_planned = failure.kind is not LoadProblem.UNPLANNED
-            log.error(
-                "checkpoint_not_loaded",
-                extra={"checkpoint": name, "problem": failure.problem},
-                exc_info=None if is_planned else problem,
-            )
-            self.failures[name] = failure
-            self._loaded.pop(name, None)
+            self.note_failure(name, problem)
+            if name in self.held:
+                self.drop(name)
         else:
             return
         # Here and not above: the error held the tensors by its traceback.
         device.free_cached_memory()
 
+    def note_failure(self, name: str, problem: Exception) -> LoadFailure:
+        """Keep and log why a checkpoint is not served."""
+        failure = _failure(name, problem)
+        is_planned = failure.kind is not LoadProblem.UNPLANNED
+        log.error(
+            "checkpoint_not_loaded",
+            extra={"checkpoint": name, "problem": failure.problem},
+            exc_info=None if is_planned else problem,
+        )
+        if name not in self._served:
+            with self._lock:
+                self.failures = {**self.failures, name: failure}
+        return failure
+
     def check_any_is_loaded(self) -> None:
         """Raise `NothingLoaded` if every checkpoint failed."""
-        if self.failures and not self._loaded:
+        if self.failures and not self.held:
             raise NothingLoaded(list(self.failures.values()))
 
+    @property
+    def weights_bytes(self) -> int:
+        """Return the memory of all networks that are held."""
+        return sum(loaded.weights_bytes for loaded in self.held.values())
+
+    # --- what is asked of them ---
+
     def find(self, name: str) -> LoadedCheckpoint:
-        """Give the checkpoint of that name. Raises `UnknownCheckpoint`."""
-        if name not in self._loaded:
-            raise UnknownCheckpoint(name, sorted(self._loaded))
-        return self._loaded[name]
+        """Give the checkpoint of that name that is served. Raises `UnknownCheckpoint`."""
+        loaded = self.held.get(name)
+        if loaded is None or name not in self._served:
+            raise UnknownCheckpoint(name, sorted(self._served))
+        return loaded
 
     def admit(self, request: ImageRequest) -> InFlight:
         """Check every field a caller can get wrong; give the image, submitted now.
 
         Raises `UnsupportedRequest`, naming the field, or `UnknownCheckpoint`.
         """
-        loaded = self.find(request.checkpoint)
+        return self._admit(request, self.find(request.checkpoint))
+
+    def admit_before_service(self, request: ImageRequest) -> InFlight:
+        """Check a request as `admit` does, also for a checkpoint that is only held: its warm-up."""
+        return self._admit(request, self.held[request.checkpoint])
+
+    def _admit(self, request: ImageRequest, loaded: LoadedCheckpoint) -> InFlight:
         check_values(request)
         check_offered(request, loaded.spec)
         if loaded.adapters is not None:
@@ -141,14 +206,14 @@ class LoadedCheckpoints(Mapping[str, LoadedCheckpoint]):
 
     def fingerprint(self, name: str, bucket_rows: int | None = None) -> Fingerprint:
         """Give what besides a plain request can change a bit of an image of this checkpoint."""
-        loaded = self.find(name)
+        loaded = self._held(name)
         blocks = _block_facts(loaded) if bucket_rows is None else None
         return self._fingerprint(loaded, bucket_rows, [], blocks, "")
 
     def fingerprint_of(self, image: InFlight) -> Fingerprint:
         """Give what besides its request can change a bit of this image."""
         request = image.request
-        loaded = self.find(request.checkpoint)
+        loaded = self._held(request.checkpoint)
         blocks = _block_facts(loaded) if image.skips_blocks else None
         return self._fingerprint(
             loaded,
@@ -157,6 +222,13 @@ class LoadedCheckpoints(Mapping[str, LoadedCheckpoint]):
             blocks,
             image.origin,
         )
+
+    def _held(self, name: str) -> LoadedCheckpoint:
+        """Give a checkpoint that is served, on its way in or out. Raises `UnknownCheckpoint`."""
+        loaded = self.held.get(name)
+        if loaded is None:
+            raise UnknownCheckpoint(name, sorted(self._served))
+        return loaded
 
     def _fingerprint(
         self,
@@ -188,7 +260,7 @@ class LoadedCheckpoints(Mapping[str, LoadedCheckpoint]):
 
     def stats(self) -> dict[str, Any]:
         """Return plain numbers since the start, of all checkpoints together."""
-        loaded = list(self._loaded.values())
+        loaded = list(self.held.values())
         banks = [one.adapters for one in loaded if one.adapters is not None]
         block_caches = [one.block_cache for one in loaded if one.block_cache is not None]
         return {
@@ -207,6 +279,8 @@ def _failure(name: str, problem: Exception) -> LoadFailure:
         return LoadFailure(name, LoadProblem.FILES, str(problem))
     if isinstance(problem, UnsupportedRequest):
         return LoadFailure(name, LoadProblem.SETTINGS, str(problem))
+    if isinstance(problem, TooLittleMemory):
+        return LoadFailure(name, LoadProblem.MEMORY, str(problem))
     if is_out_of_memory(problem):
         text = "it does not fit into the memory that the device has left"
         return LoadFailure(name, LoadProblem.MEMORY, text)

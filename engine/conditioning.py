@@ -47,6 +47,11 @@ class ConditioningCache:
             self._entries[encoder, text] = encoding
         return encoding
 
+    def forget(self, encoder_prefix: str) -> None:
+        """Drop what was encoded by encoders whose key begins so."""
+        for key in [key for key in self._entries if key[0].startswith(encoder_prefix)]:
+            del self._entries[key]
+
     def stats(self) -> dict[str, int]:
         """Give plain numbers since the start."""
         return {

@@ -53,7 +53,7 @@ Value = TypeVar("Value")
 class Footprint:
     """Bytes on the device."""
 
-    fixed_bytes: int  # whatever it does: weights, adapters, margin
+    fixed_bytes: int  # whatever it does, besides the weights of all checkpoints
     per_row_bytes: int  # what a row of a forward adds
     decode_bytes: int  # what a decode adds
 
@@ -164,15 +164,15 @@ class CostModel:
     ) -> None:
         """Note the memory that the device needs.
 
-        It is a fixed part (weights, adapters, margin), a part per row of a forward, and a part per
-        decode.
+        It is a fixed part besides the weights of all checkpoints, a part per row of a forward, and
+        a part per decode.
         """
         self._footprints[key] = Footprint(fixed_bytes, per_row_bytes, decode_bytes)
 
     def row_limit(self, key: BatchKey, budget_bytes: int | None) -> int | None:
         """Tell the rows of a forward that fit into the budget beside one decode.
 
-        None where nothing is measured or no budget set.
+        budget_bytes: what the weights leave.  None where nothing is measured or no budget set.
         """
         footprint = self._footprints.get(key)
         if footprint is None or budget_bytes is None:
@@ -202,6 +202,21 @@ class CostModel:
                     averages.keep(one.key, average)
             if one.footprint is not None:
                 self._footprints.setdefault(one.key, one.footprint)
+
+    def forget(self, checkpoint: str) -> None:
+        """Drop all that is known of a checkpoint."""
+        for values in (self._points, self._curves, self._encodes, self._decodes):
+            for key in [key for key in values if key.checkpoint == checkpoint]:
+                values.drop(key)
+        footprints = self._footprints
+        self._footprints = {
+            key: one for key, one in footprints.items() if key.checkpoint != checkpoint
+        }
+
+    def working_bytes(self) -> int:
+        """Return what the largest single row known, and one decode beside it, add to weights."""
+        footprints = self._footprints.values()
+        return max((one.per_row_bytes + one.decode_bytes for one in footprints), default=0)
 
     def _forwards_of(self, key: BatchKey) -> _Forwards:
         return self._curves.get(key) or self._points.get(key) or _Forwards()

@@ -83,7 +83,10 @@ class CudaStopwatch:
 
 
 class Device:
-    """One CPU or GPU. Everything here is called on the engine's thread."""
+    """One CPU or GPU.
+
+    Everything here is called on the engine's thread, but for what a side thread needs.
+    """
 
     def __init__(self, name: str, *, num_threads: int, attention: str = "auto") -> None:
         if attention not in ATTENTION:
@@ -115,6 +118,27 @@ class Device:
             backends.cudnn.deterministic = True
             backends.cudnn.allow_tf32 = False
             backends.cuda.matmul.allow_tf32 = False
+
+    def prepare_side_thread(self) -> None:
+        """Have a thread that loads beside the engine's compute with as many threads as that one.
+
+        A new thread has as many as the machine has cores.
+        """
+        torch.set_num_threads(self.num_threads)
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Launch a side thread's work of this context in a stream of its own, and wait for its end.
+
+        Copies in the default stream would keep the forwards that are launched after them waiting.
+        """
+        if not self.is_cuda:
+            yield
+            return
+        stream = cuda.Stream(self.torch_device)
+        with cuda.stream(stream):
+            yield
+        stream.synchronize()
 
     def stopwatch(self) -> Stopwatch:
         """Start timing."""
@@ -174,6 +198,14 @@ class Device:
         free_bytes, _ = cuda.mem_get_info(self.torch_device)
         return int((free_bytes + cuda.memory_reserved(self.torch_device)) * MEMORY_SHARE)
 
+    def free_bytes(self) -> int | None:
+        """Tell what may be allocated now; None where nobody knows."""
+        budget_bytes = self.memory_budget_bytes()
+        if budget_bytes is not None:
+            return budget_bytes - self.memory_bytes()
+        available = _told("/proc/meminfo", "MemAvailable")  # such as "17000000 kB"
+        return int(available.split()[0]) * 1024 if available else None
+
     def facts(self) -> dict[str, Any]:
         """Tell what of this device and its set-up can change a bit."""
         return self._cuda_facts() if self.is_cuda else self._cpu_facts()
@@ -224,8 +256,13 @@ def _cpu(key: str) -> str:
 
     Its instruction set chooses the kernels, also inside oneDNN.
     """
+    return _told("/proc/cpuinfo", key)
+
+
+def _told(path: str, key: str) -> str:
+    """Return the value in the first line of that key, "" where there is none."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+        with open(path, encoding="utf-8") as lines:
             for line in lines:
                 if line.partition(":")[0].strip() == key:
                     return line.partition(":")[2].strip()

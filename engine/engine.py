@@ -34,6 +34,7 @@ from engine.inbox import Inbox, OpenImage
 from engine.inflight import InFlight
 from engine.keptlatents import KeptLatents, check_fork, digest_of_latents
 from engine.ledger import Ledger
+from engine.loads import LoadTimes
 from engine.loop import DeviceLoop
 from engine.previews import Pace
 from engine.request import ImageRequest
@@ -87,6 +88,7 @@ class Engine:
             costs=self.costs,
             ledger=self._ledger,
             kept_latents=self._kept,
+            conditioning=self._cache,
             inbox=self._inbox,
         )
         self._thread: threading.Thread | None = None
@@ -154,6 +156,29 @@ class Engine:
         A turn that does not end means that the device hangs.
         """
         return self._loop.turn_s
+
+    # --- checkpoints come and go ---
+
+    def load(self, spec: CheckpointSpec) -> Future[LoadTimes]:
+        """Load one more checkpoint while the others render; no step waits for it.
+
+        When the future has its result, the checkpoint is served. It raises `LoadFailed`, which
+        names checkpoint, folder and reason, or `EngineStopped`. One that is loaded already has to
+        be unloaded first, so give versions names of their own.
+        """
+        if not self._inbox.is_accepting:
+            raise EngineStopped("the engine is not running")
+        return self._loop.loads.load(spec)
+
+    def unload(self, checkpoint: str, *, at_once: bool = False) -> Future[None]:
+        """Serve a checkpoint no more: from now on `submit` raises `UnknownCheckpoint` for it.
+
+        Its images in flight are finished first.  at_once: they end with `UnknownCheckpoint`; who
+        wants their snapshots withdraws them before. When the future has its result, weights,
+        adapters and all that was remembered are gone. Raises `UnknownCheckpoint`.
+        """
+        end_images = partial(self._loop.end_images_of, checkpoint) if at_once else None
+        return self._loop.loads.unload(checkpoint, at_once=end_images)
 
     # --- an image comes in ---
 

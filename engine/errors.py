@@ -6,6 +6,8 @@ EngineError              the unplanned, with its cause attached: log it, count t
 │   └── PackageMissing   the checkpoint is sound, and a package that reads it is not installed
 ├── CheckpointCorrupt    a file is missing, altered or unreadable; names the file
 ├── NothingLoaded        none of the checkpoints can be loaded; holds why, for each
+├── LoadFailed           one checkpoint cannot be loaded; holds why
+├── TooLittleMemory      the device has no room for the checkpoint's weights
 ├── SnapshotRefused      no snapshot, damaged, or of another request or set-up: start from step 0
 ├── OutOfDeviceMemory    the device could not hold the work: try again alone, or elsewhere
 ├── ImageNotFinite       the checkpoint produced NaN or infinity: the same request fails again
@@ -103,6 +105,30 @@ class NothingLoaded(EngineError):
     def __init__(self, failures: "Sequence[LoadFailure]") -> None:
         super().__init__("; ".join(f"{each.checkpoint}: {each.problem}" for each in failures))
         self.failures = tuple(failures)
+
+
+class LoadFailed(EngineError):
+    """A checkpoint cannot be loaded into a running engine; `failure` says why.
+
+    Mend what it names and load it again. The others are served meanwhile.
+    """
+
+    def __init__(self, failure: LoadFailure, path: str) -> None:
+        super().__init__(f"checkpoint {failure.checkpoint!r} ({path}): {failure.problem}")
+        self.failure = failure
+
+
+class TooLittleMemory(EngineError):
+    """The weights of a checkpoint do not fit beside those that are loaded.
+
+    Unload another first, or use a larger device.
+    """
+
+    def __init__(self, needed_bytes: int, free_bytes: int) -> None:
+        super().__init__(
+            f"it needs {needed_bytes / 1e9:.2f} GB of the device's memory, "
+            f"and {max(0, free_bytes) / 1e9:.2f} GB are free"
+        )
 
 
 class SnapshotRefused(EngineError):

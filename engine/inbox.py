@@ -131,10 +131,13 @@ class Inbox:
 
     # --- from the device thread ---
 
-    def take(self) -> InboxContents | None:
-        """Sleep until there is something to do; take out what was left. None: time to stop."""
+    def take(self, *, may_wait: bool = True) -> InboxContents | None:
+        """Sleep until there is something to do; take out what was left. None: time to stop.
+
+        may_wait: without it, do not sleep: the device thread has other work.
+        """
         with self._changed:
-            while not (self._has_mail or self._is_stopping or len(self._scheduler)):
+            while may_wait and not (self._has_mail or self._is_stopping or len(self._scheduler)):
                 self._changed.wait()
             arrivals = list(self._arrivals)
             self._arrivals.clear()
@@ -171,6 +174,12 @@ class Inbox:
         """Tell whether an image is to be dropped before the next turn."""
         with self._changed:
             return image_id in self._cancels
+
+    def open_images_of(self, checkpoint: str) -> list[InFlight]:
+        """List the images of a checkpoint that have not ended, those that arrive included."""
+        with self._changed:
+            images = [entry.image for entry in self._open.values()]
+        return [image for image in images if image.request.checkpoint == checkpoint]
 
     def __getitem__(self, image_id: str) -> OpenImage:
         """Find an image that has not ended; only the device thread ends one."""

@@ -87,6 +87,14 @@ class KeptLatents:
         reason = f"no latents of image {fork.image_id!r} are kept after step {fork.step}"
         raise UnsupportedRequest("fork", reason)
 
+    def forget(self, weights_digest: str) -> None:
+        """Drop the latents that these weights made."""
+        with self._lock:
+            entries = list(self._entries.items())
+            for key, kept in entries:
+                if kept.weights_digest == weights_digest:
+                    del self._entries[key]
+
     def stats(self) -> dict[str, int]:
         """Give plain numbers since the start."""
         return {

@@ -5,8 +5,9 @@ No network, no pickle, no code from the folder.
 
 import json
 import logging
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,15 +21,19 @@ from engine.blockcache import BlockCache
 from engine.capabilities import Capabilities
 from engine.config import CheckpointSpec
 from engine.device import Device
-from engine.errors import CheckpointCorrupt, UnsupportedRequest
+from engine.errors import CheckpointCorrupt, TooLittleMemory, UnsupportedRequest
 from engine.families import family_named
 from engine.families.contract import Family
 from engine.families.latent import LatentFamily
-from engine.folders import digest_of, hash_files, sha256_of
+from engine.folders import digest_of, files_read, hash_files, sha256_of
+from engine.headers import read_header
 from engine.request import AdapterUse, ImageRequest
+from engine.sidethread import own_default_dtype
 
 log = logging.getLogger(__name__)
 
+# diffusers, transformers and accelerate replace functions of torch while they build a network.
+_ONE_LOAD = threading.Lock()
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -45,6 +50,19 @@ class LoadedCheckpoint:
     load_s: float
     adapters: AdapterBank | None = None
     block_cache: BlockCache | None = None
+
+    @property
+    def weights_bytes(self) -> int:
+        """Return the memory of its networks and of its adapters' slots."""
+        slots_bytes = 0 if self.adapters is None else self.adapters.size_bytes
+        return slots_bytes + sum(tensor.nbytes for tensor in tensors_of(self.family))
+
+    def free(self) -> None:
+        """Let go of its weights, whoever still refers to its networks. It cannot be used again."""
+        if self.adapters is not None:
+            self.adapters.close()
+        for tensor in tensors_of(self.family):
+            tensor.data = tensor.data.new_empty(0)
 
     def adapted(self, per_row: Sequence[tuple[AdapterUse, ...]]) -> AbstractContextManager[None]:
         """Apply the adapters `per_row[i]` to row i of every forward made within this context."""
@@ -63,6 +81,11 @@ class LoadedCheckpoint:
         """Give the request's adapters by name, digest and strength: part of its fingerprint."""
         return [] if self.adapters is None else self.adapters.facts(request.adapters)
 
+    @property
+    def conditioning_prefix(self) -> str:
+        """Return how every `conditioning_key` of these weights begins."""
+        return json.dumps([self.weights_digest])[:-1]
+
     def conditioning_key(self, request: ImageRequest) -> str:
         """Return the key of what encodes this request's prompts, under which safety rules.
 
@@ -80,12 +103,28 @@ class LoadedCheckpoint:
         )
 
 
-def load_checkpoint(spec: CheckpointSpec, device: Device) -> LoadedCheckpoint:
+def tensors_of(family: Family) -> list[torch.Tensor]:
+    """List the weights and buffers of a family's networks, each once."""
+    modules = family.modules()
+    found = [each for module in modules for each in (*module.parameters(), *module.buffers())]
+    return list({id(tensor): tensor for tensor in found}.values())
+
+
+def load_checkpoint(
+    spec: CheckpointSpec,
+    device: Device,
+    *,
+    pace: Callable[[], AbstractContextManager[None]] = nullcontext,
+    working_bytes: int = 0,
+) -> LoadedCheckpoint:
     """Verify and read one checkpoint.
 
-    Raises `CheckpointCorrupt`, naming the file, when a file is missing, unreadable or not what
-    `spec.sha256` says, and when weights would be read that `spec.sha256` does not list although it
-    lists others.
+    pace: what surrounds all that needs the interpreter for long.  working_bytes: what an image
+    needs besides the weights.
+
+    Raises `TooLittleMemory`, and `CheckpointCorrupt`, naming the file, when a file is missing,
+    unreadable or not what `spec.sha256` says, and when weights would be read that `spec.sha256`
+    does not list although it lists others.
     """
     started = time.perf_counter()
     if spec.precision not in PRECISIONS:
@@ -94,13 +133,17 @@ def load_checkpoint(spec: CheckpointSpec, device: Device) -> LoadedCheckpoint:
         )
     path = Path(spec.path)
     family_class = family_named(spec.family)
-    found = hash_files(path, family_class.folders(path))
+    parts = family_class.folders(path)
+    _check_room(spec, files_read(path, parts), device, working_bytes)
+    found = hash_files(path, parts)
     _verify(path, dict(spec.sha256), found)
     _quiet_progress_bars()
-    family = family_class.load(spec, dtype=PRECISIONS[spec.precision], device=device.torch_device)
-    _check_guidance(spec, family)
-    accelerate(family, spec, device)
-    bank = _adapter_bank(spec, family, device)
+    dtype = PRECISIONS[spec.precision]
+    with _ONE_LOAD, pace(), own_default_dtype():
+        family = family_class.load(spec, dtype=dtype, device=device.torch_device)
+        _check_guidance(spec, family)
+        accelerate(family, spec, device)
+        bank = _adapter_bank(spec, family, device)
     load_s = time.perf_counter() - started
     digest = digest_of(found)
     log.info(
@@ -115,6 +158,22 @@ def load_checkpoint(spec: CheckpointSpec, device: Device) -> LoadedCheckpoint:
         adapters=bank,
         block_cache=_block_cache(spec, family),
     )
+
+
+def _check_room(
+    spec: CheckpointSpec, files: Sequence[str], device: Device, working_bytes: int
+) -> None:
+    """Raise `TooLittleMemory` where the weights do not fit beside those that are loaded.
+
+    Adapters' slots are not counted.
+    """
+    free_bytes = device.free_bytes()
+    names = [name for name in files if name.endswith(".safetensors")]
+    headers = [read_header(Path(spec.path) / name) for name in names]
+    values = sum(tensor.num_values for header in headers for tensor in header.tensors.values())
+    needed_bytes = values * PRECISIONS[spec.precision].itemsize + working_bytes
+    if free_bytes is not None and needed_bytes > free_bytes:
+        raise TooLittleMemory(needed_bytes, free_bytes)
 
 
 def _check_guidance(spec: CheckpointSpec, family: Family) -> None:

@@ -12,13 +12,14 @@ import logging
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.checkpoints import LoadedCheckpoints
+from engine.conditioning import ConditioningCache
 from engine.config import CheckpointSpec, EngineConfig
 from engine.costs import CostModel
 from engine.curves import load_curves
@@ -31,6 +32,7 @@ from engine.errors import (
     ImageCanceled,
     OutOfDeviceMemory,
     SnapshotRefused,
+    UnknownCheckpoint,
 )
 from engine.events import (
     EngineEvent,
@@ -47,10 +49,13 @@ from engine.inbox import Inbox
 from engine.inflight import InFlight, RenderState
 from engine.keptlatents import KeptLatents, StepLatents
 from engine.ledger import Ledger
+from engine.loading import LoadedCheckpoint
+from engine.loads import Loads
 from engine.previews import jpeg
 from engine.records import FinishedImage, render_record
 from engine.runner import PendingDecode, Runner
 from engine.scheduler import Batch, Decode, Encode, Scheduler, Work
+from engine.sidethread import LoadPace
 from engine.snapshots import Snapshot, to_bytes
 from engine.warmup import warm_up
 
@@ -75,6 +80,7 @@ class DeviceLoop:
         costs: CostModel,
         ledger: Ledger,
         kept_latents: KeptLatents,
+        conditioning: ConditioningCache,
         inbox: Inbox,
     ) -> None:
         self.warm_up_s = 0.0
@@ -86,7 +92,19 @@ class DeviceLoop:
         self._costs = costs
         self._ledger = ledger
         self._kept_latents = kept_latents
+        self._conditioning = conditioning
         self._inbox = inbox
+        self._pace = LoadPace()
+        self.loads = Loads(
+            checkpoints=checkpoints,
+            device=device,
+            inbox=inbox,
+            pace=self._pace,
+            warm_up=partial(self._warm_up, is_brief=True),
+            on_change=self._note_change,
+            working_bytes=costs.working_bytes,
+        )
+        self._memory_bytes: int | None = None  # of the device; None: nobody divides it
         self._pending_decodes: deque[tuple[Decode, PendingDecode]] = deque()  # as launched
         self._turn_began_at: float | None = None  # on the monotonic clock; None between two turns
         self._outcomes: Counter[RenderState] = Counter()
@@ -117,32 +135,55 @@ class DeviceLoop:
     def prepare(self) -> None:
         """Load every checkpoint and warm it up, so that the first caller does not pay for it."""
         self._device.prepare()
-        self._checkpoints.load(self._device)
-        started = time.perf_counter()
-        for name in tuple(self._checkpoints):
+        self._checkpoints.prepare(self._device)
+        specs = self._checkpoints.specs
+        for name, spec in specs.items():
             with self._checkpoints.may_fail(name, self._device):
-                self._load_curves(name)
-                self._warm_up(self._checkpoints.specs[name])
+                self._checkpoints.add(self._checkpoints.read(spec, self._device))
         self._checkpoints.check_any_is_loaded()
-        self._scheduler.memory_budget_bytes = self._device.memory_budget_bytes()
+        started = time.perf_counter()
+        for name in tuple(self._checkpoints.held):
+            with self._checkpoints.may_fail(name, self._device):
+                for _ in self._warm_up(specs[name]):
+                    pass
+                self._checkpoints.serve(name)
+        self._checkpoints.check_any_is_loaded()
+        self._memory_bytes = self._device.memory_budget_bytes()
+        self._note_change(None)
         self.warm_up_s = time.perf_counter() - started
 
-    def _load_curves(self, name: str) -> None:
+    def _warm_up(self, spec: CheckpointSpec, *, is_brief: bool = False) -> Iterator[None]:
+        """Iterate over the pieces of a checkpoint's warm-up."""
         if self._config.curves_folder:
-            bits = self._checkpoints.fingerprint(name)
-            load_curves(self._costs, Path(self._config.curves_folder), name, bits)
-
-    def _warm_up(self, spec: CheckpointSpec) -> None:
-        warm_up(
+            bits = self._checkpoints.fingerprint(spec.name)
+            load_curves(self._costs, Path(self._config.curves_folder), spec.name, bits)
+        yield from warm_up(
             spec,
-            validated=self._checkpoints.admit,
+            validated=self._checkpoints.admit_before_service,
             runner=self._runner,
             device=self._device,
             costs=self._costs,
             max_batch_rows=self._config.max_batch_rows,
             row_buckets=self._config.row_buckets,
             repeats=self._config.warm_up_repeats,
+            weights_bytes=self._checkpoints.weights_bytes,
+            is_brief=is_brief,
         )
+
+    def _note_change(self, gone: LoadedCheckpoint | None) -> None:
+        """Go by the checkpoints that are held now, and forget all about one that is gone."""
+        if gone is not None:
+            name = gone.spec.name
+            self._runner.forget(name)
+            self._scheduler.forget(name)
+            self._costs.forget(name)
+            self._conditioning.forget(gone.conditioning_prefix)
+            self._kept_latents.forget(gone.weights_digest)
+        held = self._checkpoints.held.values()
+        self._scheduler.max_adapters = min((one.spec.adapter_slots for one in held), default=1)
+        if self._memory_bytes is not None:
+            weights_bytes = self._checkpoints.weights_bytes
+            self._scheduler.memory_budget_bytes = self._memory_bytes - weights_bytes
 
     def run(self) -> None:
         """Take turns until it is time to stop, and leave nobody waiting."""
@@ -151,22 +192,29 @@ class DeviceLoop:
         try:
             while self._take_in():
                 self._turn_began_at = time.monotonic()
+                self._pace.begin_turn()
                 self._turn()
+                self._pace.end_turn()
                 self._turn_began_at = None
+                self.loads.go_on(is_busy=len(self._scheduler) > 0)
         except BaseException as problem:
             log.exception("engine_died")
             shutdown_error = partial(EngineDied, f"the engine died: {problem!r}")
         finally:
             self._turn_began_at = None
+            self._pace.end_turn()
             self._fail_everyone(shutdown_error)
+            self.loads.close()
 
     def _take_in(self) -> bool:
         """Wait for work and do what callers asked for; False when it is time to stop."""
-        taken = self._inbox.take()
+        taken = self._inbox.take(may_wait=not self.loads.has_warm_up)
         if taken is None:
             return False
         for image in taken.arrivals:
             self._tell(image, Queued(request_id=image.id))
+            if image.request.checkpoint not in self._checkpoints.held:  # it went meanwhile
+                self._fail(image, self._unknown(image))
         leaving: dict[InFlight, EngineError] = {image: _too_late(image) for image in taken.late}
         leaving |= {image: _canceled(image) for image in taken.canceled}
         for image, error in leaving.items():
@@ -422,7 +470,7 @@ class DeviceLoop:
         return to_bytes(
             Snapshot(
                 request=image.request,
-                family=self._checkpoints.specs[image.request.checkpoint].family,
+                family=self._checkpoints[image.request.checkpoint].spec.family,
                 fingerprint=bits.sha256,
                 fingerprint_facts=bits.facts,
                 step=image.step,
@@ -432,7 +480,15 @@ class DeviceLoop:
             )
         )
 
+    def end_images_of(self, checkpoint: str) -> None:
+        """End the images of a checkpoint: another worker can render them."""
+        for image in self._inbox.open_images_of(checkpoint):
+            self._fail(image, self._unknown(image))
+
     # --- an image's end ---
+
+    def _unknown(self, image: InFlight) -> UnknownCheckpoint:
+        return UnknownCheckpoint(image.request.checkpoint, sorted(self._checkpoints))
 
     def _fail(self, image: InFlight, error: EngineError) -> None:
         state = RenderState.CANCELED if isinstance(error, ImageCanceled) else RenderState.FAILED

@@ -154,12 +154,18 @@ class Runner:
         projector = self._projectors.get(name)
         return None if clean is None or projector is None else projector.project(clean)
 
+    def forget(self, checkpoint: str) -> None:
+        """Let go of what is remembered of a checkpoint that is taken out."""
+        self._projectors.pop(checkpoint, None)
+
     def release(self, image: InFlight) -> None:
         """Let go of all that the image holds on the device.
 
         Harmless at any moment, also when repeated.
         """
-        loaded = self._checkpoints[image.request.checkpoint]
+        loaded = self._checkpoints.get(image.request.checkpoint)
+        if loaded is None:
+            return  # it came after its checkpoint had gone
         loaded.family.release(image)
         if loaded.block_cache is not None:
             loaded.block_cache.forget(image.id)

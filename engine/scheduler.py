@@ -300,6 +300,12 @@ class Scheduler:
         """
         self._row_caps[key] = max(1, min(rows, self._row_caps.get(key, rows)))
 
+    def forget(self, checkpoint: str) -> None:
+        """Drop what was learnt of a checkpoint of which no image is here."""
+        self._row_caps = {
+            key: rows for key, rows in self._row_caps.items() if key.checkpoint != checkpoint
+        }
+
     # --- what is done ---
 
     def next_work(self, now_s: float) -> Work | None:

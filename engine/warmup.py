@@ -2,12 +2,14 @@
 
 This chooses kernels, lays out memory, and measures the curve of seconds by rows.
 
-Called on the engine's thread before it takes requests. `./darkroom calibrate` is the same with more
-repeats, its curve written down.
+Done on the engine's thread: at once before it takes requests, and in pieces between its turns for a
+checkpoint that comes later. `./darkroom calibrate` is the same with more repeats, its curve written
+down.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,16 +34,24 @@ def warm_up(
     max_batch_rows: int,
     row_buckets: tuple[int, ...] = (),
     repeats: int = 1,
-) -> None:
+    weights_bytes: int = 0,
+    is_brief: bool = False,
+) -> Iterator[None]:
     """Render an image of every size, with and without guidance, and make a forward of every bucket.
 
-    What `costs` does not know yet is measured, `repeats` times. Raises `UnsupportedRequest` for a
-    checkpoint that offers no size or no sampler, or one that nobody could use.
+    Yields after each piece of work: an encode, the forwards of one size, a step or a decode. What
+    `costs` does not know yet is measured, `repeats` times.  weights_bytes: of all checkpoints; the
+    memory that is measured is what comes on top.  is_brief: render one image of the first size,
+    with the smallest forwards; the rest is learnt from what is asked for. Raises
+    `UnsupportedRequest` for a checkpoint that offers no size or no sampler, or one that nobody
+    could use.
     """
     if not spec.samplers or not spec.sizes:
         raise UnsupportedRequest(
             "samplers" if spec.sizes else "sizes", f"checkpoint {spec.name} offers none"
         )
+    work = partial(_render, runner=runner, device=device, costs=costs, repeats=repeats)
+    has_begun = False
     for width_px, height_px in spec.sizes:
         request = _as_it_can_be_rendered(_plain_request(spec, width_px, height_px), validated)
         for sampler in spec.samplers:
@@ -50,7 +60,11 @@ def warm_up(
         for guidance in (1.0, 2.0) if max_batch_rows > 1 else (1.0,):
             image = validated(replace(request, guidance=guidance))
             fitting = [rows for rows in buckets if rows >= image.rows]
-            _render(image, runner, device, costs, fitting, repeats)
+            if not is_brief:
+                yield from work(image, buckets=fitting, weights_bytes=weights_bytes)
+            elif not has_begun:
+                has_begun = True
+                yield from work(image, buckets=fitting[:1], weights_bytes=weights_bytes)
 
 
 def _plain_request(spec: CheckpointSpec, width_px: int, height_px: int) -> ImageRequest:
@@ -99,28 +113,33 @@ def doublings(most: int) -> tuple[int, ...]:
 
 def _render(
     image: InFlight,
+    *,
     runner: Runner,
     device: Device,
     costs: CostModel,
     buckets: list[int],
     repeats: int,
-) -> None:
+    weights_bytes: int,
+) -> Iterator[None]:
     """Render one image to its end, with a forward of every bucket before its first step."""
     try:
         runner.start(image)
+        yield
         key = image.batch_key
         # A plain pipeline calls its own denoiser, elsewhere.
         is_known = costs.is_measured(key) or key.call.startswith("alone ")
         base_bytes = device.memory_bytes()
         peaks = _try_buckets(image, runner, device, costs, buckets, 0 if is_known else repeats)
         while not image.is_denoised:
+            yield
             runner.advance(image, runner.predict(Batch.alone(image))[0])
+        yield
         device.forget_peak()
         costs.observe_decode(key, runner.decode(image).watch.seconds())
         if base_bytes and len(peaks) > 1:
             costs.observe_memory(
                 key,
-                fixed_bytes=base_bytes,
+                fixed_bytes=base_bytes - weights_bytes,
                 per_row_bytes=_bytes_per_row(peaks),
                 decode_bytes=device.peak_bytes() - base_bytes,
             )

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import redis
@@ -25,6 +26,7 @@ from celery.worker.consumer import Consumer
 from celery.worker.consumer.consumer import CONNECTION_ERROR
 from celery.worker.consumer.tasks import Tasks
 from kombu.connection import Connection
+from kombu.entity import Queue
 from kombu.exceptions import KombuError
 
 from edges.connections import connect
@@ -166,10 +168,20 @@ class TierCycle:
     consuming thread. So no queue is asked that has no room.
     """
 
-    def __init__(self, queues: Sequence[str], may_take: MayTake) -> None:
+    def __init__(
+        self,
+        queues: Callable[[], Sequence[str]],
+        may_take: MayTake,
+        begin: Callable[[str], None],
+    ) -> None:
+        """Know what to ask. queues: lists them; the fleet may get more while the worker runs.
+
+        begin: consumes a queue that the channel does not consume yet.
+        """
         self._queues = queues
         self._may_take = may_take
-        self._active: set[str] = set(queues)
+        self._begin = begin
+        self._active: set[str] = set(queues())
 
     def consume(self, n: int) -> list[str]:
         """List the queues to ask, highest rank first; [] = ask for nothing now."""
@@ -182,8 +194,11 @@ class TierCycle:
             )
             for request in list(state.requests.values())
         ]
-        active = [queue for queue in self._queues if queue in self._active]
-        return [queue for queue in active if self._may_take(queue, taken)]
+        queues = self._queues()
+        for queue in queues:
+            if queue not in self._active:
+                self._begin(queue)
+        return [queue for queue in queues if self._may_take(queue, taken)]
 
     def update(self, queues: Sequence[str]) -> None:
         """Note which queues the channel consumes; kombu calls this."""
@@ -193,18 +208,30 @@ class TierCycle:
         """Do nothing: the order is by rank, whatever queue was used last."""
 
 
-def tier_gate(queues: Sequence[str], may_take: MayTake) -> type[bootsteps.StartStopStep]:
-    """Make a consumer bootstep that puts a TierCycle on the channel after each connect."""
+def tier_gate(
+    queues: Callable[[], Sequence[str]], may_take: MayTake
+) -> type[bootsteps.StartStopStep]:
+    """Make a consumer bootstep that puts a TierCycle on the channel after each connect.
+
+    queues: lists those that the worker consumes now.
+    """
 
     class TierGate(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
         requires = (Tasks,)
 
         def start(self, c: Any) -> None:
             channel = c.task_consumer.channel
-            channel._queue_cycle = TierCycle(queues, may_take)
+            channel._queue_cycle = TierCycle(queues, may_take, partial(_consume_too, c))
             channel._update_queue_cycle()
 
     return TierGate
+
+
+def _consume_too(consumer: Any, name: str) -> None:
+    """Consume one more queue from now on, also after a reconnect."""
+    queue = consumer.app.amqp.queues.select_add(Queue(name, routing_key=name))
+    consumer.task_consumer.add_queue(queue)
+    consumer.task_consumer.consume()
 
 
 def run_worker(celery: Celery, arguments: Sequence[str]) -> int:

@@ -57,6 +57,8 @@ def programs(env: Mapping[str, str], fleet: Fleet, *, workers: Mapping[str, int]
     handed = {name: as_handed_to(name, env) for name in _KINDS}
     handed["flower"]["FLOWER_BIND"] = env["FLOWER_URL"].removeprefix("http://")
     own = {name: _only(handed[name], kind) for name, kind in _KINDS.items()}
+    # All others follow the fleet's revisions; an edited file makes this one another program.
+    own["flower"] |= {name: env[name] for name in (FLEET_DIGEST,) if name in env}
     started = [
         _program("gateway", gunicorn, _TAKES_IN_WORK, 40, own["gateway"]),
         *_workers(handed["worker"], fleet, workers),
@@ -65,13 +67,8 @@ def programs(env: Mapping[str, str], fleet: Fleet, *, workers: Mapping[str, int]
         _program("webhooks", ["tasks.serve", "webhooks"], _FINISHES_IT, 20, own["webhooks"]),
         _program("sweeper", ["tasks.serve", "maintenance"], _FINISHES_IT, 20, own["sweeper"]),
     ]
-    # A process reads fleet.toml at its start: an edited file makes it another program.
-    digest = {name: env[name] for name in (FLEET_DIGEST,) if name in env}
-    with_ports = [
-        _with_a_metrics_port_of_its_own(program, place) for place, program in enumerate(started)
-    ]
     return [
-        replace(program, environment={**program.environment, **digest}) for program in with_ports
+        _with_a_metrics_port_of_its_own(program, place) for place, program in enumerate(started)
     ]
 
 

@@ -27,7 +27,7 @@ from fleet import backup, processes, services
 from fleet.addresses import LISTENERS, Addresses, read_env, write_env
 from fleet.errors import StackError
 from fleet.supervision import ProcessStatus, Program, Supervisor
-from models import api_keys, tenants, workers
+from models import api_keys, revisions, tenants, workers
 from models.database import make_engine, transaction
 from policy.fleet import Fleet, FleetInvalid, parse_fleet
 from policy.workers import WorkerNow, WorkersInvalid, workers_by_pool
@@ -94,6 +94,7 @@ class Stack:
             addresses = self._up_services(deadline)
             on_stage("migrating the database")
             self._migrate(addresses)
+            number = self._apply_fleet(addresses)
             addresses = self._ensure_first_key(addresses)
             on_stage("starting gateway, workers and the other processes")
             env = self._process_env(addresses)
@@ -104,7 +105,7 @@ class Stack:
             for program in programs:
                 self._supervisor.start(program.name)
             on_stage("loading the models")
-            self._wait_ready(deadline, counts)
+            self._wait_ready(deadline, counts, number)
 
     def down(self) -> None:
         """Stop Darkroom's processes, then the services. Data stay; no process does."""
@@ -198,6 +199,14 @@ class Stack:
             return []
         finally:
             engine.dispose()
+
+    def _behind(self, number: int) -> list[str]:
+        """List the live workers that go by another revision of the fleet."""
+        return [
+            f"{one.name} (goes by revision {one.revision} of the fleet, not by {number})"
+            for one in self._known_workers()
+            if one.is_live and one.revision not in (None, number)
+        ]
 
     def _stop_workers_that_lack_models(self, programs: Iterable[Program]) -> None:
         """Stop them, so that they start anew: what kept a model from being loaded may be mended."""
@@ -298,6 +307,19 @@ class Stack:
         if done.returncode != 0:
             raise StackError(f"the migrations fail{self._supervisor.tail('migrations')}")
 
+    def _apply_fleet(self, addresses: Addresses) -> int:
+        """Put the fleet file in force; return the number of its revision."""
+        content = self._fleet_text()
+        engine = make_engine(addresses.env()["DATABASE_URL"], pool_size=1)
+        try:
+            with transaction(engine) as session:
+                revision, _ = revisions.apply(session, content, actor="darkroom up")
+                return revision.number
+        except SQLAlchemyError as error:
+            raise StackError(f"the fleet cannot be put in force: {error}") from None
+        finally:
+            engine.dispose()
+
     def _ensure_first_key(self, addresses: Addresses) -> Addresses:
         """Make the first tenant and its key; the key's plaintext is kept in `<data>/env` alone."""
         if addresses.api_key:
@@ -319,14 +341,17 @@ class Stack:
         write_env(self.env_path, addresses.env())
         return addresses
 
-    def _wait_ready(self, deadline: float, counts: Mapping[str, int]) -> None:
-        """Wait for `/readyz`, and for every worker that we started. counts: these, by pool."""
+    def _wait_ready(self, deadline: float, counts: Mapping[str, int], number: int) -> None:
+        """Wait for `/readyz`, and for every worker that we started.
+
+        counts: these, by pool. number: of the revision that they must go by.
+        """
         last = "the gateway does not answer"
 
         def probe() -> None:
             nonlocal last
             parts = gateway.get("/readyz").json()["parts"]
-            waiting = _unready_parts(parts, counts)
+            waiting = _unready_parts(parts, counts) or self._behind(number)
             if waiting:
                 last = "not ready: " + ", ".join(waiting)
                 raise ConnectionError(last)
@@ -398,12 +423,17 @@ class Stack:
         logs = sorted(path.stem for path in self._supervisor.log_dir.glob("worker-*.log"))
         return next(iter([*names, *logs]), "worker-1")
 
+    def _fleet_text(self) -> str:
+        path = self.fleet_file
+        try:
+            return path.read_text()
+        except OSError as error:
+            raise StackError(f"{path} cannot be read: {error.strerror}") from None
+
     def _fleet(self) -> Fleet:
         path = self.fleet_file
         try:
-            return parse_fleet(path.read_text())
-        except OSError as error:
-            raise StackError(f"{path} cannot be read: {error.strerror}") from None
+            return parse_fleet(self._fleet_text())
         except FleetInvalid as error:
             raise StackError(
                 "\n".join(f"{path.name}: {problem}" for problem in error.problems)

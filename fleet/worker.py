@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from policy.workers import device_label, name_on_device, worker_name
-from settings import EX_CONFIG, WorkerSettings, load, load_fleet_or_exit
+from settings import EX_CONFIG, WorkerSettings, load
 
 SERVE = [sys.executable, "-m", "tasks.serve", "render"]
 BACK_OFF_S = (1, 2, 5, 10, 30)
@@ -66,7 +66,6 @@ def environments(settings: WorkerSettings, gpus: Sequence[str]) -> list[dict[str
 
 def main() -> None:
     settings = load(WorkerSettings)
-    load_fleet_or_exit(settings)
     gpus = [] if settings.device == "cpu" else visible_gpus(settings.cuda_visible_devices)
     if not gpus:
         name = settings.worker_name

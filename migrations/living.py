@@ -33,7 +33,7 @@ from migrations.errors import SqlInUse
 FOLDER = Path(models.__file__).parent / "sql"
 KINDS = ("function", "view", "trigger")
 # Tables with triggers, in the order of locks of models/__init__.py.
-LOCKED = ("jobs", "files", "audit_events_default", "audit_events")
+LOCKED = ("jobs", "files", "fleet_revisions", "audit_events_default", "audit_events")
 
 _NOT_REPLACEABLE = ("42P13", "42P16")  # another return type or parameter's name; other columns
 _DEPENDED_ON = "2BP01"

@@ -77,6 +77,7 @@ _MOVES_JOBS = (
 
 GRANTS: dict[str, tuple[May, ...]] = {
     "gateway": (
+        May("fleet_revisions", "SELECT"),
         May("tenants", "SELECT, INSERT, UPDATE"),
         May("api_keys", "SELECT, INSERT, UPDATE"),
         May("jobs", "SELECT, INSERT, UPDATE"),
@@ -105,6 +106,7 @@ GRANTS: dict[str, tuple[May, ...]] = {
     ),
     "worker": (
         *_MOVES_JOBS,
+        May("fleet_revisions", "SELECT"),
         May("jobs", "SELECT"),
         May("attempts", "INSERT"),
         May("workers", "INSERT, UPDATE, DELETE"),
@@ -113,6 +115,7 @@ GRANTS: dict[str, tuple[May, ...]] = {
     ),
     "results": (
         *_MOVES_JOBS,
+        May("fleet_revisions", "SELECT"),
         May("jobs", "SELECT", but=TENANT_TEXTS),
         May("artifacts", "SELECT, INSERT"),
         May("files", "SELECT"),
@@ -120,6 +123,7 @@ GRANTS: dict[str, tuple[May, ...]] = {
     ),
     "sweeper": (
         *_MOVES_JOBS,
+        May("fleet_revisions", "SELECT"),
         May("jobs", "SELECT", but=TENANT_TEXTS),
         May("workers", "DELETE"),
         May("learnt_costs", "SELECT, INSERT, UPDATE"),

@@ -31,8 +31,8 @@ class NewJob:
     all its images.  eta_raw_s: the first guess of its end, kept to learn from.  megapixel_steps:
     its count against quotas.  steps_per_image: denoise steps that each image makes, as they were
     counted; None: as many as were asked for.  tenant_metadata: the tenant's own.  warnings: parts
-    of its texts that have no effect, as far as is known.  announced: it goes to Celery as soon as
-    this is committed.
+    of its texts that have no effect, as far as is known.  fleet_revision: under which it was
+    resolved; None: a file's.  announced: it goes to Celery as soon as this is committed.
     """
 
     id: uuid.UUID = field(default_factory=new_id)
@@ -45,6 +45,7 @@ class NewJob:
     steps_per_image: int | None = None
     tenant_metadata: Mapping[str, str] | None = None
     warnings: Sequence[Mapping[str, Any]] = ()
+    fleet_revision: int | None = None
     requeue_of: uuid.UUID | None = None
     replay_of: uuid.UUID | None = None
     announced: bool = False
@@ -132,6 +133,7 @@ def _row(place: int, job: NewJob) -> dict[str, Any]:
         "predicted_s": job.predicted_s,
         "eta_raw_s": job.eta_raw_s,
         "warnings": list(job.warnings) or None,
+        "fleet_revision": job.fleet_revision,
         "megapixel_steps": str(job.megapixel_steps),
         "steps_per_image": job.steps_per_image,
         "metadata": dict(job.tenant_metadata) if job.tenant_metadata else None,

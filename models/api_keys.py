@@ -42,6 +42,7 @@ class KnownKey:
     scopes: frozenset[str]
     expires_at: float | None
     is_use_to_be_noted: bool
+    tenant: str  # its name
     limits: Mapping[str, Any]  # of its tenant, by the names of the columns
 
     def is_live(self, now: float) -> bool:
@@ -194,7 +195,7 @@ def _look_up_statement() -> Select[Any]:
         is_stale,
     )
     limits = [getattr(Tenant, name) for name in LIMITS]
-    query = select(*key, *limits).join(Tenant, Tenant.id == ApiKey.tenant_id)
+    query = select(*key, Tenant.name, *limits).join(Tenant, Tenant.id == ApiKey.tenant_id)
     return query.where(ApiKey.kid == any_(bindparam("kids", type_=ARRAY(Text))), *_is_live())
 
 
@@ -208,7 +209,8 @@ def _known(row: Sequence[Any]) -> KnownKey:
         scopes=frozenset(row[4]),
         expires_at=expires_at,
         is_use_to_be_noted=row[6],
-        limits=dict(zip(LIMITS, row[7:], strict=True)),
+        tenant=row[7],
+        limits=dict(zip(LIMITS, row[8:], strict=True)),
     )
 
 

@@ -11,6 +11,7 @@ class EventName(StrEnum):
     """Every event that is ever appended; those marked "by" are appended by the database itself."""
 
     JOB_REQUEST_ACCEPTED = "job:request:accepted"  # by accept_jobs
+    JOB_POOL_CHANGED = "job:pool:changed"  # it waited too long, and another pool had room
     JOB_LEASE_TAKEN = "job:lease:taken"  # a worker begins an attempt
     JOB_LEASE_EXPIRED = "job:lease:expired"  # its worker fell silent
     JOB_LEASE_RETURNED = "job:lease:returned"  # given back unharmed
@@ -41,5 +42,6 @@ class EventName(StrEnum):
     WEBHOOK_ENDPOINT_DISABLED = "webhook:endpoint:disabled"  # its receiver answered 410
     WEBHOOK_SECRET_ROTATED = "webhook:secret:rotated"
     WEBHOOK_DELIVERY_REDELIVERED = "webhook:delivery:redelivered"
+    FLEET_REVISION_APPLIED = "fleet:revision:applied"  # fleet.toml as it is from then on
     USAGE_DAYS_PRUNED = "usage:days:pruned"
     AUDIT_MONTH_PRUNED = "audit:month:pruned"  # by audit_prune_month

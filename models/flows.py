@@ -54,6 +54,35 @@ def settle(
         session.execute(_SETTLE, flow | {"difference_s": difference_s})
 
 
+_LINE_UP = text(
+    """
+    UPDATE flows f SET finish_tag = greatest(f.finish_tag, c.now_s) + :cost_s / t.weight
+    FROM tenants t, LATERAL (SELECT coalesce(
+        (SELECT virtual_s FROM fair_clocks k WHERE k.pool = :pool AND k.tier = :tier),
+        extract(epoch FROM clock_timestamp())::double precision) AS now_s) c
+    WHERE f.pool = :pool AND f.tier = :tier AND f.tenant_id = :tenant_id AND t.id = f.tenant_id
+    RETURNING f.finish_tag - :cost_s / t.weight
+    """
+)
+
+
+def line_up(
+    session: Session, *, pool: str, tier: str, tenant_id: uuid.UUID, cost_s: float
+) -> float:
+    """Give a job the last place of its tenant's line in a flow that exists; return its start tag.
+
+    cost_s: the device seconds that it is expected to take.
+    """
+    flow = {"pool": pool, "tier": tier, "tenant_id": tenant_id}
+    return float(session.execute(_LINE_UP, flow | {"cost_s": cost_s}).scalar_one())
+
+
+def with_queued_jobs(session: Session) -> set[tuple[str, str]]:
+    """List the pools and tiers in which jobs are queued."""
+    query = select(Flow.pool, Flow.tier).where(Flow.queued_jobs > 0).distinct()
+    return {(pool, tier) for pool, tier in session.execute(query)}
+
+
 def advance(session: Session, *, pool: str, tier: str, start_tag: float) -> None:
     """Let virtual time be at least the start tag of a job that was released. It never goes back."""
     statement = insert(FairClock).values(pool=pool, tier=tier, virtual_s=start_tag)

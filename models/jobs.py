@@ -125,6 +125,17 @@ def ended_among(session: Session, job_ids: Collection[uuid.UUID]) -> Sequence[uu
     ).all()
 
 
+def rendered_facts(session: Session, job_id: uuid.UUID) -> dict[str, Any]:
+    """Return the facts of the newest fingerprint of the job's images; {} if none was rendered."""
+    facts = session.scalar(
+        select(Attempt.fingerprint_facts)
+        .where(Attempt.job_id == job_id, Attempt.fingerprint_facts.is_not(None))
+        .order_by(Attempt.attempt.desc())
+        .limit(1)
+    )
+    return facts or {}
+
+
 def cancel(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: str) -> Job | None:
     """Cancel the job; None if the tenant has no such job.
 
@@ -237,6 +248,62 @@ def fail_past_deadline(session: Session, job_id: uuid.UUID) -> Job | None:
     return job
 
 
+def fail_gone(session: Session, job_id: uuid.UUID) -> Job | None:
+    """Fail a queued job whose model or version is no longer offered; None if it was taken."""
+    job = _queued(session, job_id)
+    if job is not None:
+        code = FailureCode.MODEL_GONE
+        detail = f"model {job.model}, version {job.model_version}, is no longer offered"
+        facts = {"code": code} | finish(session, job, JobState.FAILED, code=code, detail=detail)
+        audit.append(
+            session,
+            EventName.JOB_STATE_FAILED,
+            chain=job.tenant_id,
+            actor=SWEEPER,
+            job_id=job.id,
+            **facts,
+        )
+    return job
+
+
+def move(session: Session, job_id: uuid.UUID, pool: str) -> Job | None:
+    """Put a queued job into another pool, at the end of its tenant's line; None if it was taken.
+
+    The trigger `flows_count_rerouted` counts it there.
+    """
+    job = _queued(session, job_id)
+    if job is not None:
+        left = job.pool
+        job.pool = pool
+        job.announced_at = None
+        job.is_front = False
+        session.flush()
+        job.release_tag = flows.line_up(
+            session, pool=pool, tier=job.tier, tenant_id=job.tenant_id, cost_s=job.predicted_s
+        )
+        audit.append(
+            session,
+            EventName.JOB_POOL_CHANGED,
+            chain=job.tenant_id,
+            actor=SWEEPER,
+            job_id=job.id,
+            left=left,
+            pool=pool,
+        )
+    return job
+
+
+def _queued(session: Session, job_id: uuid.UUID) -> Job | None:
+    """Lock a job that waits; None if it does not, or somebody else has it."""
+    return session.scalar(
+        select(Job)
+        .where(Job.id == job_id, Job.state == JobState.QUEUED)
+        .options(*WITHOUT_TEXTS)
+        .with_for_update(skip_locked=True),
+        execution_options=AFRESH,
+    )
+
+
 def requeue_dead(
     session: Session, job_id: uuid.UUID, *, start_within_s: float, actor: str
 ) -> Job | None:
@@ -270,6 +337,7 @@ def _copy_of(dead: Job, start_within_s: float) -> NewJob:
         megapixel_steps=dead.megapixel_steps,
         steps_per_image=dead.steps_per_image,
         tenant_metadata=dead.tenant_metadata,
+        fleet_revision=dead.fleet_revision,
         requeue_of=dead.id,
     )
 

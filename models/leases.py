@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import func, or_, select, text, tuple_, update
+from sqlalchemy import func, or_, select, text, true, tuple_, update
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.dml import ReturningUpdate
 
@@ -95,7 +95,13 @@ class RenderedWork:
 
 
 def take(
-    session: Session, job_id: uuid.UUID, *, worker: str, device: str, ttl_s: float
+    session: Session,
+    job_id: uuid.UUID,
+    *,
+    worker: str,
+    device: str,
+    ttl_s: float,
+    pool: str | None = None,
 ) -> Lease | None:
     """Give `worker` the job until the database's now + `ttl_s`.
 
@@ -103,8 +109,12 @@ def take(
     win. Only queued jobs are given: a silent worker's job is first put back by `lose`, the one
     place that counts lost leases. A job whose pictures are not there is not given, for it would
     only hold slots.
+
+    pool: the worker's. A job that went to another pool is not given, though its old message came;
+    None: of whatever pool it is.
     """
-    taken = session.execute(_take_statement(job_id, worker, ttl_s)).one_or_none()
+    statement = _take_statement(job_id, worker, ttl_s, pool)
+    taken = session.execute(statement).one_or_none()
     if taken is None:
         return None
     row, run_left_s = taken
@@ -133,13 +143,16 @@ def take(
     return lease
 
 
-def _take_statement(job_id: uuid.UUID, worker: str, ttl_s: float) -> ReturningUpdate[Job, Any]:
+def _take_statement(
+    job_id: uuid.UUID, worker: str, ttl_s: float, pool: str | None
+) -> ReturningUpdate[Job, Any]:
     """Make the UPDATE that gives the job away; it returns the row, and what is left of its time."""
+    in_pool = true() if pool is None else Job.pool == pool
     in_time = (Job.attempt > 0) | (Job.start_by > func.clock_timestamp())
     may_run = func.make_interval(0, 0, 0, 0, 0, 0, Job.run_within_s)
     return (
         update(Job)
-        .where(Job.id == job_id, Job.state == JobState.QUEUED, ~Job.lacks_inputs, in_time)
+        .where(Job.id == job_id, Job.state == JobState.QUEUED, ~Job.lacks_inputs, in_time, in_pool)
         .values(
             state=JobState.RUNNING,
             worker=worker,

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, case, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, case, delete, func, or_, select, text, update
 from sqlalchemy.dialects.postgresql import Insert, insert
 from sqlalchemy.orm import Session
 
 from models.tables import Worker
 from policy.workers import LIVE, WorkerNow, WorkerState
 
+# Held until the end of the transaction, by whoever of a pool decides to leave.
+_ONE_LEAVES = text("SELECT pg_advisory_xact_lock(hashtext('leaves ' || :pool))")
 FAILED_KEPT_FOR = 24  # times the silence after which other rows are removed
 
 
@@ -133,12 +135,13 @@ def heartbeat(
     state: WorkerState = WorkerState.READY,
     held: Sequence[str] | None = None,
     failed: Mapping[str, str] | None = None,
+    revision: int | None = None,
 ) -> bool:
     """Note that the worker is alive, now by the database's clock; False if its name is another's.
 
     silent_after_s: without a heartbeat for so long it counts as gone.  instance: of the process, as
     it claimed the name.  held: checkpoints that it serves; None: all of its pool.  failed: why it
-    does not serve others.
+    does not serve others.  revision: of the fleet that it goes by; None: of a file.
     """
     row = {
         "pool": pool,
@@ -151,6 +154,7 @@ def heartbeat(
         "state": state,
         "held": None if held is None else list(held),
         "failed": dict(failed or {}),
+        "fleet_revision": revision,
     }
     if state in LIVE:
         row |= {"failed_starts": 0, "problem": None}
@@ -183,6 +187,35 @@ def leave(session: Session, name: str, instance: uuid.UUID | None = None) -> Non
     session.execute(delete(Worker).where(Worker.name == name, _is(instance)))
 
 
+def leave_for_a_moment(session: Session, name: str, instance: uuid.UUID | None = None) -> None:
+    """Note that the worker is started again at once: others of its pool wait until it is back."""
+    session.execute(
+        update(Worker)
+        .where(Worker.name == name, _is(instance))
+        .values(state=WorkerState.LEAVING, slots=0, held=[], seen_at=func.clock_timestamp())
+    )
+
+
+def may_leave(session: Session, name: str, pool: str) -> bool:
+    """Tell whether no other worker of the pool leaves or loads, and note that this one leaves.
+
+    So that workers of a pool that have to start anew do so one after the other.
+    """
+    session.execute(_ONE_LEAVES, {"pool": pool})
+    silent = func.make_interval(0, 0, 0, 0, 0, 0, Worker.silent_after_s)
+    others = select(Worker.name).where(
+        Worker.pool == pool,
+        Worker.name != name,
+        Worker.state.in_((WorkerState.LOADING, WorkerState.LEAVING)),
+        Worker.seen_at > func.clock_timestamp() - silent,
+    )
+    if session.scalar(others.limit(1)) is not None:
+        return False
+    leaving = update(Worker).where(Worker.name == name).values(state=WorkerState.LEAVING, slots=0)
+    session.execute(leaving)
+    return True
+
+
 def live(session: Session, *, silent_for_s: float) -> Sequence[Worker]:
     """List the workers that are ready, heard of in the last `silent_for_s`, by name."""
     return session.scalars(
@@ -201,8 +234,16 @@ def now(session: Session, *, silent_for_s: float) -> list[WorkerNow]:
         Worker.failed_starts,
         Worker.held,
         Worker.failed,
+        Worker.fleet_revision,
     )
     return [WorkerNow(*row) for row in session.execute(select(*columns).order_by(Worker.name))]
+
+
+def weights_of(session: Session, checkpoint: str, *, silent_for_s: float) -> set[str]:
+    """Collect the digests of the files by which live workers serve the checkpoint."""
+    digest = Worker.facts["weights"][checkpoint].astext
+    query = select(digest).where(digest.is_not(None), *_is_live(silent_for_s)).distinct()
+    return {found for found in session.scalars(query) if found}
 
 
 class Capacity(NamedTuple):

@@ -1,28 +1,45 @@
 """Resolve the parameters of a request to complete parameters, before anything is written.
 
-Pure: no clock, no randomness of its own (the caller hands a seed and a draw), so a resolved job can
+Pure: no clock, no randomness of its own (the caller hands a seed), so a resolved job can
 be replayed from its row.
 """
 
 import math
-from collections.abc import Collection
 from typing import Any, TypeVar
 
 from policy import capabilities
 from policy.capabilities import Capabilities, Known
-from policy.fleet import OPEN_FAMILIES, Family, Fleet, Model, ModelTier, ModelVersion, parse_size
+from policy.fleet import (
+    MAX_ADAPTER_STRENGTH,
+    MAX_ADAPTERS,
+    OPEN_FAMILIES,
+    VERSION_MARK,
+    Family,
+    Fleet,
+    Model,
+    ModelTier,
+    checkpoint_name,
+    parse_size,
+)
 from policy.params import PARAMS, PassThrough, RequestedParams, Resolved
 from policy.refusals import InvalidParam, one_of, within
+from policy.routing import (
+    ANYBODY,
+    Asker,
+    choose_pool,
+    choose_version,
+    pools_for,
+    tiers_for,
+    versions_for,
+)
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
 RANDOM_SEED = -1  # what other programs send for a seed that is drawn
 # Native families: without a mask; with one it is 1: the masked part is painted anew.
 DEFAULT_STRENGTH = 0.8
-MAX_ADAPTERS = 8
 # Of flow matching: they cannot mix a picture with noise. tests/engine/test_door.py compares.
 FLOW_FAMILIES: tuple[Family, ...] = ("sd3", "flux")
 NOISE_ONLY_SAMPLERS = ("flow_dpmpp_2m", "flow_unipc")
-MAX_ADAPTER_STRENGTH = 4.0
 
 Value = TypeVar("Value")
 
@@ -32,18 +49,16 @@ def resolve(
     requested: RequestedParams,
     *,
     default_seed: int,
-    draw: float,
+    asker: Asker = ANYBODY,
     known: Known | None = None,
-    usable_models: Collection[str] | None = None,
 ) -> Resolved:
     """Fill in what was not said and refuse what cannot be served.
 
-    default_seed: used when the request names none.  draw: in [0, 1), picks the model version by
-    traffic weight.  known: what checkpoints can do, of those that a worker has loaded.
-    usable_models: ids of the models that a refusal may name; None: all.  Raises InvalidParam, which
-    names the field.
+    default_seed: used when the request names none.  asker: who asks, by which version and pool are
+    chosen.  known: what checkpoints can do, of those that a worker has loaded.  Raises
+    InvalidParam, which names the field.
     """
-    job = _by_catalogue(fleet, requested, default_seed, draw, usable_models)
+    job = _by_catalogue(fleet, requested, default_seed, asker)
     model = fleet.models[job.model]
     able = capabilities_of(known or {}, model, job)
     if able is not None:
@@ -59,18 +74,12 @@ def capabilities_of(known: Known, model: Model, job: Resolved) -> Capabilities |
 
 
 def _by_catalogue(
-    fleet: Fleet,
-    requested: RequestedParams,
-    default_seed: int,
-    draw: float,
-    usable_models: Collection[str] | None,
+    fleet: Fleet, requested: RequestedParams, default_seed: int, asker: Asker
 ) -> Resolved:
     """Resolve by the catalogue alone."""
-    model_name = _first(requested.model, fleet.default_model())
-    if model_name not in fleet.model_ids:
-        one_of("model", model_name, _usable_names(fleet, usable_models))
+    model_name, named_version = _model(fleet, requested, asker)
     model_id = fleet.model_ids[model_name]
-    tier_id = one_of("tier", _first(requested.tier, fleet.default_tier()), tuple(fleet.tiers))
+    tier_id = _tier(fleet, requested, model_id, asker)
     model = fleet.models[model_id]
     tier = fleet.tiers[tier_id]
     own = model.tiers.get(tier_id, ModelTier())
@@ -81,14 +90,15 @@ def _by_catalogue(
     num_images = within("n", requested.n, 1, tier.max_images, f"tier {tier_id}")
     steps = _first(requested.steps, fleet.default_steps(model_id, tier_id))
     guidance = _first(requested.guidance, own.default_guidance, model.default_guidance)
-    sampler = one_of("sampler", _first(requested.sampler, model.default_sampler), model.samplers)
+    default_sampler = _first(own.default_sampler, model.default_sampler)
+    sampler = one_of("sampler", _first(requested.sampler, default_sampler), model.samplers)
     _check_sampler_fits(sampler, model, requested)
-    version = pick_version(model, draw).id
+    version = _version(fleet, model_id, tier_id, named_version, asker)
     return Resolved(
         model=model_id,
         model_alias=model_name if model_name != model_id else None,
         model_version=version,
-        pool=fleet.pool_of(model_id),
+        pool=_pool(fleet, model_id, version, tier_id, asker),
         tier=tier_id,
         width_px=width_px,
         height_px=height_px,
@@ -99,36 +109,82 @@ def _by_catalogue(
         num_images=num_images,
         **_passed_through(model, model_id, requested),
         strength=_strength(model, requested, steps),
-        adapters=_adapters(model, model_id, requested),
+        adapters=_adapters(model, model_id, own, requested),
         precision=model.of_version(version).precision,
         determinism=tier.determinism,
         bucket_rows=own.bucket_rows[size] if tier.determinism == "reproducible" else None,
     )
 
 
-def _usable_names(fleet: Fleet, usable_models: Collection[str] | None) -> tuple[str, ...]:
-    """List the names of models that a tenant may use."""
+def _model(fleet: Fleet, requested: RequestedParams, asker: Asker) -> tuple[str, str | None]:
+    """Return the name of the model, as it was asked for, and the version that was named with it."""
+    said = _first(requested.model, fleet.default_model())
+    name, version = _split(fleet, said)
+    model = fleet.model_ids.get(name)
+    if model is None or not tiers_for(fleet, model=model, tenant=asker.tenant):
+        one_of("model", said, offered_names(fleet, asker))
+        raise AssertionError("an offered model is found")
+    if version is None:
+        return name, None
+    if not asker.may_name_versions:
+        offered = offered_names(fleet, asker)
+        detail = (
+            f"{said[:64]!r} names a version, which only a key with the scope `versions` may;"
+            f" accepted: {', '.join(offered)}"
+        )
+        raise InvalidParam("model", detail, list(offered))
+    one_of(
+        "model", said, tuple(checkpoint_name(name, each) for each in fleet.models[model].as_served)
+    )
+    return name, version
+
+
+def _split(fleet: Fleet, said: str) -> tuple[str, str | None]:
+    """Split "sdxl@v2" into model and version; an alias may have the mark in it."""
+    name, mark, version = said.rpartition(VERSION_MARK)
+    return (name, version) if mark and said not in fleet.model_ids else (said, None)
+
+
+def offered_names(fleet: Fleet, asker: Asker) -> tuple[str, ...]:
+    """List the ids and aliases of the models that this tenant may use and some pool may render."""
     return tuple(
         name
-        for name, model_id in fleet.model_ids.items()
-        if usable_models is None or model_id in usable_models
+        for name, model in fleet.model_ids.items()
+        if (asker.models is None or model in asker.models)
+        and tiers_for(fleet, model=model, tenant=asker.tenant)
     )
 
 
-def pick_version(model: Model, draw: float) -> ModelVersion:
-    """Pick the version that `draw` in [0, 1) falls on, by traffic weight."""
-    offered = [version for version in model.versions if version.traffic_weight > 0]
-    point = draw * sum(version.traffic_weight for version in offered)
-    for version in offered:
-        point -= version.traffic_weight
-        if point < 0:
-            return version
-    return offered[-1]
+def _tier(fleet: Fleet, requested: RequestedParams, model: str, asker: Asker) -> str:
+    """Return the tier; by default the first one in which the model is served."""
+    tier = one_of("tier", _first(requested.tier, fleet.default_tier()), tuple(fleet.tiers))
+    served = tiers_for(fleet, model=model, tenant=asker.tenant)
+    if tier in served:
+        return tier
+    if requested.tier is None:
+        return served[0]
+    detail = f"{tier!r} is not offered with model {model}; accepted: {', '.join(served)}"
+    raise InvalidParam("tier", detail, list(served))
 
 
-def checkpoint_name(model: str, version: str) -> str:
-    """Name the weights of one version as the engine does."""
-    return f"{model}@{version}"
+def _version(fleet: Fleet, model: str, tier: str, named: str | None, asker: Asker) -> str:
+    """Return the version that renders: the named one, or the tier's, or one that is drawn."""
+    served = versions_for(fleet, model, tier, asker.tenant)
+    chosen = named or fleet.models[model].tiers.get(tier, ModelTier()).version
+    if chosen is not None:
+        names = tuple(checkpoint_name(model, version.id) for version in served)
+        one_of("model", checkpoint_name(model, chosen), names)
+        return chosen
+    drawn = [version for version in served if version.traffic_weight > 0]
+    if not drawn:
+        detail = f"no version of {model} is offered in tier {tier}"
+        raise InvalidParam("model", detail, list(offered_names(fleet, asker)))
+    return choose_version(fleet, drawn, model=model, tier=tier, asker=asker).id
+
+
+def _pool(fleet: Fleet, model: str, version: str, tier: str, asker: Asker) -> str:
+    pools = pools_for(fleet, model=model, version=version, tier=tier, tenant=asker.tenant)
+    return choose_pool(fleet, pools, checkpoint_name(model, version), asker)
 
 
 def _check_text(model: Model, requested: RequestedParams) -> None:
@@ -225,8 +281,9 @@ def _check_range(field: str, value: Any, low: float | None, high: float | None) 
 
 
 def _adapters(
-    model: Model, model_id: str, requested: RequestedParams
+    model: Model, model_id: str, own: ModelTier, requested: RequestedParams
 ) -> list[dict[str, str | float]] | None:
+    """Return the adapters of the tier, and those that were asked for."""
     if len(requested.adapters) > MAX_ADAPTERS:
         detail = f"has {len(requested.adapters)} entries; at most {MAX_ADAPTERS} are accepted"
         raise InvalidParam("adapters", detail, {"max": MAX_ADAPTERS})
@@ -242,10 +299,13 @@ def _adapters(
         field = f"adapters/{place}/strength"
         most = MAX_ADAPTER_STRENGTH
         within(field, adapter.strength, -most, most, "every adapter")
-    chosen: list[dict[str, str | float]] = [
-        {"name": adapter.name, "strength": adapter.strength} for adapter in requested.adapters
-    ]
-    return chosen or None
+    strengths = {adapter.name: adapter.strength for adapter in own.adapters}
+    strengths |= {adapter.name: adapter.strength for adapter in requested.adapters}
+    if len(strengths) > MAX_ADAPTERS:
+        most = MAX_ADAPTERS - len(own.adapters)
+        detail = f"has {len(names)} entries; at most {most} are accepted beside those of the tier"
+        raise InvalidParam("adapters", detail, {"max": most})
+    return [{"name": name, "strength": strengths[name]} for name in strengths] or None
 
 
 def _first(*options: Value | None) -> Value:

@@ -8,10 +8,10 @@ import math
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -88,10 +88,35 @@ def _checked_model_name(text: str) -> str:
 
 
 ModelName = Annotated[str, AfterValidator(_checked_model_name)]
+VERSION_MARK = "@"  # between the names of a model and of its version
+
+
+def _checked_pool_model(text: str) -> str:
+    """Return the name of a model, or of one version of it: "sdxl@v2"."""
+    for part in text.split(VERSION_MARK, 1):
+        _checked_model_name(part)
+    return text
+
+
+PoolModel = Annotated[str, AfterValidator(_checked_pool_model)]
+MAX_ADAPTERS = 8
+MAX_ADAPTER_STRENGTH = 4.0
+
+
+def checkpoint_name(model: str, version: str) -> str:
+    """Name the weights of one version as the engine does."""
+    return f"{model}{VERSION_MARK}{version}"
 
 
 class _Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Copy the table, without what was derived from its values and is kept."""
+        copy = super().model_copy(update=update, deep=deep)
+        for derived in copy.__dict__.keys() - type(self).model_fields:
+            del copy.__dict__[derived]
+        return copy
 
 
 class Tier(_Table):
@@ -120,11 +145,22 @@ class Tier(_Table):
     max_queued_s_per_tenant: float = Field(86_400.0, gt=0)
 
 
+class TierAdapter(_Table):
+    """An adapter that every image of a model in a tier has, unless it asks for another strength."""
+
+    name: ModelName
+    strength: float = Field(1.0, ge=-MAX_ADAPTER_STRENGTH, le=MAX_ADAPTER_STRENGTH)
+
+
 class ModelTier(_Table):
     """The settings of one model in one tier, where they differ from the model's or the tier's."""
 
+    # Renders the jobs that name no version; None: one that is drawn.
+    version: ModelName | None = None
+    default_sampler: Name | None = None
     default_steps: int | None = Field(None, ge=1)
     default_guidance: float | None = Field(None, ge=0)
+    adapters: tuple[TierAdapter, ...] = Field((), max_length=MAX_ADAPTERS)
     # Size -> rows of every forward of a reproducible request.
     bucket_rows: dict[Size, int] = Field(default_factory=dict)
     block_cache: bool = True  # false: jobs of this tier compute every block
@@ -212,7 +248,12 @@ class Model(_Table):
 class Pool(_Table):
     """Models that live together on a worker; a failure domain."""
 
-    models: tuple[ModelName, ...] = Field(min_length=1)
+    models: tuple[PoolModel, ...] = Field(min_length=1)  # "sdxl@v2": one version alone
+    tenants: tuple[str, ...] = ()  # by name, for whom it is reserved; (): for nobody
+    tiers: tuple[Name, ...] = ()  # whose jobs it takes; (): of all
+    # The pool to which jobs go that waited so long here, when it has room.
+    overflow_to: Name | None = None
+    overflow_after_s: float | None = Field(None, gt=0)
     slots: int = Field(ge=1, le=1024)  # images resident on one device
     max_batch_rows: int = Field(ge=1, le=1024)
     # Sizes of best-effort forwards, ascending; (): exactly the rows there are.
@@ -294,9 +335,33 @@ class Fleet(_Table):
         """
         return name if name in self.tiers else self.tiers_by_rank[-1]
 
-    def pool_of(self, model: str) -> str:
-        """Name the pool that serves `model`. Raises KeyError if the fleet has no such model."""
-        return next(name for name, pool in self.pools.items() if model in pool.models)
+    def pools_of(self, model: str) -> tuple[str, ...]:
+        """Name the pools that serve a version of `model`, in the file's order."""
+        return tuple(
+            pool
+            for pool, versions in self._versions_by_pool.items()
+            if any(served == model for served, _ in versions)
+        )
+
+    def versions_in(self, pool: str) -> dict[tuple[str, str], None]:
+        """List (model, version) of all that a pool serves, in the order of the models' tables."""
+        return self._versions_by_pool[pool]
+
+    def checkpoints_in(self, pool: str) -> frozenset[str]:
+        """Name the weights that a pool serves, as the engine does."""
+        return frozenset(checkpoint_name(*version) for version in self.versions_in(pool))
+
+    @cached_property
+    def _versions_by_pool(self) -> dict[str, dict[tuple[str, str], None]]:
+        return {
+            name: {
+                (model, version.id): None
+                for model, entry in self.models.items()
+                for version in entry.versions
+                if {model, checkpoint_name(model, version.id)} & set(pool.models)
+            }
+            for name, pool in self.pools.items()
+        }
 
     @cached_property
     def model_ids(self) -> dict[str, str]:
@@ -406,7 +471,6 @@ def _contradictions(fleet: Fleet) -> list[str]:
         problems.append("tiers.front: the name belongs to the front queues; choose another")
     for name, pool in fleet.pools.items():
         problems += _contradictions_of_pool(fleet, name, pool)
-    homes = Counter(model for pool in fleet.pools.values() for model in pool.models)
     aliases = [alias for model in fleet.models.values() for alias in model.aliases]
     said = Counter([*fleet.models, *aliases])
     for name, model in fleet.models.items():
@@ -415,7 +479,7 @@ def _contradictions(fleet: Fleet) -> list[str]:
             for alias in model.aliases
             if said[alias] > 1
         ]
-        problems += _contradictions_of_model(fleet, name, model, homes[name])
+        problems += _contradictions_of_model(fleet, name, model)
     return problems
 
 
@@ -435,11 +499,13 @@ def _contradictions_between_tiers(fleet: Fleet) -> list[str]:
 
 
 def _contradictions_of_pool(fleet: Fleet, name: str, pool: Pool) -> list[str]:
+    served = {*fleet.models, *(checkpoint_name(*each) for each in fleet.versions_in(name))}
     problems = [
-        f"pools.{name}.models: {model!r} is not a model of this file"
+        f"pools.{name}.models: {model!r} is not a model of this file, nor a version of one"
         for model in pool.models
-        if model not in fleet.models
+        if model not in served
     ]
+    problems += _contradictions_of_routes(fleet, name, pool)
     possible = {rows for rows in pool.row_buckets if 0 < rows <= pool.max_batch_rows}
     if list(pool.row_buckets) != sorted(possible):
         problems.append(
@@ -455,11 +521,34 @@ def _contradictions_of_pool(fleet: Fleet, name: str, pool: Pool) -> list[str]:
     return problems
 
 
-def _contradictions_of_model(fleet: Fleet, name: str, model: Model, homes: int) -> list[str]:
+def _contradictions_of_routes(fleet: Fleet, name: str, pool: Pool) -> list[str]:
+    """Tell where a pool takes jobs from, or sends them to, that are not there."""
+    problems = [
+        f"pools.{name}.tiers: {tier!r} is not a tier of this file; accepted:"
+        f" {', '.join(fleet.tiers)}"
+        for tier in pool.tiers
+        if tier not in fleet.tiers
+    ]
+    if (pool.overflow_to is None) != (pool.overflow_after_s is None):
+        problems.append(f"pools.{name}.overflow_to: goes together with overflow_after_s")
+    others = [
+        other
+        for other in fleet.pools
+        if other != name and fleet.checkpoints_in(other) & fleet.checkpoints_in(name)
+    ]
+    if pool.overflow_to is not None and pool.overflow_to not in others:
+        problems.append(
+            f"pools.{name}.overflow_to: {pool.overflow_to!r} is not another pool with one of its"
+            f" models; accepted: {', '.join(others) or 'none'}"
+        )
+    return problems
+
+
+def _contradictions_of_model(fleet: Fleet, name: str, model: Model) -> list[str]:
     place = _key("models", name)
     problems = []
-    if homes != 1:
-        problems.append(f"{place}: must be in exactly one pool, is in {homes}")
+    if not fleet.pools_of(name):
+        problems.append(f"{place}: must be in a pool, is in none")
     if model.default_sampler not in model.samplers:
         problems.append(f"{place}.default_sampler: must be one of samplers")
     if model.pipeline_class and model.family not in OPEN_FAMILIES:
@@ -500,6 +589,7 @@ def _contradictions_of_tiers(fleet: Fleet, name: str, model: Model) -> list[str]
     place = _key("models", name)
     problems = []
     for tier_name, own in model.tiers.items():
+        problems += _contradictions_of_variant(f"{place}.tiers.{tier_name}", model, own)
         if tier_name not in fleet.tiers:
             problems.append(f"{place}.tiers.{tier_name}: not a tier of this file")
         elif own.default_steps is not None and own.default_steps > fleet.tiers[tier_name].max_steps:
@@ -519,14 +609,27 @@ def _contradictions_of_tiers(fleet: Fleet, name: str, model: Model) -> list[str]
     return problems
 
 
+def _contradictions_of_variant(place: str, model: Model, own: ModelTier) -> list[str]:
+    """Tell of what a tier chooses and the model has not."""
+    chosen: list[tuple[str, str | None, Collection[str]]] = [
+        ("version", own.version, model.as_served),
+        ("default_sampler", own.default_sampler, model.samplers),
+        *(("adapters", adapter.name, model.adapters) for adapter in own.adapters),
+    ]
+    names = Counter(adapter.name for adapter in own.adapters)
+    return [
+        f"{place}.{key}: {value!r} is not of this model; accepted: {', '.join(accepted) or 'none'}"
+        for key, value, accepted in chosen
+        if value is not None and value not in accepted
+    ] + [f"{place}.adapters: {name!r} is named twice" for name in names if names[name] > 1]
+
+
 def _contradictions_of_bucket_rows(
     fleet: Fleet, name: str, model: Model, tier_name: str
 ) -> list[str]:
     place = _key("models", name)
     bucket_rows = model.tiers.get(tier_name, ModelTier()).bucket_rows
-    rows_limit = min(
-        (pool.max_batch_rows for pool in fleet.pools.values() if name in pool.models), default=0
-    )
+    rows_limit = min((fleet.pools[pool].max_batch_rows for pool in fleet.pools_of(name)), default=0)
     least_rows = most_rows_of_an_image(model)
     return [
         f"{place}.tiers.{tier_name}.bucket_rows: {size!r} needs {least_rows} to"

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from pydantic import Field
 
-Scope = Literal["generate", "read", "admin"]
+Scope = Literal["generate", "read", "admin", "versions"]
+NAMES_VERSIONS: Scope = "versions"  # may ask for `model@version`
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 DEFAULT_SCOPES: tuple[Scope, ...] = ("generate", "read")
 # Of a tenant: virtual time is device seconds divided by it, and has to stay a number.

@@ -25,6 +25,14 @@ def render_queue(pool: str, tier: str, *, is_front: bool = False) -> str:
     return f"{pool}.{tier}.front" if is_front else f"{pool}.{tier}"
 
 
+def queue_of_jobs(fleet: Fleet, pool: str, tier: str, *, is_front: bool) -> str:
+    """Name the queue where jobs of `tier` wait now.
+
+    Those of a tier that the catalogue no longer has wait with the last in rank.
+    """
+    return render_queue(pool, fleet.queue_tier(tier), is_front=is_front)
+
+
 def render_queues(fleet: Fleet, pool: str) -> list[str]:
     """List the queues that a worker of `pool` consumes.
 

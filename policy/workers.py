@@ -7,9 +7,6 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from policy.catalog import checkpoint_name
-from policy.fleet import Fleet
-
 # Starts in a row that never got ready, after which they count as a crash loop.
 CRASH_LOOP_AFTER = 3
 MOST_WORKERS = 64  # processes of one pool on one machine
@@ -35,7 +32,8 @@ class WorkerNow:
 
     held: the checkpoints that it serves; None: a worker of an older version, which serves all of
     its pool.  failed: why it does not serve others, by checkpoint.  failed_starts: starts in a row
-    before this one that did not get ready.
+    before this one that did not get ready.  revision: of the fleet that it goes by; None: of a
+    file.
     """
 
     name: str
@@ -45,6 +43,7 @@ class WorkerNow:
     failed_starts: int = 0
     held: Collection[str] | None = None
     failed: Mapping[str, str] | None = None
+    revision: int | None = None
 
     @property
     def is_live(self) -> bool:
@@ -62,15 +61,6 @@ def keeps_failing(worker: WorkerNow) -> bool:
 def pause_before_start_s(failed_starts: int) -> float:
     """Return the wait before a start after so many in a row that did not get ready."""
     return START_PAUSES_S[min(failed_starts, len(START_PAUSES_S) - 1)]
-
-
-def checkpoints_of(fleet: Fleet, pool: str) -> frozenset[str]:
-    """Name the weights of every version of every model of a pool, as the engine does."""
-    return frozenset(
-        checkpoint_name(model, version.id)
-        for model in fleet.pools[pool].models
-        for version in fleet.models[model].versions
-    )
 
 
 def device_label(device_id: str) -> str:

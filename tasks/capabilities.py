@@ -7,8 +7,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from engine.engine import Engine
 from models import capabilities
 from models.database import run_transaction
-from policy.catalog import checkpoint_name
-from policy.fleet import Fleet
+from policy.fleet import Fleet, checkpoint_name
 
 log = structlog.get_logger(__name__)
 

@@ -7,8 +7,7 @@ import torch
 
 from engine.config import AdapterSpec, CheckpointSpec, EngineConfig
 from engine.errors import LoadFailure, LoadProblem
-from policy.catalog import checkpoint_name
-from policy.fleet import Fleet, Model, ModelVersion, Pool, parse_size
+from policy.fleet import Fleet, Model, ModelVersion, Pool, checkpoint_name, parse_size
 from settings import DeviceSettings
 
 # Of one image, while somebody looks. A preview takes a millisecond, and quick images get some, too.
@@ -22,14 +21,17 @@ _WAY_OUT = {
 }
 
 
-def checkpoint_specs(fleet: Fleet, models: Iterable[str], root: Path) -> list[CheckpointSpec]:
-    """List every version of these models, in the file's order. root: of relative paths."""
-    wanted = set(models)
+def checkpoint_specs(fleet: Fleet, names: Iterable[str], root: Path) -> list[CheckpointSpec]:
+    """List the versions of these models, in the file's order. root: of relative paths.
+
+    names: of models, each with all its versions, or of single versions ("sdxl@v2").
+    """
+    wanted = set(names)
     return [
         _checkpoint_spec(name, model.of_version(version.id), version, root)
         for name, model in fleet.models.items()
-        if name in wanted
         for version in model.versions
+        if wanted & {name, checkpoint_name(name, version.id)}
     ]
 
 

@@ -85,6 +85,10 @@ class LeaseKeeper:
         self._note_turn: Callable[[], None] = _nothing
         self._claim = NameClaim(self._beats, identity, silent_after_s=ttl_s)
         self._has_name = True
+        # Of the fleet that this worker goes by; None: of a file.
+        self.revision: int | None = None
+        # The process is started again at once; until then its row says that it leaves.
+        self.is_to_return = False
         # Called when another process has taken the name.
         self.on_name_lost: Callable[[], None] = _nothing
         self._threads = [
@@ -215,9 +219,13 @@ class LeaseKeeper:
         try:
             with transaction(self._database) as session:
                 learning.observe(session, seen)
-                workers.leave(session, self.identity.name, self.identity.instance)
+                self._sign_off(session)
         except SQLAlchemyError as error:
             log.info("sign_off_failed", reason=type(error).__name__)
+
+    def _sign_off(self, session: Session) -> None:
+        leave = workers.leave_for_a_moment if self.is_to_return else workers.leave
+        leave(session, self.identity.name, self.identity.instance)
 
     def _take(self, session: Session, *, job_id: uuid.UUID) -> Lease | None:
         who = self.identity
@@ -227,6 +235,7 @@ class LeaseKeeper:
             worker=who.name,
             device=who.device,
             ttl_s=self._ttl_s,
+            pool=who.pool,
         )
 
     def _begins(self, max_attempts: int) -> bool:
@@ -325,6 +334,7 @@ class LeaseKeeper:
             state=WorkerState.LEAVING if self.leaving else WorkerState.READY,
             held=who.held,
             failed=who.failed,
+            revision=self.revision,
         )
         if not is_ours:
             raise _NameLost

@@ -17,7 +17,7 @@ from dispatch.release import Release
 from models import jobs
 from models.database import transaction
 from models.tables import Job
-from policy.catalog import checkpoint_name
+from policy.fleet import checkpoint_name
 
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 2.0

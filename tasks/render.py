@@ -37,8 +37,8 @@ from models.database import run_transaction
 from models.leases import Lease, LeaseLost, RenderedWork
 from models.tables import Job
 from policy import queues, warnings
-from policy.catalog import checkpoint_name
-from policy.fleet import Fleet, ModelTier
+from policy.current import CurrentFleet
+from policy.fleet import Fleet, ModelTier, checkpoint_name
 from policy.params import PARAMS
 from policy.steps import image_steps, rows_taken
 from settings import Settings
@@ -61,7 +61,7 @@ class Renderer:
     """Render jobs; one per worker process, with one engine that keeps the weights loaded."""
 
     settings: Settings
-    fleet: Fleet
+    current: CurrentFleet
     keeper: LeaseKeeper
     checkpoints: Checkpoints
     inputs: InputPictures
@@ -75,6 +75,11 @@ class Renderer:
     progress: ProgressWriter
     previews: Previews
     signals: JobSignals
+
+    @property
+    def fleet(self) -> Fleet:
+        """Return the fleet that runs now."""
+        return self.current.fleet
 
     def render_job(self, *, job_id: str) -> None:
         """Render one job. Harmless when delivered twice: only the lease holder works."""

@@ -7,7 +7,9 @@ Only its own module is: no role but `render` loads torch.
 import importlib
 import sys
 
+from dispatch.following import fleet_at_start
 from edges import telemetry
+from policy.current import CurrentFleet
 from settings import (
     BrokerSettings,
     FlowerSettings,
@@ -17,6 +19,7 @@ from settings import (
     WorkerSettings,
     load,
     load_fleet_or_exit,
+    refuse_misfits,
 )
 
 ROLES: dict[str, type[BrokerSettings]] = {
@@ -35,8 +38,17 @@ def main() -> None:
     role = sys.argv[1]
     settings = load(ROLES[role])
     telemetry.configure_logs(settings.log_level)
-    fleet = load_fleet_or_exit(settings)
-    sys.exit(importlib.import_module(f"tasks.roles.{role}").serve(settings, fleet))
+    sys.exit(importlib.import_module(f"tasks.roles.{role}").serve(settings, _fleet(settings)))
+
+
+def _fleet(settings: BrokerSettings) -> CurrentFleet:
+    """Return the fleet in force, or that of the file where none was applied or can be asked for."""
+    if isinstance(settings, Settings) and settings.follow_revisions:
+        applied = fleet_at_start(settings.database_url)
+        if applied is not None:
+            refuse_misfits(settings, applied.fleet)
+            return applied
+    return CurrentFleet(load_fleet_or_exit(settings))
 
 
 if __name__ == "__main__":

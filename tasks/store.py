@@ -25,6 +25,7 @@ from edges.progress import JobSignals
 from models import jobs, sweeping, uploads
 from models.database import run_transaction, transaction
 from models.tables import Job
+from policy.current import CurrentFleet
 from policy.fleet import Fleet
 from policy.formats import FORMATS
 from policy.states import FINAL_STATES, JobState
@@ -40,7 +41,7 @@ class Storekeeper:
     """Store images; one per results worker."""
 
     settings: StoreSettings
-    fleet: Fleet
+    current: CurrentFleet
     database: Database
     handoff: Handoff
     store: ObjectStore
@@ -50,6 +51,11 @@ class Storekeeper:
     name: str
     # Set when something could not be stored; cleared when storing works again.
     _is_behind: Event = field(default_factory=Event, init=False)
+
+    @property
+    def fleet(self) -> Fleet:
+        """Return the fleet that runs now."""
+        return self.current.fleet
 
     def store_images(self, *, job_id: str) -> None:
         """Store every image of the job whose pixels wait.

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -31,12 +31,14 @@ from edges.inputs import Inputs
 from edges.snapshots import Snapshots, SnapshotsUnavailable
 from models import (
     erasing,
+    flows,
     idempotency,
     inputs,
     jobs,
     learning,
     leases,
     releasing,
+    revisions,
     sweeping,
     uploads,
     webhooks,
@@ -47,8 +49,10 @@ from models.releasing import Announced
 from models.sweeping import OldJob, OverdueStore
 from models.uploads import ORPHAN_AFTER_S
 from policy import gates, queues
+from policy.current import UNNUMBERED, CurrentFleet
 from policy.fleet import Fleet
 from policy.prediction import EtaRatios, learn_ratios
+from policy.revisions import Fate, QueuedKind, fate
 from policy.states import FINAL_STATES
 from policy.webhooks import GIVE_UP_AFTER_S
 from policy.workers import WorkerNow, keeps_failing
@@ -62,6 +66,7 @@ MINUTELY_S = 60.0
 HOURLY_S = 3600.0
 # For parts that run every minute or hour and fail. Not at the next sweep: it may delay the others.
 AGAIN_AFTER_S = 15.0
+FOLLOWED_AFTER_S = 5.0  # by every process, from when this one has a new revision of the fleet
 PIECE = 1000  # rows deleted per transaction
 LOOKED_AT = 2000  # jobs per query whose content may be too old
 AT_MOST_S = 1.0  # for deleting, per part; leases and deadlines must not wait for it
@@ -71,12 +76,21 @@ _QUEUE_NOW = text(
 )
 
 
+@dataclass(frozen=True)
+class _Settled:
+    """The revision whose changes were looked at: when first, and whether a second time."""
+
+    number: int = UNNUMBERED
+    at: float = 0.0
+    is_done: bool = False
+
+
 @dataclass
 class Sweeper:
     """Do one pass over all that may need repair; `SweepLoop` calls it every `sweep_every_s`."""
 
     settings: Settings
-    fleet: Fleet
+    current: CurrentFleet
     database: Database
     broker: Broker
     release: Release
@@ -97,6 +111,12 @@ class Sweeper:
     _may_judge: bool = field(default=False, init=False)
     # Parts that refused a write when they were last checked.
     _away: set[str] = field(default_factory=set, init=False)
+    _settled: "_Settled" = field(default_factory=lambda: _Settled(), init=False)
+
+    @property
+    def fleet(self) -> Fleet:
+        """Return the fleet that runs now."""
+        return self.current.fleet
 
     def sweep(self) -> None:
         """Do one pass over all parts; nothing if one runs in this process.
@@ -174,8 +194,10 @@ class Sweeper:
         return (
             (self._outages, 0),
             (self._leases, 0),
+            (self._fleet_changes, 0),
             (self._deadlines, 0),
             (self._stores, 0),
+            (self._overflows, 0),
             (self._releases, 0),
             (self._lost_messages, 0),
             (self._late_inputs, 0),
@@ -232,6 +254,43 @@ class Sweeper:
             lose = partial(leases.lose, job_id=job_id, max_attempts=self.settings.max_attempts)
             if self.ended.run_ending(self.database, lose) is not None:
                 self._count("lease_expired", job_id)
+
+    def _fleet_changes(self) -> None:
+        """Move or fail the queued jobs whose pool, model or version a new revision has not.
+
+        Looks at the queue after each change, and once more when every gateway has followed it.
+        """
+        number = self.current.number
+        if number != self._settled.number:
+            self._settled = _Settled(number, time.monotonic())
+        elif self._settled.is_done or time.monotonic() < self._settled.at + FOLLOWED_AFTER_S:
+            return
+        else:
+            self._settled = replace(self._settled, is_done=True)
+        with transaction(self.database) as session:
+            kinds = revisions.queued_kinds(session)
+        for kind in kinds:
+            decided, pool = fate(kind, self.fleet)
+            if decided is not Fate.STAYS:
+                self._settle(kind, pool if decided is Fate.MOVES else None)
+
+    def _settle(self, kind: QueuedKind, pool: str | None) -> None:
+        """Move the queued jobs of this kind to `pool`; None: they fail."""
+        while True:
+            self.on_turn()
+            with transaction(self.database) as session:
+                job_ids = revisions.queued_of(session, kind, most=PIECE)
+            settled = [job_id for job_id in job_ids if self._settle_job(job_id, kind, pool)]
+            log.warning("fleet_lost", **kind._asdict(), moved_to=pool, jobs=len(settled))
+            if not settled:
+                return
+
+    def _settle_job(self, job_id: uuid.UUID, kind: QueuedKind, pool: str | None) -> bool:
+        if pool is None:
+            change = partial(jobs.fail_gone, job_id=job_id)
+        else:
+            change = partial(jobs.move, job_id=job_id, pool=pool)
+        return self.ended.run_ending(self.database, change) is not None
 
     def _deadlines(self) -> None:
         """End jobs past their start deadline, and waiting jobs past their run deadline."""
@@ -296,30 +355,45 @@ class Sweeper:
         )
         return job is not None and job.state in FINAL_STATES
 
+    def _overflows(self) -> None:
+        """Move jobs that waited too long for their pool to another one that has room."""
+        if "broker" in self._away:
+            return
+        for pool, shape in self.fleet.pools.items():
+            for tier in self.fleet.tiers if shape.overflow_to is not None else ():
+                self.on_turn()
+                if moved := self.release.overflow(pool, tier):
+                    telemetry.SWEPT.labels("overflowed").inc(moved)
+
     def _releases(self) -> None:
         """Release waiting jobs for which there is room: missed at accept, or put back since."""
         if "broker" in self._away:
             return
-        for pool in self.fleet.pools:
-            for tier in self.fleet.tiers:
-                self.on_turn()
-                released = self.release.release(pool, tier)
-                if released:
-                    telemetry.SWEPT.labels("released").inc(released)
+        for pool, tier in self._queues():
+            self.on_turn()
+            released = self.release.release(pool, tier)
+            if released:
+                telemetry.SWEPT.labels("released").inc(released)
 
     def _lost_messages(self) -> None:
         """Announce again the jobs whose message the broker lost.
 
         Announcing twice is harmless, so a guess is good enough.
         """
-        for pool in self.fleet.pools:
-            for tier in self.fleet.tiers:
-                self.on_turn()
-                lost = self._lost(pool, tier)
-                if lost:
-                    log.warning("messages_lost", pool=pool, tier=tier, jobs=len(lost))
-                    telemetry.SWEPT.labels("message_lost").inc(len(lost))
-                    self.release.reannounce(pool, tier, lost)
+        for pool, tier in self._queues():
+            self.on_turn()
+            lost = self._lost(pool, tier)
+            if lost:
+                log.warning("messages_lost", pool=pool, tier=tier, jobs=len(lost))
+                telemetry.SWEPT.labels("message_lost").inc(len(lost))
+                self.release.reannounce(pool, tier, lost)
+
+    def _queues(self) -> list[tuple[str, str]]:
+        """List the pools with their tiers, and with tiers that are gone but have queued jobs."""
+        with transaction(self.database) as session:
+            queued = flows.with_queued_jobs(session)
+        offered = [(pool, tier) for pool in self.fleet.pools for tier in self.fleet.tiers]
+        return [*offered, *sorted(each for each in queued if each not in offered)]
 
     def _lost(self, pool: str, tier: str) -> list[uuid.UUID]:
         with transaction(self.database) as session:
@@ -330,7 +404,8 @@ class Sweeper:
         for is_front in (True, False):
             here = [job for job in announced if job.is_front == is_front]
             if here:
-                lost += self._missing(here, queues.render_queue(pool, tier, is_front=is_front))
+                queue = queues.queue_of_jobs(self.fleet, pool, tier, is_front=is_front)
+                lost += self._missing(here, queue)
         return lost
 
     def _missing(self, announced: Sequence[Announced], queue: str) -> list[uuid.UUID]:
@@ -350,15 +425,14 @@ class Sweeper:
 
     def _late_inputs(self) -> None:
         """Ask again for input pictures that did not come, unless the results queue is backed up."""
-        for pool in self.fleet.pools:
-            for tier in self.fleet.tiers:
-                waiting = self.broker.waiting(queues.results_queue(self.fleet, tier))
-                if gates.is_backed_up(waiting):
-                    continue
-                late_s = gates.inputs_late_after_s(waiting)
-                late = self.release.ask_for_inputs_again(pool, tier, asked_before_s=late_s)
-                if late:
-                    telemetry.SWEPT.labels("inputs_late").inc(late)
+        for pool, tier in self._queues():
+            waiting = self.broker.waiting(queues.results_queue(self.fleet, tier))
+            if gates.is_backed_up(waiting):
+                continue
+            late_s = gates.inputs_late_after_s(waiting)
+            late = self.release.ask_for_inputs_again(pool, tier, asked_before_s=late_s)
+            if late:
+                telemetry.SWEPT.labels("inputs_late").inc(late)
 
     def _webhooks(self) -> None:
         """Ask for due webhook deliveries: missed at the job's end, or to be tried again."""

@@ -207,7 +207,7 @@ def some_params(**fields: Any) -> RequestedParams:
 
 def resolved(fleet: Fleet | None = None, **fields: Any) -> Resolved:
     """What becomes of `some_params(**fields)`."""
-    return resolve(fleet or a_fleet(), some_params(**fields), default_seed=7, draw=0.0)
+    return resolve(fleet or a_fleet(), some_params(**fields), default_seed=7)
 
 
 def a_tenant(session: Session, *, weight: float = 1.0) -> Tenant:

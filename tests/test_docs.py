@@ -211,7 +211,6 @@ def test_the_error_that_the_api_page_shows_is_what_the_gateway_answers():
             shipped,
             RequestedParams(prompt="a star", tier="fast", steps=900),
             default_seed=7,
-            draw=0.0,
         )
 
     problem = invalid_param(refused.value)

@@ -384,7 +384,9 @@ LOADED = {
     "gateway": "import app.wsgi",
     "results": (
         "import tasks.roles.results as role, settings as s; role.consume = lambda *a, **k: 0;"
-        " own = s.load(s.StoreSettings); role.serve(own, s.load_fleet_or_exit(own))"
+        " from policy.current import CurrentFleet;"
+        " own = s.load(s.StoreSettings);"
+        " role.serve(own, CurrentFleet(s.load_fleet_or_exit(own)))"
     ),
     "maintenance": "import tasks.serve, tasks.roles.maintenance",
     "webhooks": "import tasks.serve, tasks.roles.webhooks",

@@ -420,7 +420,7 @@ def test_a_process_does_not_start_with_a_wrong_fleet_file(process, tmp_path):
     end = ended(PROCESSES[process][0], ENOUGH | {"FLEET_FILE": str(tmp_path / "fleet.toml")})
 
     assert end.returncode == 78
-    [line] = end.stderr.splitlines()
+    *_, line = end.stderr.splitlines()
     assert line.startswith("fleet.toml: tiers.fast.rank: ")
 
 

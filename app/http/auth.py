@@ -24,7 +24,13 @@ def require_key() -> None:
     known = _authenticate()
     found = known.key
     g.caller = Caller(
-        found.tenant_id, found.id, found.kid, f"key:{found.kid}", found.scopes, known.limits
+        tenant_id=found.tenant_id,
+        tenant=found.tenant,
+        api_key_id=found.id,
+        kid=found.kid,
+        actor=f"key:{found.kid}",
+        scopes=found.scopes,
+        limits=known.limits,
     )
     structlog.contextvars.bind_contextvars(tenant_id=str(found.tenant_id))
     enough = _sufficient_scopes()

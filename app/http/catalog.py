@@ -12,9 +12,10 @@ from app.problems import ModelNotFound
 from app.schemas import catalog as schemas
 from policy import capabilities
 from policy.capabilities import Capabilities
-from policy.catalog import checkpoint_name
-from policy.fleet import Fleet, Model, ModelTier, ModelVersion
+from policy.catalog import offered_names
+from policy.fleet import Fleet, Model, ModelTier, ModelVersion, checkpoint_name
 from policy.formats import FORMATS
+from policy.routing import tiers_for
 
 bp = Blueprint("catalog", __name__, url_prefix="/v1")
 bp.before_request(require_key)
@@ -49,12 +50,7 @@ def list_tiers() -> ResponseReturnValue:
 
 
 def _usable_names(fleet: Fleet) -> list[str]:
-    return [name for name, model_id in fleet.model_ids.items() if _may_use_model(model_id)]
-
-
-def _may_use_model(name: str) -> bool:
-    allowed = caller().limits.allowed_models
-    return allowed is None or name in allowed
+    return list(offered_names(fleet, runtime().asker(caller())))
 
 
 def _may_use_tier(name: str) -> bool:
@@ -84,6 +80,7 @@ def _model_view(fleet: Fleet, name: str) -> schemas.Model:
     model = fleet.models[model_id]
     is_alias = name != model_id
     kind = schemas.ModelAlias if is_alias else schemas.Model
+    pools = _pools(fleet, model_id)
     alias: dict[str, Any] = {"alias_of": model_id} if is_alias else {}
     return kind(
         id=name,
@@ -100,16 +97,29 @@ def _model_view(fleet: Fleet, name: str) -> schemas.Model:
         max_guidance=model.max_guidance,
         max_prompt_chars=model.max_prompt_chars,
         output_formats=list(FORMATS),
-        pool=fleet.pool_of(model_id),
+        pool=pools[0],
+        pools=pools,
         versions=[
             _version_view(model_id, model.of_version(version.id), version)
             for version in model.versions
         ],
         tiers={
-            tier: _defaults(fleet, model_id, tier) for tier in fleet.tiers if _may_use_tier(tier)
+            tier: _defaults(fleet, model_id, tier)
+            for tier in tiers_for(fleet, model=model_id, tenant=caller().tenant)
+            if _may_use_tier(tier)
         },
         **alias,
     )
+
+
+def _pools(fleet: Fleet, model_id: str) -> list[str]:
+    """List the model's pools, but for those that are reserved for other tenants."""
+    tenant = caller().tenant
+    return [
+        pool
+        for pool in fleet.pools_of(model_id)
+        if not fleet.pools[pool].tenants or tenant in fleet.pools[pool].tenants
+    ]
 
 
 def _version_view(model_id: str, served: Model, version: ModelVersion) -> schemas.ModelVersion:
@@ -153,8 +163,12 @@ def _capabilities_view(served: Model, able: Capabilities) -> schemas.Capabilitie
 def _defaults(fleet: Fleet, model_id: str, tier: str) -> schemas.ModelDefaults:
     """Show the model's defaults in the tier."""
     model = fleet.models[model_id]
-    guidance = model.tiers.get(tier, ModelTier()).default_guidance
+    own = model.tiers.get(tier, ModelTier())
+    guidance = own.default_guidance
     return schemas.ModelDefaults(
         default_steps=fleet.default_steps(model_id, tier),
         default_guidance=model.default_guidance if guidance is None else guidance,
+        default_sampler=own.default_sampler or model.default_sampler,
+        version=own.version,
+        adapters=[adapter.name for adapter in own.adapters],
     )

@@ -44,7 +44,7 @@ regular-font="system-ui, sans-serif" mono-font="ui-monospace, monospace">
 @bp.get("/openapi.json")
 def show_spec() -> BaseResponse:
     """Serve the OpenAPI 3.1 document."""
-    content = runtime().documents.get(request.script_root, _document)
+    content = runtime().documents.get((request.script_root, runtime().current.number), _document)
     response = Response(content, content_type="application/json")
     response.headers["Cache-Control"] = "public, max-age=60"
     response.set_etag(hashlib.sha256(content.encode()).hexdigest()[:32])

@@ -12,7 +12,7 @@ from models import capabilities as published
 from models.database import transaction
 from policy import capabilities
 from policy.capabilities import Capabilities, Known
-from policy.catalog import checkpoint_name
+from policy.fleet import checkpoint_name
 
 log = structlog.get_logger(__name__)
 

@@ -27,11 +27,12 @@ from models.inputs import MissingInputs
 from models.tables import Job
 from policy import admission, prediction
 from policy.admission import PoolSnapshot, QueuePosition, Refusal, RunningJobs, TenantBacklog
-from policy.catalog import checkpoint_name
-from policy.fleet import Fleet
+from policy.current import CurrentFleet
+from policy.fleet import checkpoint_name
 from policy.params import Resolved, pictures_of
 from policy.prediction import DeviceCost, Eta, EtaRatios, QueuedFlow, TierQueue
 from policy.release import Outstanding, ReleaseHint, ReleaseLimits, release_hint
+from policy.routing import LivePool
 from policy.states import JobState
 from policy.steps import denoising_of, image_steps
 
@@ -174,7 +175,7 @@ class QueueForecaster:
     def __init__(
         self,
         database: Engine,
-        fleet: Fleet,
+        current: CurrentFleet,
         gauge: Gauge,
         limits: Callable[[str, str, int], ReleaseLimits],
         refresher: Executor,
@@ -186,7 +187,7 @@ class QueueForecaster:
         limits: `Release.limits`. refresher: rereads values before they are too old.
         """
         self._database = database
-        self._fleet = fleet
+        self._current = current
         self._gauge = gauge
         self._limits = limits
         self._worker_silence_s = worker_silence_s
@@ -219,7 +220,7 @@ class QueueForecaster:
         )
         ratios = self._ratios(params.pool, params.tier)
         refused = admission.refusal(
-            self._fleet,
+            self._current.fleet,
             snapshot,
             place,
             ratios,
@@ -232,13 +233,18 @@ class QueueForecaster:
         queue_place = QueuePlace(place.jobs_ahead, prediction.corrected(raw_s, ratios))
         return JobForecast(job_device_s, raw_s, queue_place, refused)
 
+    def live_pool(self, pool: str) -> LivePool:
+        """Tell what the live workers of the pool serve, as it was at most `FRESH_FOR_S` ago."""
+        state = self._pool_state(pool, needs_pictures=True)
+        return LivePool(state.devices, state.held)
+
     def _predicted_s(self, params: Resolved) -> float:
         """Predict the device seconds of all images of the job."""
         return prediction.predicted_s(
             self._cost((params.pool, params.model, params.width_px, params.height_px)),
             width_px=params.width_px,
             height_px=params.height_px,
-            denoising=denoising_of(self._fleet, params),
+            denoising=denoising_of(self._current.fleet, params),
             num_images=params.num_images,
         )
 
@@ -272,7 +278,7 @@ class QueueForecaster:
         None if the catalogue no longer has its tier or pool. steps_done: denoise steps of all its
         images.
         """
-        if job.tier not in self._fleet.tiers or job.pool not in self._fleet.pools:
+        if job.tier not in self._current.fleet.tiers or job.pool not in self._current.fleet.pools:
             return None
         state = self._pool_state(job.pool, needs_pictures=bool(pictures_of(job)))
         snapshot = self._snapshot(state, job.tenant_id)
@@ -295,7 +301,7 @@ class QueueForecaster:
         self, snapshot: PoolSnapshot, job: Resolved | Job | JobDocument, *, lead_s: float
     ) -> QueuePosition:
         return admission.queue_position(
-            self._fleet,
+            self._current.fleet,
             snapshot,
             pool=job.pool,
             tier=job.tier,
@@ -311,7 +317,7 @@ class QueueForecaster:
         booked: what the tenant is about to add, by tier.
         """
         own = {}
-        for tier in self._fleet.tiers:
+        for tier in self._current.fleet.tiers:
             flow = state.flows.get((tier, tenant_id))
             more = booked.get(tier)
             if flow is None and more is None:
@@ -341,7 +347,7 @@ class QueueForecaster:
 
     def _read_pool(self, pool: str) -> tuple[_PoolState, _PoolState]:
         """Read the pool twice: as jobs with pictures see it, and as jobs without pictures do."""
-        tiers = list(self._fleet.tiers)
+        tiers = list(self._current.fleet.tiers)
         with transaction(self._database) as session:
             backlogs = flows.backlogs(session, pool=pool)
             whole = _pool_state(

@@ -22,6 +22,7 @@ from edges.objectstore import ObjectStore, StoreUnavailable
 from models import workers
 from models.database import make_engine, transaction
 from policy import connections
+from policy.current import CurrentFleet
 from policy.fleet import Fleet
 from policy.workers import keeps_failing, unheld
 from settings import GatewaySettings
@@ -96,7 +97,12 @@ class Readiness:
 
 
 def checks(
-    settings: GatewaySettings, fleet: Fleet, *, broker: Broker, handoff: Handoff, store: ObjectStore
+    settings: GatewaySettings,
+    current: CurrentFleet,
+    *,
+    broker: Broker,
+    handoff: Handoff,
+    store: ObjectStore,
 ) -> dict[str, Check]:
     """Return the check of each part.
 
@@ -108,7 +114,7 @@ def checks(
         "broker": lambda: _checked(broker.check),
         "handoff": lambda: _checked(handoff.check),
         "object_store": lambda: _checked(store.ping),
-        "workers": lambda: _has_workers(database, fleet, silent_for_s=settings.lease_ttl_s),
+        "workers": lambda: _has_workers(database, current.fleet, silent_for_s=settings.lease_ttl_s),
     }
 
 

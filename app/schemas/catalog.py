@@ -76,6 +76,11 @@ class ModelVersion:
 class ModelDefaults:
     default_steps: Annotated[int, says("Denoise steps of each image.")]
     default_guidance: Annotated[float, says("How closely images follow the prompt.")]
+    default_sampler: Annotated[str, says("The sampling method.")]
+    version: Annotated[
+        str | None, says("The version that renders its jobs; null if it is drawn by weight.")
+    ]
+    adapters: Annotated[list[str], says("Adapters that every image of the tier has.")]
 
 
 @document("A model, in the format of OpenAI's model list, with additional members.")
@@ -100,7 +105,8 @@ class Model:
     output_formats: Annotated[
         list[Annotated[str, one_of(FORMATS)]], says("The file formats that it offers.")
     ]
-    pool: Annotated[str, says("The group of workers that serve it.")]
+    pool: Annotated[str, says("The first of `pools`.")]
+    pools: Annotated[list[str], says("The groups of workers that may serve it for you.")]
     versions: Annotated[list[ModelVersion], says("Its versions.")]
     tiers: Annotated[dict[str, ModelDefaults], says("Its defaults by tier.")]
 

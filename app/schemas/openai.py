@@ -21,7 +21,7 @@ from app.schemas.bodies import MAX_METADATA_KEYS
 from app.schemas.files import Upload
 from app.schemas.jobs import Adapter, JobWarning, OutputFormat
 from app.schemas.problems import OpenAIError
-from policy.catalog import MAX_ADAPTERS
+from policy.fleet import MAX_ADAPTERS
 from policy.params import OPENAI_ANSWER, OPENAI_REQUEST
 
 _WITH_A_PICTURE = "strength"

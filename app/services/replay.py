@@ -1,18 +1,21 @@
 """Submit the parameters of a job again; they are not resolved anew, so the image is the same."""
 
 import uuid
+from dataclasses import replace
 
 from app.caller import Caller
 from app.problems import ReplayImpossible
 from app.runtime import Runtime
 from app.services import jobs
 from app.services.submit import Accepted, Prepared, accept_once
-from models import files
+from models import files, workers
+from models import jobs as jobs_rows
 from models.database import transaction
 from models.idempotency import IdempotentRequest
 from models.tables import Job
-from policy.fleet import Fleet
+from policy.fleet import RETIRED_MODEL, Fleet, checkpoint_name
 from policy.params import params_of, pictures_of
+from policy.routing import Asker, choose_pool, pools_for
 
 
 def replay(
@@ -36,28 +39,69 @@ def _prepared(runtime: Runtime, caller: Caller, job_id: uuid.UUID) -> Prepared:
     if job.erased_at is not None:
         raise ReplayImpossible("The job was erased: its parameters are gone.")
     _check_fleet(runtime.fleet, job)
+    _check_digests(runtime, job)
     _check_files(runtime, job)
-    return Prepared(params_of(job), replay_of=job_id)
+    pool = _pool(runtime.fleet, job, runtime.asker(caller))
+    return Prepared(replace(params_of(job), pool=pool), replay_of=job_id)
 
 
 def _check_fleet(fleet: Fleet, job: Job) -> None:
-    model = fleet.models.get(job.model)
-    if model is None or all(version.id != job.model_version for version in model.versions):
+    model = fleet.models.get(job.model, RETIRED_MODEL)
+    served = model.as_served.get(job.model_version)
+    if served is None:
         raise ReplayImpossible(
             f"Version {job.model_version} of model {job.model} is not offered any more.",
             gone="model_version",
         )
+    if served.precision != job.precision:
+        raise ReplayImpossible(
+            f"Version {job.model_version} of model {job.model} computes in {served.precision} now,"
+            f" not in {job.precision}.",
+            gone="precision",
+        )
     if job.tier not in fleet.tiers:
         raise ReplayImpossible(f"Tier {job.tier} is not offered any more.", gone="tier")
-    if job.pool not in fleet.pools or job.model not in fleet.pools[job.pool].models:
-        raise ReplayImpossible(
-            f"Model {job.model} has moved to another pool of workers.", gone="pool"
-        )
     for adapter in job.adapters or []:
         if adapter["name"] not in model.adapters:
             raise ReplayImpossible(
                 f"Adapter {adapter['name']} is not offered any more.", gone="adapter"
             )
+
+
+def _check_digests(runtime: Runtime, job: Job) -> None:
+    """Raise ReplayImpossible if other files would render it than those that did, by their digests.
+
+    Files that no live worker tells of are not compared.
+    """
+    checkpoint = checkpoint_name(job.model, job.model_version)
+    with transaction(runtime.database) as session:
+        facts = jobs_rows.rendered_facts(session, job.id)
+        now = workers.weights_of(session, checkpoint, silent_for_s=runtime.settings.lease_ttl_s)
+    before = facts.get("weights")
+    if before is not None and now and before not in now:
+        raise ReplayImpossible(
+            f"The files of {checkpoint} were changed since the job was rendered.", gone="weights"
+        )
+    offered = runtime.fleet.models[job.model].adapters
+    for adapter in facts.get("adapters") or []:
+        if offered[adapter["name"]].sha256 != adapter["sha256"]:
+            raise ReplayImpossible(
+                f"The file of adapter {adapter['name']} was changed since the job was rendered.",
+                gone="adapter",
+            )
+
+
+def _pool(fleet: Fleet, job: Job, asker: Asker) -> str:
+    """Choose the pool anew: the catalogue or what is alive may have changed."""
+    pools = pools_for(
+        fleet, model=job.model, version=job.model_version, tier=job.tier, tenant=asker.tenant
+    )
+    if not pools:
+        raise ReplayImpossible(
+            f"No pool of workers serves {job.model} in tier {job.tier} for you any more.",
+            gone="pool",
+        )
+    return choose_pool(fleet, pools, checkpoint_name(job.model, job.model_version), asker)
 
 
 def _check_files(runtime: Runtime, job: Job) -> None:

@@ -162,7 +162,7 @@ def resolve(runtime: Runtime, caller: Caller, requested: RequestedParams) -> Res
     Raises InvalidImageRequest, which names the field, and Forbidden.
     """
     try:
-        resolved = runtime.resolve(requested, usable_models=caller.limits.allowed_models)
+        resolved = runtime.resolve(requested, runtime.asker(caller))
     except InvalidParam as error:
         raise invalid_param(error) from None
     quotas.check_allowed(caller, resolved)
@@ -222,6 +222,7 @@ def price_and_admit(
         steps_per_image=denoising_of(fleet, resolved).steps,
         tenant_metadata=prepared.metadata,
         warnings=runtime.expected_warnings(resolved),
+        fleet_revision=runtime.current.number or None,
         replay_of=prepared.replay_of,
     )
     return new, expected

@@ -3,14 +3,15 @@
 from typing import Any
 
 from app.schemas.bodies import MAX_METADATA_CHARS, MAX_METADATA_KEY_CHARS, MAX_METADATA_KEYS
-from policy.catalog import MAX_ADAPTERS, MAX_SEED, RANDOM_SEED
-from policy.fleet import Fleet
+from policy.catalog import MAX_SEED, RANDOM_SEED
+from policy.fleet import MAX_ADAPTERS, Fleet, checkpoint_name
 from policy.params import ASKED, PARAMS, Param
 
 ABOUT = {
     "prompt": "What the images show. It may be empty if `init_image` is given.",
     "negative_prompt": "What the images should not show.",
-    "model": "The id or an alias of a model; `GET /v1/models` lists them.",
+    "model": "The id or an alias of a model; `GET /v1/models` lists them. A key with the scope"
+    " `versions` may name one of its versions, as `model@version`.",
     "tier": "The class of service; `GET /v1/tiers` lists them.",
     "size": "Width and height in pixels; by default the first size of the model.",
     "steps": "Denoise steps of each image; by default those of the model in the tier.",
@@ -43,7 +44,7 @@ def job_fields(fleet: Fleet) -> dict[str, dict[str, Any]]:
     bounds: dict[str, dict[str, Any]] = {
         "prompt": {"maxLength": longest_prompt},
         "negative_prompt": {"maxLength": longest_prompt},
-        "model": {"enum": list(fleet.model_ids)},
+        "model": {"enum": _names_of_models(fleet)},
         "tier": {"enum": list(fleet.tiers)},
         "size": {"enum": sorted({size for model in models for size in model.sizes})},
         "steps": {"minimum": 1, "maximum": max(tier.max_steps for tier in tiers)},
@@ -70,6 +71,16 @@ def job_fields(fleet: Fleet) -> dict[str, dict[str, Any]]:
     }
     said = {name: {"description": about} | bounds.get(name, {}) for name, about in ABOUT.items()}
     return pass_through | said
+
+
+def _names_of_models(fleet: Fleet) -> list[str]:
+    """List what a request may call a model, and after these what it may call a version."""
+    versions = [
+        checkpoint_name(name, version)
+        for name, model in fleet.model_ids.items()
+        for version in fleet.models[model].as_served
+    ]
+    return [*fleet.model_ids, *versions]
 
 
 def _bounds(param: Param) -> dict[str, Any]:

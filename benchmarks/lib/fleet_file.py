@@ -21,6 +21,11 @@ def shipped() -> Tables:
     return tomllib.loads((REPO / "fleet.toml").read_text())
 
 
+def read(path: Path) -> Tables:
+    """Read the tables of a file."""
+    return tomllib.loads(path.read_text())
+
+
 def without_deadlines(tables: Tables) -> Tables:
     """Let jobs wait and run for a day: none ends because it waited, so faults alone are judged."""
     for tier in tables["tiers"].values():
@@ -63,10 +68,15 @@ def small_workers(checkpoint: Path, *, slots: int) -> Tables:
 
 def write(tables: Mapping[str, Any], path: Path) -> Path:
     """Write the file; raises FleetInvalid if Darkroom would refuse it."""
-    text = "".join(f"{key} = {_literal(value)}\n" for key, value in tables.items())
+    text = text_of(tables)
     parse_fleet(text)
     path.write_text(text)
     return path
+
+
+def text_of(tables: Mapping[str, Any]) -> str:
+    """Return the text of the file, whether Darkroom would take it or not."""
+    return "".join(f"{key} = {_literal(value)}\n" for key, value in tables.items())
 
 
 def _literal(value: Any) -> str:

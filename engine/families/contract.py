@@ -81,6 +81,9 @@ class Family(Protocol):
         Those are unet, transformer, text_encoder…
         """
 
+    def modules(self) -> Sequence[nn.Module]:
+        """Return every network whose weights are on the device, each once."""
+
     def facts(self) -> dict[str, Any]:
         """Return the facts of this checkpoint's set-up that can change a bit.
 

@@ -10,6 +10,7 @@ comes as a context manager. It does not know what is asked, nor why.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -65,6 +66,7 @@ class Coroutine:
         self._requests: SimpleQueue[Any] = SimpleQueue()
         self._answers: SimpleQueue[Any] = SimpleQueue()
         self._is_closing = False
+        self._profile = sys.getprofile()  # a loading thread's pace holds for its calls, too
         self.is_over = False
 
     def resume(self, answer: Any = None) -> Any:
@@ -116,6 +118,7 @@ class Coroutine:
         Its result or error is put where the owner waits for it, if anybody does.
         """
         try:
+            sys.setprofile(self._profile)
             with within():
                 last = Returned(run(self._ask))
         except BaseException as problem:  # noqa: BLE001  it is the owner's to handle

@@ -150,6 +150,11 @@ class LatentFamily(ABC):
 
     # --- what all of them do ---
 
+    def modules(self) -> Sequence[nn.Module]:
+        """Return every network whose weights are on the device, each once."""
+        parts = [*self.networks().values(), *vars(self).values()]
+        return list(dict.fromkeys(part for part in parts if isinstance(part, nn.Module)))
+
     @cached_property
     def capabilities(self) -> Capabilities:
         return self.describe()

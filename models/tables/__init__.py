@@ -10,12 +10,14 @@ tenants ─┬─ api_keys, usage_ledger, idempotency_keys
          └─ flows ── fair_clocks                  learnt_costs, learnt_etas (what jobs took)
 audit_events ── audit_chains (heads)              workers (live ones), capabilities (theirs)
              ── audit_checkpoints (of pruned months)  job_labels (jobs by metadata)
+fleet_revisions (fleet.toml as it was applied)
 """
 
 from models.tables.audit import AuditChain, AuditCheckpoint, AuditEvent
 from models.tables.base import NOW, Base
 from models.tables.fairness import FairClock, Flow, LearntCost, LearntEta
 from models.tables.files import File, StoredFiles, Upload
+from models.tables.fleet import FleetRevision
 from models.tables.jobs import Artifact, Attempt, Image, Job, JobLabel
 from models.tables.tenants import ApiKey, IdempotencyKey, Tenant, UsageDay
 from models.tables.webhooks import WebhookAttempt, WebhookDelivery, WebhookEndpoint, WebhookSecret
@@ -33,6 +35,7 @@ __all__ = [
     "CheckpointCapabilities",
     "FairClock",
     "File",
+    "FleetRevision",
     "Flow",
     "IdempotencyKey",
     "Image",

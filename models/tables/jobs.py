@@ -55,6 +55,7 @@ class Job(Base):
     clip_skip: Mapped[int | None]  # layers of the CLIP text encoder left out at its end
     adapters: Mapped[list[dict[str, Any]] | None]  # [{"name": …, "strength": …}]
     precision: Mapped[str]
+    fleet_revision: Mapped[int | None]  # under which it was accepted; None: a file's
     determinism: Mapped[str]
     bucket_rows: Mapped[int | None]
 

@@ -56,6 +56,8 @@ class Worker(Base):
     starts: Mapped[int] = mapped_column(server_default=text("1"), default=1)
     # In a row, before this one, that did not get ready.
     failed_starts: Mapped[int] = mapped_column(server_default=text("0"), default=0)
+    # Of the fleet that it goes by; None: of the file that it was started with.
+    fleet_revision: Mapped[int | None]
     # Why the last start failed.
     problem: Mapped[str | None]
 

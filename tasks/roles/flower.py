@@ -8,6 +8,7 @@ from celery import Celery
 
 from edges import telemetry
 from edges.broker import make_celery
+from policy.current import CurrentFleet
 from policy.fleet import Fleet
 from settings import FlowerSettings
 
@@ -18,7 +19,7 @@ def build(settings: FlowerSettings, fleet: Fleet) -> Celery:
     return make_celery(settings, fleet)
 
 
-def serve(settings: FlowerSettings, fleet: Fleet) -> int | None:
+def serve(settings: FlowerSettings, fleet: CurrentFleet) -> int | None:
     """Run Flower until told to end."""
     telemetry.configure_logs("WARNING")  # it tells of every request
     # It asks workers for what they answer only once they are ready, and warns of each that is not.
@@ -27,7 +28,7 @@ def serve(settings: FlowerSettings, fleet: Fleet) -> int | None:
     # By the environment and not by an argument: arguments are for everybody to see.
     os.environ["FLOWER_BASIC_AUTH"] = f"{user}:{password}"
     host, _, port = settings.flower_bind.rpartition(":")
-    celery = build(settings, fleet)
+    celery = build(settings, fleet.fleet)
     return cast("int | None", celery.start(["flower", f"--address={host}", f"--port={port}"]))
 
 

@@ -16,8 +16,10 @@ from edges.broker import Broker
 from edges.handoff import Gauge
 from models.database import make_engine
 from policy import connections
+from policy.current import CurrentFleet, current
 from policy.fleet import Fleet
 from settings import Settings
+from tasks.roles.following import following
 from tasks.sweep import Sweeper, SweepLoop
 
 log = structlog.get_logger(__name__)
@@ -27,17 +29,20 @@ def _nothing() -> None:
     """Do nothing."""
 
 
-def build(settings: Settings, fleet: Fleet, *, on_turn: Callable[[], None] = _nothing) -> Sweeper:
+def build(
+    settings: Settings, fleet: Fleet | CurrentFleet, *, on_turn: Callable[[], None] = _nothing
+) -> Sweeper:
     """Make the sweeper. on_turn: called at every step of a pass."""
     database = make_engine(settings.database_url, pool_size=connections.SWEEPER)
-    broker = Broker(settings, fleet)
+    followed = current(fleet)
+    broker = Broker(settings, followed)
     ended = EndedJobs.connect(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
     return Sweeper(
         settings=settings,
-        fleet=fleet,
+        current=followed,
         database=database,
         broker=broker,
-        release=Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s),
+        release=Release(database, broker, followed, worker_silence_s=settings.lease_ttl_s),
         handoff=ended.handoff,
         snapshots=ended.snapshots,
         inputs=ended.inputs,
@@ -47,7 +52,7 @@ def build(settings: Settings, fleet: Fleet, *, on_turn: Callable[[], None] = _no
     )
 
 
-def serve(settings: Settings, fleet: Fleet) -> int:
+def serve(settings: Settings, fleet: CurrentFleet) -> int:
     """Sweep until told to end; the pass under way may end first."""
     ends = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -57,7 +62,8 @@ def serve(settings: Settings, fleet: Fleet) -> int:
     telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
     log.info("database_connections", at_most=connections.at_most("sweeper"))
     loop = SweepLoop(sweeper.sweep, every_s=settings.sweep_every_s, on_turn=on_turn)
-    loop.start()
-    ends.wait()
-    loop.stop()
+    with following(settings, fleet, sweeper.database):
+        loop.start()
+        ends.wait()
+        loop.stop()
     return 0

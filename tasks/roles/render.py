@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ from typing import NoReturn
 import structlog
 from celery.signals import worker_shutting_down
 from sqlalchemy import Engine as Database
+from sqlalchemy.exc import SQLAlchemyError
 
 from dispatch.endings import EndedJobs
 from dispatch.release import Release
@@ -23,11 +25,14 @@ from edges.handoff import Gauge
 from edges.notices import Notice, NoticeSource, NoticeWatch, SignalNotices, sources_from
 from edges.progress import CANCELS, WATCHES, Listener, ProgressWriter
 from edges.snapshots import Snapshots
+from engine.config import CheckpointSpec, EngineConfig
 from engine.engine import Engine
 from engine.errors import NothingLoaded
 from fleet.consumer import TakenTask, tier_gate
-from models.database import make_engine
+from models import workers
+from models.database import make_engine, run_transaction
 from policy import connections, gates, queues, tiers
+from policy.current import CurrentFleet, current
 from policy.fleet import Fleet
 from policy.workers import device_label, worker_name
 from settings import EX_CONFIG, WorkerSettings, refuse
@@ -43,11 +48,13 @@ from tasks.previews import Previews
 from tasks.registration import Loading, NameTaken, WorkerIdentity
 from tasks.render import Renderer
 from tasks.roles.consuming import consume, register
+from tasks.roles.following import following
 from tasks.verdicts import Verdicts
 
 log = structlog.get_logger(__name__)
 
 PORTS_TRIED = 10  # for metrics, from METRICS_PORT on
+TURN_EVERY_S = 1.0  # asks whether it is this worker's turn to start anew
 SPARE_THREADS = 4  # they drop duplicates at once while every slot is taken
 
 
@@ -56,13 +63,19 @@ class WorkerParts:
     """Hold the parts of one rendering worker, without Celery; the rest is in its renderer."""
 
     settings: WorkerSettings
-    fleet: Fleet
+    current: CurrentFleet
+    loaded: Fleet  # whose models the engine has
     engine: Engine
     keeper: LeaseKeeper
     gauge: Gauge
     snapshots: Snapshots
     preemption: Preemption
     renderer: Renderer
+
+    @property
+    def fleet(self) -> Fleet:
+        """Return the fleet that runs now."""
+        return self.current.fleet
 
     def start(self) -> None:
         """Say that this worker is alive and begin to renew leases; returns once Postgres knows.
@@ -88,6 +101,35 @@ class WorkerParts:
             is_reserved=self.keeper.is_reserved(),
         )
 
+    def follow(self, old: Fleet, new: Fleet) -> None:
+        """Go by a new revision: at once, or by a new start if the engine has to be another.
+
+        Of the workers of a pool one starts anew at a time. Their jobs go on where they were.
+        """
+        del old
+        if self._needs_no_other_engine(new):
+            self.keeper.revision = self.current.number
+            return
+        while not self._may_leave():
+            time.sleep(TURN_EVERY_S)
+        self.keeper.is_to_return = True
+        number = self.current.number
+        notice = Notice("fleet", self.settings.shutdown_notice_s, f"revision {number} is in force")
+        self.preemption.begin(notice)
+
+    def _needs_no_other_engine(self, new: Fleet) -> bool:
+        return _engine_of(self.settings, new) == _engine_of(self.settings, self.loaded)
+
+    def _may_leave(self) -> bool:
+        name, pool = self.keeper.identity.name, self.keeper.identity.pool
+        try:
+            return run_transaction(
+                self.renderer.database, lambda session: workers.may_leave(session, name, pool)
+            )
+        except SQLAlchemyError as error:
+            log.info("start_anew_postponed", reason=type(error).__name__)
+            return False
+
     def sign_off(self) -> None:
         """Stop renewing leases and delete the worker's row.
 
@@ -104,7 +146,7 @@ class WorkerParts:
 
 def build(
     settings: WorkerSettings,
-    fleet: Fleet,
+    fleet: Fleet | CurrentFleet,
     *,
     engine: Engine,
     when_empty: Callable[[], None],
@@ -119,8 +161,10 @@ def build(
     """
     database = make_engine(settings.database_url, pool_size=connections.WORKER)
     ended = EndedJobs.connect(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
-    identity = _identity(settings, fleet, engine, instance or uuid.uuid4())
+    followed = current(fleet)
+    identity = _identity(settings, followed, engine, instance or uuid.uuid4())
     keeper = _keeper(settings, identity, database, ended)
+    keeper.revision = followed.number or None
     gauge = Gauge(settings.handoff_url, trusted_for_s=gates.HANDOFF_SILENT_AFTER_S)
     preemption = Preemption(keeper, when_empty=when_empty)
     health = Health(
@@ -131,7 +175,7 @@ def build(
     keeper.on_name_lost = lambda: health.give_up("another process has the name of this worker")
     renderer = _renderer(
         settings,
-        fleet,
+        followed,
         database,
         ended,
         keeper=keeper,
@@ -141,7 +185,8 @@ def build(
     )
     return WorkerParts(
         settings=settings,
-        fleet=fleet,
+        current=followed,
+        loaded=followed.fleet,
         engine=engine,
         keeper=keeper,
         gauge=gauge,
@@ -153,7 +198,7 @@ def build(
 
 def _renderer(
     settings: WorkerSettings,
-    fleet: Fleet,
+    current: CurrentFleet,
     database: Database,
     ended: EndedJobs,
     *,
@@ -162,11 +207,11 @@ def _renderer(
     checkpoints: Checkpoints,
     progress: ProgressWriter,
 ) -> Renderer:
-    broker = Broker(settings, fleet)
-    release = Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s)
+    broker = Broker(settings, current)
+    release = Release(database, broker, current, worker_silence_s=settings.lease_ttl_s)
     return Renderer(
         settings=settings,
-        fleet=fleet,
+        current=current,
         keeper=keeper,
         checkpoints=checkpoints,
         inputs=InputPictures(inputs=ended.inputs),
@@ -189,14 +234,20 @@ def _renderer(
 
 
 def _identity(
-    settings: WorkerSettings, fleet: Fleet, engine: Engine, instance: uuid.UUID
+    settings: WorkerSettings, current: CurrentFleet, engine: Engine, instance: uuid.UUID
 ) -> WorkerIdentity:
+    fleet = current.fleet
     return WorkerIdentity(
         name=name_of(settings),
         pool=settings.worker_pool,
         device=engine.config.device,
         slots=fleet.pools[settings.worker_pool].slots,
-        facts={"load_s": round(engine.load_s, 3)},
+        facts={
+            "load_s": round(engine.load_s, 3),
+            "weights": {
+                name: engine.fingerprint(name).facts["weights"] for name in engine.checkpoints
+            },
+        },
         instance=instance,
         held=engine.checkpoints,
         failed=_sentences(settings, fleet, engine),
@@ -248,13 +299,15 @@ def images_by_job(
     for task in taken:
         tier, _ = queues.tier_of(task.queue)
         told = task.headers.get(queues.NUM_IMAGES)
-        images = told if isinstance(told, int) and told > 0 else fleet.tiers[tier].max_images
+        images = (
+            told if isinstance(told, int) and told > 0 else fleet.tier_or_retired(tier).max_images
+        )
         with suppress(KeyError, ValueError):
             by_job[uuid.UUID(str(task.kwargs["job_id"]))] = tier, images
     return by_job
 
 
-def serve(settings: WorkerSettings, fleet: Fleet) -> NoReturn:
+def serve(settings: WorkerSettings, current: CurrentFleet) -> NoReturn:
     """Load and warm the pool's models, then take jobs until the worker has to go."""
     # Before the first computation: or last bits may depend on where a matrix lies in memory.
     os.environ["MKL_CBWR"] = "AUTO,STRICT"
@@ -265,6 +318,7 @@ def serve(settings: WorkerSettings, fleet: Fleet) -> NoReturn:
         wait_while_a_notice_stands(sources)
     except _ToldToEnd:
         _end_at_once(0)
+    fleet = current.fleet
     loading = _loading(settings, fleet)
     try:
         loading.start(on_taken=_refuse_at_once)
@@ -272,7 +326,7 @@ def serve(settings: WorkerSettings, fleet: Fleet) -> NoReturn:
         loading.end()
         parts = build(
             settings,
-            fleet,
+            current,
             engine=engine,
             when_empty=_end_process,
             instance=loading.identity.instance,
@@ -347,7 +401,10 @@ def _take_jobs(parts: WorkerParts, sources: Sequence[NoticeSource]) -> int:
     settings = parts.settings
     fleet = parts.fleet
     pool = parts.settings.worker_pool
-    names = queues.render_queues(fleet, pool)
+
+    def names() -> list[str]:
+        return queues.render_queues(parts.fleet, pool)
+
     celery = make_celery(settings, fleet)
     register(celery, queues.RENDER_JOB, parts.renderer.render_job)
     celery.steps["consumer"].add(tier_gate(names, parts.may_take))
@@ -368,7 +425,9 @@ def _take_jobs(parts: WorkerParts, sources: Sequence[NoticeSource]) -> int:
     try:
         parts.start()
         _log_ready(parts)
-        status = consume(celery, names, name=name, threads=threads)
+        database = parts.renderer.database
+        with following(settings, parts.current, database, on_change=parts.follow):
+            status = consume(celery, names(), name=name, threads=threads)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     except _ToldToEnd:
@@ -402,13 +461,24 @@ def _start_engine(settings: WorkerSettings, fleet: Fleet) -> Engine:
 
     Those that cannot be loaded are left out. Raises NothingLoaded if that is all of them.
     """
-    pool = fleet.pools[settings.worker_pool]
-    specs = checkpoint_specs(fleet, pool.models, settings.checkpoint_root)
-    engine = Engine(engine_config(settings, fleet, pool, may_lack_checkpoints=True), specs)
+    described = _engine_of(settings, fleet)
+    assert described is not None, "the settings were checked against the fleet"
+    engine = Engine(*described)
     engine.start()
     for sentence in _sentences(settings, fleet, engine).values():
         log.error("model_not_served", pool=settings.worker_pool, problem=sentence)
     return engine
+
+
+def _engine_of(
+    settings: WorkerSettings, fleet: Fleet
+) -> tuple[EngineConfig, Sequence[CheckpointSpec]] | None:
+    """Describe the engine of this worker under a fleet; None if the fleet lacks its pool."""
+    pool = fleet.pools.get(settings.worker_pool)
+    if pool is None:
+        return None
+    specs = checkpoint_specs(fleet, pool.models, settings.checkpoint_root)
+    return engine_config(settings, fleet, pool, may_lack_checkpoints=True), specs
 
 
 def _notice_sources(settings: WorkerSettings) -> list[NoticeSource]:

@@ -8,6 +8,7 @@ from edges.outbound import Outbound
 from edges.progress import ENDINGS, Listener
 from models.database import make_engine
 from policy import connections, queues
+from policy.current import CurrentFleet
 from policy.fleet import Fleet
 from settings import WebhookSettings
 from tasks.deliver import WebhookSender
@@ -18,7 +19,7 @@ log = structlog.get_logger(__name__)
 THREADS = 16  # most wait for a receiver, with no connection to the database
 
 
-def build(settings: WebhookSettings, fleet: Fleet, *, name: str) -> WebhookSender:
+def build(settings: WebhookSettings, fleet: Fleet | CurrentFleet, *, name: str) -> WebhookSender:
     """Make the sender. name: whose deliveries they are, in the audit log."""
     return WebhookSender(
         database=make_engine(settings.database_url, pool_size=connections.WEBHOOKS),
@@ -29,11 +30,11 @@ def build(settings: WebhookSettings, fleet: Fleet, *, name: str) -> WebhookSende
     )
 
 
-def serve(settings: WebhookSettings, fleet: Fleet) -> int:
+def serve(settings: WebhookSettings, fleet: CurrentFleet) -> int:
     """Deliver webhooks until told to end."""
     name = process_name("webhooks")
     sender = build(settings, fleet, name=name)
-    celery = make_celery(settings, fleet)
+    celery = make_celery(settings, fleet.fleet)
     register(celery, queues.DELIVER_WEBHOOK, sender.deliver_webhook)
     listener = Listener(settings.handoff_url, ENDINGS, sender.hear)
     telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
@@ -31,7 +31,7 @@ from models import api_keys, jobs, tenants, workers
 from models.database import make_engine, transaction
 from models.tables import Job, Worker
 from policy.fleet import Fleet, parse_fleet
-from policy.limits import Limits
+from policy.limits import DEFAULT_SCOPES, Limits
 from policy.states import ACTIVE_STATES
 from settings import REPO, GatewaySettings, ServerSettings
 from tests.app import moments
@@ -95,13 +95,14 @@ def nothing_left_to_do():
 def new_key(stack, stack_database) -> Callable[..., str]:
     """An API key of a tenant that has nothing yet."""
 
-    def new_key(*, revoked: bool = False) -> str:
+    def new_key(*, revoked: bool = False, scopes: Sequence[str] = DEFAULT_SCOPES) -> str:
         with transaction(stack_database) as session:
             tenant = tenants.create(session, name=f"app-{uuid.uuid4().hex[:8]}", actor="tests")
             row, key = api_keys.issue(
                 session,
                 tenant_id=tenant.id,
                 name="tests",
+                scopes=scopes,
                 pepper=stack.env["API_KEY_PEPPER"],
                 actor="tests",
             )

@@ -36,7 +36,15 @@ def test_a_model_tells_what_it_accepts(api):
         2000,
         "Apache-2.0",
     )
-    assert model["tiers"]["fast"] == {"default_steps": 4, "default_guidance": 1.5}
+    assert model["tiers"]["fast"] == {
+        "default_steps": 4,
+        "default_guidance": 1.5,
+        "default_sampler": "ddim",
+        "version": None,
+        "adapters": [],
+    }
+    [version] = model["versions"]
+    assert (version["id"], version["precision"], version["licence"]) == ("1", "fp32", "Apache-2.0")
     assert model["output_formats"] == ["png", "webp", "jpeg"]
     assert model == api.get("/v1/models/pocket").json()
 
@@ -56,7 +64,13 @@ def test_a_model_s_defaults_are_what_a_job_gets_that_says_nothing(gateway_with, 
     for tier, defaults in tiers.items():
         job_body = {"prompt": "a red circle", "model": "pocket", "tier": tier}
         job = gateway.post("/v1/estimate", json=job_body, headers=headers).json
-        assert defaults == {"default_steps": job["steps"], "default_guidance": job["guidance"]}
+        assert defaults == {
+            "default_steps": job["steps"],
+            "default_guidance": job["guidance"],
+            "default_sampler": job["sampler"],
+            "version": None,
+            "adapters": job["adapters"],
+        }
 
 
 def test_an_unknown_model_is_not_found_and_the_known_ones_are_told(api):

@@ -108,6 +108,18 @@ def test_a_key_does_what_its_scopes_say_and_nothing_else(
         nobody.post(job.json()["urls"]["cancel"], headers=bearer(key))
 
 
+def test_a_key_with_its_scope_may_name_a_version_and_no_other(issue, nobody):
+    body = BODY | {"model": "pocket@1"}
+    may, may_not = (bearer(issue(scopes=["generate", *more])[0]) for more in (["versions"], []))
+
+    job = nobody.post("/v1/jobs", json=body, headers=may).json()
+    refused = nobody.post("/v1/jobs", json=body, headers=may_not)
+
+    nobody.post(job["urls"]["cancel"], headers=may)
+    assert (job["model"], job["model_version"]) == ("pocket", "1")
+    assert "scope `versions`" in assert_problem(refused, 422, "invalid-image-request")["detail"]
+
+
 def test_a_key_that_only_reads_may_ask_for_heads(issue, nobody):
     reads, generates = (bearer(issue(scopes=[scope])[0]) for scope in ("read", "generate"))
 

@@ -96,13 +96,8 @@ def test_a_version_that_draws_no_traffic_is_replayed_all_the_same(
     [
         ({"models.pocket.versions": [{"id": "2", "source": "pocket/checkpoint"}]}, "model_version"),
         ({"tiers.batch": GONE}, "tier"),
-        (
-            {
-                "pools.local": GONE,
-                "pools.other": {"models": ["pocket"], "slots": 8, "max_batch_rows": 8},
-            },
-            "pool",
-        ),
+        ({"models.pocket.precision": "bf16"}, "precision"),
+        ({"pools.local.tenants": ["somebody else"]}, "pool"),
     ],
 )
 def test_a_job_whose_model_tier_or_pool_is_gone_cannot_be_replayed(
@@ -116,28 +111,47 @@ def test_a_job_whose_model_tier_or_pool_is_gone_cannot_be_replayed(
     assert assert_problem(answer, 409, "replay-impossible")["gone"] == gone
 
 
-def test_a_replay_is_for_the_same_workers_with_the_same_adapters_or_impossible():
+def test_a_replay_is_with_the_same_adapters_or_impossible():
     fleet, job = a_fleet(), a_job_with_the_adapter("sepia")
-    pocket, pool = fleet.models["pocket"], fleet.pools["local"]
-    with_sepia = {"pocket": pocket.model_copy(update={"adapters": {"sepia": None}})}
-    moved = {"local": pool.model_copy(update={"models": ("another",)})}
-    offered = fleet.model_copy(update={"models": with_sepia})
+    with_sepia = fleet.models["pocket"].model_copy(update={"adapters": {"sepia": None}})
 
-    _check_fleet(offered, job)
+    _check_fleet(fleet.model_copy(update={"models": {"pocket": with_sepia}}), job)
 
-    for gone, other in {
-        "adapter": fleet,
-        "pool": offered.model_copy(update={"pools": moved}),
-    }.items():
-        with pytest.raises(ReplayImpossible) as refused:
-            _check_fleet(other, job)
-        assert refused.value.members["gone"] == gone
+    with pytest.raises(ReplayImpossible) as refused:
+        _check_fleet(fleet, job)
+    assert refused.value.members["gone"] == "adapter"
+
+
+def test_a_replay_goes_to_another_pool_that_serves_the_version(gateway_with, new_key):
+    own = bearer(new_key())
+    job = gateway_with().post("/v1/jobs", json=BODY, headers=own).json
+    moved = {"models": ["pocket"], "slots": 8, "max_batch_rows": 8, "warm_floor": 1}
+    client = gateway_with(a_fleet({"pools.local": GONE, "pools.other": moved}))
+
+    answer = client.post(f"/v1/jobs/{job['id']}/replay", headers=own)
+
+    assert (answer.status_code, answer.json["replay_of"]) == (202, job["id"])
+
+
+def test_a_job_whose_weights_were_exchanged_cannot_be_replayed(api, stack_database):
+    body = BODY | {"steps": 1}
+    job = api.post("/v1/jobs", json=body, headers={"Prefer": "wait=60"}).json()
+    with transaction(stack_database) as session:
+        told = "jsonb_set(fingerprint_facts, '{weights}', '\"of before\"')"
+        session.execute(
+            text(f"UPDATE attempts SET fingerprint_facts = {told} WHERE job_id = :id"),
+            {"id": job["id"]},
+        )
+
+    problem = assert_problem(replay(api, job), 409, "replay-impossible")
+
+    assert problem["gone"] == "weights"
 
 
 def a_job_with_the_adapter(name):
     adapters = [{"name": name, "strength": 1.0}]
     return SimpleNamespace(
-        model="pocket", model_version="1", tier="batch", pool="local", adapters=adapters
+        model="pocket", model_version="1", precision="fp32", tier="batch", adapters=adapters
     )
 
 

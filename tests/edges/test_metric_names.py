@@ -29,6 +29,7 @@ COUNTERS = {
     "darkroom_pictures_kept_total": ("way",),
     "darkroom_pictures_refused_total": (),
     "darkroom_previews_dropped_total": (),
+    "darkroom_fleet_unreadable_total": (),
     "darkroom_render_errors_total": ("kind",),
     "darkroom_requests_replayed_total": (),
     "darkroom_shed_total": ("reason",),
@@ -61,6 +62,7 @@ GAUGES = {
     "darkroom_engine_parked_images": (),
     "darkroom_engine_seconds": ("stage",),
     "darkroom_event_streams": (),
+    "darkroom_fleet_revision": (),
     "darkroom_handoff_fill_ratio": (),
     "darkroom_jobs_lacking_inputs": ("pool", "tier"),
     "darkroom_last_turn_timestamp_seconds": ("loop",),
@@ -78,6 +80,7 @@ GAUGES = {
 OF_ALL_PROCESSES = {
     "darkroom_build_info": "livemax",
     "darkroom_event_streams": "livesum",
+    "darkroom_fleet_revision": "livemin",
     "darkroom_handoff_fill_ratio": "livemax",
     "darkroom_upload_spool_reserved_bytes": "livesum",
     "darkroom_uploads_in_progress": "livesum",

@@ -358,9 +358,12 @@ def test_weights_are_loaded_once_and_stay(checkpoint, monkeypatch):
 
     loads = []
     load = module.load_checkpoint
-    monkeypatch.setattr(
-        module, "load_checkpoint", lambda *given: loads.append(given) or load(*given)
-    )
+
+    def counted(*given, **how):
+        loads.append(given)
+        return load(*given, **how)
+
+    monkeypatch.setattr(module, "load_checkpoint", counted)
 
     with Engine(EngineConfig(), [a_spec(checkpoint)]) as engine:
         weights = family_of(engine)._unet.conv_in.weight.data_ptr()

@@ -31,7 +31,8 @@ from engine.runner import Runner
 from engine.samplers import FLOW_SAMPLERS, SAMPLERS
 from engine.scheduler import Batch
 from policy import capabilities
-from policy.catalog import checkpoint_name, resolve
+from policy.catalog import resolve
+from policy.fleet import checkpoint_name
 from policy.params import RequestedAdapter, RequestedParams
 from policy.refusals import InvalidParam
 from settings import REPO
@@ -194,9 +195,7 @@ def accepted_of(fleet, known, count):
         requested = a_random_request(chance, fleet)
         tried[requested.model] += 1
         try:
-            accepted.append(
-                resolve(fleet, requested, default_seed=7, draw=chance.random(), known=known)
-            )
+            accepted.append(resolve(fleet, requested, default_seed=7, known=known))
         except InvalidParam:
             continue
     return tried, accepted

@@ -61,10 +61,10 @@ def test_engine_drops_a_checkpoint_whose_warm_up_fails(checkpoint):
 def test_engine_tells_what_kind_of_problem_a_load_met(checkpoint, monkeypatch, error, kind, told):
     load = engine.checkpoints.load_checkpoint
 
-    def fail(spec, device):
+    def fail(spec, device, **how):
         if spec.name == "broken":
             raise error
-        return load(spec, device)
+        return load(spec, device, **how)
 
     monkeypatch.setattr(engine.checkpoints, "load_checkpoint", fail)
     with Engine(LACKING, [a_spec(checkpoint), a_broken_spec(checkpoint)]) as running:

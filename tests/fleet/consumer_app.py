@@ -64,7 +64,7 @@ def main(facts: Mapping[str, Any], log: str) -> None:
             < facts["caps"][queue]
         )
 
-    celery.steps["consumer"].add(tier_gate(QUEUES, may_take))
+    celery.steps["consumer"].add(tier_gate(lambda: QUEUES, may_take))
     celery.steps["consumer"].add(on_turn(lambda: notes.incr("turns")))
     threads, queues = facts["threads"], ",".join(QUEUES)
     arguments = [

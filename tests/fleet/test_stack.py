@@ -311,9 +311,9 @@ def test_a_stack_is_ready_when_its_parts_are_and_each_worker_that_was_asked_for_
     stack = Stack(tmp_path, workers=2)
 
     with pytest.raises(StackError, match=re.escape(f"the stack is not ready in time: {told}")):
-        stack._wait_ready(time.monotonic() - 1, {"local": 2})
+        stack._wait_ready(time.monotonic() - 1, {"local": 2}, 1)
 
-    stack._wait_ready(time.monotonic() - 1, {"local": 2})
+    stack._wait_ready(time.monotonic() - 1, {"local": 2}, 1)
 
 
 @pytest.mark.parametrize(("state", "after_looks"), [("fatal", 1), ("backoff", 3)])
@@ -442,20 +442,22 @@ def test_a_stack_remembers_its_fleet_file_and_where_its_weights_are(tmp_path, mo
     assert Stack(data, fleet_file=other).fleet_file == other, "what the caller says wins"
 
 
-def test_processes_are_others_once_the_fleet_file_was_edited(tmp_path):
+def test_flower_alone_is_another_process_once_the_fleet_file_was_edited(tmp_path):
     file = a_fleet_with_a_second_pool(tmp_path)
     stack = Stack(tmp_path / "data", fleet_file=file)
 
-    def digests() -> set[str]:
-        env = stack._process_env(Addresses.fresh())
+    addresses = Addresses.fresh()
+
+    def environments() -> dict[str, object]:
+        env = stack._process_env(addresses)
         programs = processes.programs(env, stack._fleet(), workers={"edit": 1})
-        return {each.environment["FLEET_DIGEST"] for each in programs}
+        return {each.name: each.environment for each in programs}
 
-    before = digests()
+    before = environments()
     file.write_text(file.read_text() + "\n# edited\n")
+    after = environments()
 
-    assert len(before) == len(digests()) == 1
-    assert before != digests()
+    assert {name for name in before if before[name] != after[name]} == {"flower"}
 
 
 def test_a_stack_does_not_wait_for_models_that_its_workers_cannot_load():

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from models import api_keys, erasing, files, jobs, leases, pruning, tenants, webhooks
+from models import api_keys, erasing, files, jobs, leases, pruning, revisions, tenants, webhooks
 from models.ids import first_id
 from models.tables import Tenant, UsageDay, WebhookEndpoint
 from models.webhooks import AttemptResult
@@ -26,6 +26,7 @@ from tests.builders import (
     a_succeeded_job,
     a_tenant,
     an_artifact,
+    fleet_text,
     hand_off,
     preempt,
     store,
@@ -44,6 +45,7 @@ FACTS = {
     "audit:month:pruned": {"month", "events", "checkpoints_sha256"},
     "file:content:erased": {"file_id", "content_sha256"},
     "file:content:stored": {"file_id", "content_sha256", "size_bytes", "width_px", "height_px"},
+    "fleet:revision:applied": {"number", "sha256"},
     "job:attempt:failed": {"counted_attempts", "outcome"},
     "job:content:erased": {"images"},
     "job:hand-off:lost": {"indexes"},
@@ -455,6 +457,11 @@ def pruning_files(session, tenant):
     file.created_at = LONG_AGO
     session.flush()
     return partial(pruning.prune_files, session, before=LONG_AGO + timedelta(days=1), limit=10)
+
+
+@appends("fleet:revision:applied", is_on_system=True)
+def applying_a_fleet(session, tenant):
+    return partial(revisions.apply, session, fleet_text({"currency": "EUR"}), actor=ACTOR)
 
 
 @appends("usage:days:pruned", actor=pruning.ACTOR, is_on_system=True, as_owner=True)

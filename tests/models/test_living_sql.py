@@ -117,7 +117,13 @@ def test_triggers_are_made_in_the_order_in_which_writers_lock_their_tables():
     """
     tables = [each.table for each in EVERY_FILE if each.kind == "trigger"]
 
-    assert list(dict.fromkeys(tables)) == ["jobs", "files", "audit_events_default", "audit_events"]
+    assert list(dict.fromkeys(tables)) == [
+        "jobs",
+        "files",
+        "fleet_revisions",
+        "audit_events_default",
+        "audit_events",
+    ]
 
 
 def test_no_file_has_a_setting_s_value_in_it():
@@ -283,14 +289,16 @@ def test_a_function_with_another_signature_takes_the_place_of_the_one_of_before(
 def test_an_object_whose_file_is_gone_goes_too(own_database, files):
     (files / "triggers/jobs.flows_count_moved.sql").unlink()
     (files / "triggers/jobs.flows_count_accepted.sql").unlink()
+    (files / "triggers/jobs.flows_count_rerouted.sql").unlink()
     (files / "functions/flows_count_queued.sql").unlink()
+    (files / "functions/flows_count_rerouted.sql").unlink()
     (files / "views/flows_now.sql").unlink()
 
     said = upgrade(own_database)
 
     assert said.startswith("made anew: jobs.flows_count_")
     kept = {name.partition("(")[0] for name in found(own_database)}
-    assert len(kept) == len(EVERY_FILE) - 4
+    assert len(kept) == len(EVERY_FILE) - 6
     assert not [name for name in kept if "flows" in name]
     assert upgrade(own_database) == "nothing to do"
 

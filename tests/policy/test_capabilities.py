@@ -7,6 +7,7 @@ import pytest
 from policy import capabilities, warnings
 from policy.catalog import resolve
 from policy.refusals import InvalidParam
+from policy.routing import Asker
 from tests.abilities import NEEDED, NO_PICTURES, PLAIN
 from tests.builders import a_fleet, some_params
 
@@ -20,7 +21,7 @@ def an_ability(**changes):
 def resolved_by(able, *, fleet=None, **fields):
     requested = some_params(**{"prompt": "a red circle"} | fields)
     fleet = fleet or a_fleet()
-    return resolve(fleet, requested, default_seed=7, draw=0.0, known={"pocket@1": able})
+    return resolve(fleet, requested, default_seed=7, known={"pocket@1": able})
 
 
 def refusal_by(able, **fields):
@@ -64,7 +65,7 @@ def test_capabilities_of_another_family_or_checkpoint_judge_nothing():
     requested = some_params(prompt="a red circle", init_image=PICTURE)
 
     assert resolved_by(an_ability(family="flux", pictures=NO_PICTURES), init_image=PICTURE)
-    assert resolve(a_fleet(), requested, default_seed=7, draw=0.0, known=elsewhere)
+    assert resolve(a_fleet(), requested, default_seed=7, known=elsewhere)
 
 
 def test_capabilities_of_another_format_are_not_read_and_unknown_members_are_ignored():
@@ -77,7 +78,7 @@ def test_a_refused_model_names_only_those_that_the_tenant_may_use():
     requested = some_params(prompt="a red circle", model="dall-e-9")
 
     with pytest.raises(InvalidParam) as refusal:
-        resolve(a_fleet(), requested, default_seed=7, draw=0.0, usable_models=["large"])
+        resolve(a_fleet(), requested, default_seed=7, asker=Asker(models=["large"]))
 
     assert refusal.value.accepted == ["large"]
     assert "pocket" not in refusal.value.detail

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policy import catalog
-from policy.catalog import MAX_SEED, RANDOM_SEED, pick_version, resolve
+from policy.catalog import MAX_SEED, RANDOM_SEED, resolve
 from policy.fleet import parse_size
-from policy.params import PassThrough, pictures_of
+from policy.params import PassThrough, RequestedAdapter, pictures_of
 from policy.refusals import InvalidParam
 from tests.builders import a_fleet, resolved, some_params
 
@@ -23,7 +23,7 @@ def refusal_of(**fields) -> InvalidParam:
 
 
 def test_a_bare_prompt_gets_every_parameter():
-    job = resolve(a_fleet(), some_params(prompt="a red circle"), default_seed=7, draw=0.0)
+    job = resolve(a_fleet(), some_params(prompt="a red circle"), default_seed=7)
 
     assert (job.model, job.model_version, job.pool, job.tier) == ("pocket", "1", "local", "fast")
     assert (job.width_px, job.height_px, job.num_steps, job.guidance, job.sampler) == (
@@ -127,14 +127,11 @@ def test_a_tier_accepts_no_size_above_its_megapixels():
     )
 
     with pytest.raises(InvalidParam) as refusal:
-        resolve(fleet, some_params(size="128x192"), default_seed=7, draw=0.0)
+        resolve(fleet, some_params(size="128x192"), default_seed=7)
 
     assert (refusal.value.field, refusal.value.accepted) == ("size", ["128x128"])
     assert (
-        resolve(
-            fleet, some_params(size="128x192", tier="batch"), default_seed=7, draw=0.0
-        ).height_px
-        == 192
+        resolve(fleet, some_params(size="128x192", tier="batch"), default_seed=7).height_px == 192
     )
 
 
@@ -163,32 +160,47 @@ def test_a_version_computes_in_a_precision_of_its_own_or_in_the_models():
     assert model.of_version("gone") == model
 
 
-def test_versions_get_traffic_by_their_weight():
-    versions = [
-        {"id": "1", "source": "a", "traffic_weight": 9.0},
-        {"id": "2", "source": "b", "traffic_weight": 1.0},
+TIER_ADAPTER = {
+    "models.pocket.adapters": {
+        name: {"source": f"{name}.safetensors", "sha256": "0" * 64} for name in ("lightning", "ink")
+    },
+    "models.pocket.tiers.fast": {
+        "version": "distilled",
+        "default_sampler": "euler",
+        "default_guidance": 1.0,
+        "default_steps": 2,
+        "adapters": [{"name": "lightning", "strength": 0.5}],
+    },
+    "models.pocket.versions": [
+        {"id": "1", "source": "a"},
+        {"id": "distilled", "source": "b", "traffic_weight": 0.0},
+    ],
+}
+
+
+def test_a_tier_may_choose_version_sampler_steps_guidance_and_adapters():
+    fleet = a_fleet(TIER_ADAPTER)
+
+    fast, batch = (resolved(fleet, tier=tier) for tier in ("fast", "batch"))
+
+    assert (fast.model_version, fast.sampler, fast.num_steps, fast.guidance, fast.adapters) == (
+        "distilled",
+        "euler",
+        2,
+        1.0,
+        [{"name": "lightning", "strength": 0.5}],
+    )
+    assert (batch.model_version, batch.sampler, batch.adapters) == ("1", "ddim", None)
+
+
+def test_adapters_of_a_request_come_to_those_of_the_tier_with_the_strength_it_asks_for():
+    fleet = a_fleet(TIER_ADAPTER)
+    asked = [RequestedAdapter("ink", 1.0), RequestedAdapter("lightning", 0.8)]
+
+    assert resolved(fleet, adapters=asked).adapters == [
+        {"name": "lightning", "strength": 0.8},
+        {"name": "ink", "strength": 1.0},
     ]
-    model = a_fleet({"models.pocket.versions": versions}).models["pocket"]
-
-    drawn = [pick_version(model, draw / 100).id for draw in range(100)]
-
-    assert (drawn.count("1"), drawn.count("2")) == (90, 10)
-
-
-@given(
-    weights=st.lists(
-        st.sampled_from([0.0, 1e-9, 0.1, 1.0, 3.0, 1e9]), min_size=1, max_size=5
-    ).filter(any),
-    draw=st.floats(0, 1, exclude_max=True),
-)
-def test_a_version_without_weight_gets_no_new_jobs(weights, draw):
-    versions = [
-        {"id": str(number), "source": "a", "traffic_weight": weight}
-        for number, weight in enumerate(weights)
-    ]
-    model = a_fleet({"models.pocket.versions": versions}).models["pocket"]
-
-    assert pick_version(model, draw).traffic_weight > 0
 
 
 @given(
@@ -205,7 +217,7 @@ def test_a_request_is_resolved_within_all_limits_or_refused_by_field(**fields):
     fleet, requested = a_fleet(), some_params(**fields)
 
     try:
-        job = resolve(fleet, requested, default_seed=7, draw=0.5)
+        job = resolve(fleet, requested, default_seed=7)
     except InvalidParam as refusal:
         assert refusal.field in fields  # noqa: PT017 - either end is right
         return
@@ -232,11 +244,11 @@ def test_an_alias_is_its_model_and_stays_on_record():
     )
 
     for alias in fleet.models["large"].aliases:
-        job = resolve(fleet, some_params(model=alias), default_seed=7, draw=0.0)
+        job = resolve(fleet, some_params(model=alias), default_seed=7)
         assert (job.model, job.model_alias, job.pool) == ("large", alias, "big")
-    assert resolve(fleet, some_params(model="large"), default_seed=7, draw=0.0).model_alias is None
+    assert resolve(fleet, some_params(model="large"), default_seed=7).model_alias is None
     with pytest.raises(InvalidParam) as refusal:
-        resolve(fleet, some_params(model="gpt-image-9"), default_seed=7, draw=0.0)
+        resolve(fleet, some_params(model="gpt-image-9"), default_seed=7)
     assert refusal.value.accepted == ["pocket", "large", *fleet.models["large"].aliases]
 
 

@@ -7,7 +7,6 @@ from policy.workers import (
     WorkerNow,
     WorkersInvalid,
     WorkerState,
-    checkpoints_of,
     keeps_failing,
     pause_before_start_s,
     unheld,
@@ -60,7 +59,7 @@ def test_version_is_unserved_where_it_failed_and_no_live_worker_of_the_pool_hold
 
 
 def test_checkpoints_of_a_pool_are_all_versions_of_its_models():
-    assert checkpoints_of(a_fleet(), "local") == {"pocket@1"}
+    assert a_fleet().checkpoints_in("local") == {"pocket@1"}
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from models import jobs, webhooks
 from models.database import transaction
 from models.tables import IdempotencyKey, Job, Worker
 from policy import gates, queues
+from policy.current import CurrentFleet
 from policy.webhooks import EVENTS
 from settings import REPO, Settings, WebhookSettings
 from tasks.deliver import WebhookSender
@@ -294,5 +295,5 @@ def test_courier_hands_out_what_is_to_be_told_as_soon_as_it_hears_that_a_job_end
 
     monkeypatch.setattr(tasks.roles.webhooks, "consume", consume)
 
-    assert tasks.roles.webhooks.serve(settings, fleet_here) == 0
+    assert tasks.roles.webhooks.serve(settings, CurrentFleet(fleet_here)) == 0
     assert set(handed_out) == {delivery_id}

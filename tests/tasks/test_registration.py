@@ -143,11 +143,12 @@ def test_worker_that_finds_its_name_taken_gives_up_its_jobs_and_says_so(here, na
 
 
 _SERVE = """
+from policy.current import CurrentFleet
 from settings import WorkerSettings, load, load_fleet_or_exit
 from tasks.roles import render
 
 settings = load(WorkerSettings)
-render.serve(settings, load_fleet_or_exit(settings))
+render.serve(settings, CurrentFleet(load_fleet_or_exit(settings)))
 """
 
 

@@ -18,6 +18,7 @@ from models import jobs, learning, webhooks
 from models.database import make_engine, transaction
 from models.tables import IdempotencyKey, WebhookAttempt, WebhookDelivery, WebhookEndpoint
 from policy import queues
+from policy.current import CurrentFleet
 from policy.prediction import FIRST_RATIOS
 from tasks.sweep import Sweeper
 from tests.builders import a_fleet, a_job, a_lease, a_succeeded_job, a_tenant, until
@@ -189,7 +190,9 @@ def keeps_for_a_month(stack, sweeper):
         owner = make_engine(database.owner_url, pool_size=2)
         yield (
             replace(
-                sweeper, fleet=a_fleet({"tiers.fast.retention_days": 30}), database=database.app
+                sweeper,
+                current=CurrentFleet(a_fleet({"tiers.fast.retention_days": 30})),
+                database=database.app,
             ),
             owner,
         )
@@ -288,7 +291,9 @@ def test_a_message_is_lost_when_one_announced_clearly_later_is_next_in_its_queue
     sweeper, database_here
 ):
     with transaction(database_here) as session:
-        overtaken, close, next_one = (a_job(session, pool="big", tier="batch") for _ in range(3))
+        overtaken, close, next_one = (
+            a_job(session, pool="big", model="large", tier="batch") for _ in range(3)
+        )
         for job, ago_s in ((overtaken, 40), (close, 21), (next_one, 20)):
             announced = text(
                 "UPDATE jobs SET announced_at = clock_timestamp() - make_interval(secs => :ago) "

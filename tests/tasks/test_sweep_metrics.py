@@ -21,6 +21,7 @@ from models import files, jobs, leases, webhooks, workers
 from models.database import transaction
 from models.tables import IdempotencyKey, Job, WebhookDelivery
 from models.webhooks import KEPT_FOR_S
+from policy.current import CurrentFleet
 from policy.webhooks import GIVE_UP_AFTER_S
 from tasks.sweep import Sweeper
 from tests.builders import a_closed_port, a_fleet, a_job, a_lease, a_tenant, hand_off, some_pixels
@@ -45,7 +46,7 @@ def own_sweeper(sweeper, own_database, settings_here) -> Sweeper:
             client.flushdb()
     fleet = a_fleet({"tiers.batch.retention_days": 30})
     release = Release(own_database.app, sweeper.broker, fleet, worker_silence_s=15)
-    return replace(sweeper, database=own_database.app, release=release, fleet=fleet)
+    return replace(sweeper, database=own_database.app, release=release, current=CurrentFleet(fleet))
 
 
 def move(session: Session, job: Job, **columns) -> None:

@@ -125,7 +125,7 @@ def fill(
         owner=owner,
         fleet=fleet,
         bulk=ids[0],
-        params=resolve(fleet, requested, default_seed=7, draw=0.0),
+        params=resolve(fleet, requested, default_seed=7),
         sweeper=sweeper,
         gauge=Gauge(settings.handoff_url),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -91,6 +91,10 @@ class CalledPipeline(ABC):
 
     def networks(self) -> Mapping[str, nn.Module]:
         return self._denoisers | self._text_encoders
+
+    def modules(self) -> Sequence[nn.Module]:
+        parts = self._pipe.components.values()
+        return list(dict.fromkeys(part for part in parts if isinstance(part, nn.Module)))
 
     def facts(self) -> dict[str, Any]:
         decoders = self._decoders.values()

@@ -12,5 +12,6 @@ SELECT w.pool, w.name AS worker,
            (SELECT string_agg(f.value #>> '{}', '; ' ORDER BY f.key) FROM jsonb_each(w.failed) f)
        ) AS problem,
        w.starts - 1 AS restarts, w.failed_starts, w.started_at,
-       round(extract(epoch FROM clock_timestamp() - w.seen_at), 1) AS silent_s, w.host, w.pid
+       round(extract(epoch FROM clock_timestamp() - w.seen_at), 1) AS silent_s, w.host, w.pid,
+       w.fleet_revision
 FROM workers w

@@ -1,0 +1,202 @@
+"""Define `fleet`: check fleet.toml, put it in force, and go back to an earlier one."""
+
+import getpass
+import os
+import socket
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cli import screen
+from cli.installation import Installation, pass_installation
+from policy.fleet import Fleet, FleetInvalid, parse_fleet
+from policy.revisions import Fate, QueuedKind, changes, fate
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+file_argument = click.argument(
+    "file", type=click.Path(path_type=Path, dir_okay=False), required=False
+)
+
+
+@click.group()
+def fleet() -> None:
+    """Check fleet.toml, put it in force, and go back to an earlier revision."""
+
+
+@fleet.command()
+@file_argument
+@pass_installation
+def check(installation: Installation, file: Path | None) -> None:
+    """Check FILE, by default the installation's fleet.toml. Nothing is changed."""
+    _, found = _read(installation, file)
+    screen.out().print(
+        f"nothing is wrong: {len(found.models)} models, {len(found.tiers)} tiers,"
+        f" {len(found.pools)} pools"
+    )
+
+
+@fleet.command()
+@file_argument
+@pass_installation
+def diff(installation: Installation, file: Path | None) -> None:
+    """Show what `apply` would change, and what would become of queued jobs."""
+    from models import revisions
+
+    _, new = _read(installation, file)
+    with installation.transaction() as session:
+        revision = revisions.newest(session)
+        if revision is None:
+            screen.out().print("no revision is in force yet; everything would be new")
+            return
+        click.echo(f"against revision {revision.number}:")
+        _show_changes(parse_fleet(revision.content), new)
+        _show_fates(session, new)
+
+
+@fleet.command()
+@file_argument
+@click.option("--note", help="Why; kept in the history.")
+@pass_installation
+def apply(installation: Installation, file: Path | None, note: str | None) -> None:
+    """Put FILE, by default the installation's fleet.toml, in force as a new revision.
+
+    Every process follows within two seconds. A file with an error is refused as a whole.
+    """
+    content, new = _read(installation, file)
+    _apply(installation, content, new, note=note)
+
+
+@fleet.command()
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
+@pass_installation
+def history(installation: Installation, limit: int) -> None:
+    """List the revisions, the newest first; the first line is in force."""
+    from models import revisions
+
+    with installation.transaction() as session:
+        found = revisions.history(session, most=limit)
+        rows = [
+            (
+                revision.number,
+                f"{revision.applied_at:%Y-%m-%d %H:%M:%S}",
+                revision.actor,
+                revision.sha256[:12],
+                _note(revision.note, revision.rollback_of),
+            )
+            for revision in found
+        ]
+    columns = ["revision", "applied (UTC)", "by", "sha256", "note"]
+    screen.out().print(screen.table(columns, rows, numbers=["revision"]))
+
+
+@fleet.command()
+@click.argument("number", type=click.IntRange(1))
+@click.option("--note", help="Why; kept in the history.")
+@pass_installation
+def rollback(installation: Installation, number: int, note: str | None) -> None:
+    """Put the text of revision NUMBER in force again, as a new revision.
+
+    fleet.toml stays as it is: the next `apply` or `up` would put it in force again.
+    """
+    from models import revisions
+
+    with installation.transaction() as session:
+        try:
+            content = revisions.find(session, number).content
+        except revisions.NoRevision as error:
+            raise click.UsageError(str(error)) from None
+    _apply(installation, content, _parsed(f"revision {number}", content), note=note, of=number)
+
+
+def _apply(
+    installation: Installation,
+    content: str,
+    new: Fleet,
+    *,
+    note: str | None,
+    of: int | None = None,
+) -> None:
+    from models import revisions
+
+    actor = f"{_user()}@{socket.gethostname()}"
+    with installation.transaction() as session:
+        before = revisions.newest(session)
+        revision, is_new = revisions.apply(session, content, actor=actor, note=note, rollback_of=of)
+        if not is_new:
+            click.echo(f"revision {revision.number} is in force already; nothing was changed")
+            return
+        if before is not None:
+            click.echo(f"against revision {before.number}:")
+            _show_changes(parse_fleet(before.content), new)
+        _show_fates(session, new)
+        number = revision.number
+    click.echo(f"revision {number} is in force; every process follows within two seconds")
+
+
+def _user() -> str:
+    """Name the user of this process; by number where the machine has no name for it."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid-{os.getuid()}"
+
+
+def _read(installation: Installation, file: Path | None) -> tuple[str, Fleet]:
+    """Read and check the file. Raises click.ClickException, with one line per wrong key."""
+    from settings import FleetSettings, load
+
+    if file is None:
+        settings = load(FleetSettings).model_copy(update=installation.remembered())
+        file = settings.fleet_file
+    try:
+        content = file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.ClickException(f"{file} cannot be read: {error}") from None
+    return content, _parsed(file.name, content)
+
+
+def _parsed(name: str, content: str) -> Fleet:
+    try:
+        return parse_fleet(content)
+    except FleetInvalid as error:
+        lines = "\n".join(f"{name}: {problem}" for problem in error.problems)
+        raise click.ClickException(f"nothing was changed\n{lines}") from None
+
+
+def _show_changes(old: Fleet, new: Fleet) -> None:
+    found = changes(old, new)
+    for change in found:
+        click.echo(str(change))
+    if not found:
+        click.echo("the same fleet in other words")
+
+
+def _show_fates(session: "Session", new: Fleet) -> None:
+    """Say what becomes of the jobs that wait now, where it is not that they stay."""
+    from models import revisions
+
+    for line in _fates(revisions.queued_kinds(session).items(), new):
+        click.echo(line)
+
+
+def _fates(queued: Iterable[tuple[QueuedKind, int]], new: Fleet) -> list[str]:
+    """Tell by model and version what becomes of the queued jobs that do not stay."""
+    jobs: Counter[str] = Counter()
+    for kind, count in queued:
+        decided, pool = fate(kind, new)
+        what = f"queued jobs of model {kind.model}, version {kind.model_version}"
+        if decided is Fate.FAILS:
+            jobs[f"{what}: fail with model_gone"] += count
+        elif decided is Fate.MOVES:
+            jobs[f"{what}: move from pool {kind.pool} to {pool}"] += count
+    return [f"{count} {line}" for line, count in jobs.items()]
+
+
+def _note(note: str | None, rollback_of: int | None) -> str:
+    told = f"back to {rollback_of}" if rollback_of is not None else ""
+    return ": ".join(part for part in (told, note) if part)

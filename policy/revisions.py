@@ -1,0 +1,89 @@
+"""Compare two revisions of the fleet, and decide what becomes of the jobs between them."""
+
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from policy.fleet import Fleet, toml_key
+from policy.routing import pools_for
+
+
+class Fate(StrEnum):
+    """What becomes of a queued job whose parts of the fleet may be gone."""
+
+    STAYS = "stays"
+    MOVES = "moves"  # to the pool that serves its model now
+    FAILS = "fails"  # nobody can render it any more
+
+
+class QueuedKind(NamedTuple):
+    """What of a queued job the fleet may lose."""
+
+    pool: str
+    model: str
+    model_version: str
+    tier: str
+    tenant: str
+
+
+class Change(NamedTuple):
+    """One difference; `old` or `new` is None where the key or the table is on one side alone."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        if self.old is None:
+            return f"+ {self.key}" if self.new is TABLE else f"+ {self.key} = {self.new!r}"
+        if self.new is None:
+            return f"- {self.key}" if self.old is TABLE else f"- {self.key} = {self.old!r}"
+        return f"  {self.key}: {self.old!r} -> {self.new!r}"
+
+
+TABLE = object()  # stands for a whole table that is on one side alone
+
+
+def changes(old: Fleet, new: Fleet) -> list[Change]:
+    """List what differs, by key; a table that is added or removed is one change."""
+    return list(_changes("", old.model_dump(mode="json"), new.model_dump(mode="json")))
+
+
+def fate(job: QueuedKind, fleet: Fleet) -> tuple[Fate, str]:
+    """Decide what becomes of a queued job under this fleet, and in which pool it is then.
+
+    A job is complete when it is accepted, so it needs no size, sampler or tier of the fleet: those
+    may be gone, and the last tier in rank serves it (Fleet.queue_tier). It needs the weights of its
+    version in its pool, or in another one that is open to its tenant.
+    """
+    version = (job.model, job.model_version)
+    if job.pool in fleet.pools and version in fleet.versions_in(job.pool):
+        return Fate.STAYS, job.pool
+    others = pools_for(
+        fleet,
+        model=job.model,
+        version=job.model_version,
+        tier=fleet.queue_tier(job.tier),
+        tenant=job.tenant,
+    )
+    return (Fate.MOVES, others[0]) if others else (Fate.FAILS, job.pool)
+
+
+def _changes(place: str, old: Any, new: Any) -> Iterator[Change]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in [*old, *(name for name in new if name not in old)]:
+            key = f"{place}.{toml_key(name)}" if place else toml_key(name)
+            yield from _changes(key, old.get(name), new.get(name))
+    elif _is_of_versions(old) and _is_of_versions(new):
+        by_id = [{version["id"]: version for version in versions} for versions in (old, new)]
+        yield from _changes(place, *by_id)
+    elif old != new:
+        yield Change(place, _told(old), _told(new))
+
+
+def _is_of_versions(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _told(value: Any) -> Any:
+    return TABLE if isinstance(value, dict) else value

@@ -1,0 +1,69 @@
+"""What differs between two fleets, what becomes of queued jobs, and one fleet for one request."""
+
+import contextvars
+
+import pytest
+
+from policy.current import CurrentFleet, current
+from policy.revisions import Fate, QueuedKind, changes, fate
+from tests.builders import a_fleet
+
+KIND = QueuedKind("local", "pocket", "1", "fast", "acme")
+
+
+def told(changed: dict) -> list[str]:
+    return [str(change) for change in changes(a_fleet(), a_fleet(changed))]
+
+
+def test_the_same_fleet_differs_in_nothing():
+    assert told({}) == []
+
+
+def test_a_changed_key_is_told_with_both_values():
+    assert told({"tiers.fast.max_steps": 30}) == ["  tiers.fast.max_steps: 20 -> 30"]
+
+
+def test_a_version_is_found_by_its_id_and_not_by_its_place():
+    fleet = a_fleet()
+    model = fleet.models["pocket"]
+    second = model.versions[0].model_copy(update={"id": "2", "traffic_weight": 0.5})
+    more = model.model_copy(update={"versions": (second, *model.versions)})
+    new = fleet.model_copy(update={"models": {**fleet.models, "pocket": more}})
+
+    assert [str(change) for change in changes(fleet, new)] == ["+ models.pocket.versions.2"]
+    assert [str(change) for change in changes(new, fleet)] == ["- models.pocket.versions.2"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "decided"),
+    [
+        (KIND, (Fate.STAYS, "local")),
+        (KIND._replace(pool="gone"), (Fate.MOVES, "local")),
+        (KIND._replace(model="gone"), (Fate.FAILS, "local")),
+        (KIND._replace(model_version="gone"), (Fate.FAILS, "local")),
+    ],
+    ids=["nothing", "its pool", "its model", "its version"],
+)
+def test_a_queued_job_needs_its_version_and_a_pool_that_serves_it(kind, decided):
+    assert fate(kind, a_fleet()) == decided
+
+
+def test_a_pinned_context_keeps_its_fleet_while_others_get_the_new_one():
+    old = a_fleet()
+    new = a_fleet({"tiers.fast.max_steps": 30})
+    holder = CurrentFleet(old, 1)
+
+    def within_a_request() -> tuple[object, int]:
+        holder.pin()
+        holder.replace(new, 2)
+        return holder.fleet, holder.number
+
+    assert contextvars.copy_context().run(within_a_request) == (old, 1)
+    assert (holder.fleet, holder.number) == (new, 2)
+
+
+def test_a_holder_is_itself_and_a_fleet_gets_one():
+    holder = CurrentFleet(a_fleet())
+
+    assert current(holder) is holder
+    assert current(a_fleet()).fleet == a_fleet()

@@ -1,0 +1,105 @@
+"""What becomes of queued jobs when a new revision of the fleet has not what they need."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import redis
+
+from dispatch.release import Release
+from edges.broker import Broker, job_of_message
+from models import jobs, workers
+from models.database import transaction
+from models.tables import Job
+from policy import queues
+from policy.current import CurrentFleet
+from tasks.sweep import Sweeper
+from tests.builders import GONE, a_fleet, a_job
+from tests.models.conftest import Database, a_database
+
+
+@pytest.fixture(scope="module")
+def own_database(stack) -> Iterator[Database]:
+    with a_database(stack.env) as database:
+        yield database
+
+
+@pytest.fixture
+def holder() -> CurrentFleet:
+    return CurrentFleet(a_fleet(), 1)
+
+
+@pytest.fixture
+def own(sweeper, own_database, settings_here, holder) -> Sweeper:
+    """A sweeper of that database, whose fleet the test replaces."""
+    release = Release(own_database.app, Broker(settings_here, holder), holder, worker_silence_s=15)
+    return replace(sweeper, database=own_database.app, release=release, current=holder)
+
+
+def a_queued_job(own: Sweeper, **params) -> Job:
+    with transaction(own.database) as session:
+        return a_job(session, **params)
+
+
+def now(own: Sweeper, job: Job) -> Job:
+    with transaction(own.database) as session:
+        return session.get_one(Job, job.id)
+
+
+def test_a_queued_job_whose_model_is_gone_fails_and_its_tenant_is_told_why(own, holder):
+    job = a_queued_job(own, pool="local", model="large")
+    other = a_queued_job(own, pool="local", model="pocket")
+
+    holder.replace(a_fleet({"models.large": GONE, "pools.big": GONE}), 2)
+    own._fleet_changes()
+
+    failed = now(own, job)
+    assert (failed.state, failed.failure_code) == ("failed", "model_gone")
+    assert (
+        failed.failure_detail == f"model large, version {job.model_version}, is no longer offered"
+    )
+    assert now(own, other).state == "queued"
+
+
+def test_a_queued_job_moves_to_the_pool_that_serves_its_model_now(own, holder):
+    job = a_queued_job(own, pool="gone", model="pocket")
+
+    holder.replace(a_fleet({"currency": "EUR"}), 3)
+    own._fleet_changes()
+
+    assert (now(own, job).pool, now(own, job).state) == ("local", "queued")
+
+
+def test_a_change_is_looked_at_when_it_comes_and_once_more_a_little_later(own, holder, monkeypatch):
+    monkeypatch.setattr("tasks.sweep.FOLLOWED_AFTER_S", 0.0)
+    holder.replace(a_fleet(), 4)
+    own._fleet_changes()
+    late = a_queued_job(own, pool="local", model="gone")  # by a gateway that was still behind
+    own._fleet_changes()
+    ignored = a_queued_job(own, pool="local", model="gone")
+    own._fleet_changes()
+
+    assert now(own, late).state == "failed"
+    assert now(own, ignored).state == "queued", "nobody looks at a backlog for no reason"
+    with transaction(own.database) as session:
+        jobs.fail_gone(session, ignored.id)
+
+
+def test_jobs_of_a_removed_tier_are_released_to_the_queue_of_the_last_one(
+    own, holder, settings_here
+):
+    with transaction(own.database) as session:
+        facts = {"name": "cpu0@there", "pool": "local", "device": "cpu", "slots": 16, "facts": {}}
+        workers.heartbeat(session, **facts)
+    job = a_queued_job(own, pool="local", tier="fast")
+    without = {
+        "tiers.fast": GONE,
+        "models.large.tiers.fast": GONE,
+    }
+
+    holder.replace(a_fleet(without), 5)
+    own._releases()
+
+    with redis.Redis.from_url(settings_here.broker_url) as client:
+        waiting = client.lrange(queues.render_queue("local", holder.fleet.tiers_by_rank[-1]), 0, -1)
+    assert job.id in {job_of_message(raw) for raw in waiting}
