@@ -646,7 +646,7 @@ def most_rows_of_an_image(model: Model) -> int:
     """
     if model.family == "flux" and model.guidance_distilled:
         scales = map(true_cfg_scale, model.as_served.values())
-        return 2 if max(scales) > 1 else 1
+        return 2 if max(scales, default=1.0) > 1 else 1
     is_never_guided = model.family not in OPEN_FAMILIES and model.max_guidance <= 1
     return 1 if is_never_guided else 2
 

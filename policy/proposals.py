@@ -162,7 +162,7 @@ def _tier_table(
 def _rows_of_an_image(table: Mapping[str, Any]) -> int:
     fields = {"family", "guidance_distilled", "max_guidance"}
     told = {key: value for key, value in table.items() if key in fields}
-    return most_rows_of_an_image(Model.model_construct(**told))
+    return most_rows_of_an_image(Model.model_construct(**told, versions=()))
 
 
 def _bucket_rows(size: str, rows_of_an_image: int) -> int:

@@ -89,10 +89,11 @@ SET_BY_THE_WORKER = {
     "owner": "the tenant",
     "checkpoint": "the model and its version",
     "rank": "of the tier",
+    "may_skip_blocks": "of the model in the tier",
 }
 NOT_OFFERED_YET = {
     "policy_version": "there are no safety rules",
-    "options": "arguments of a pipeline's own call",
+    "options": "of the model, in fleet.toml",
     "keep_steps": "nobody asks for forks",
     "fork": "nobody asks for forks",
 }

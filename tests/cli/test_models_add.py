@@ -1,8 +1,11 @@
 """`darkroom models import` and `add`: from a file or folder to a model of fleet.toml."""
 
+import contextlib
 import importlib
+import io
 import json
 import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -55,6 +58,25 @@ def place(tmp_path, monkeypatch) -> Place:
     return place
 
 
+@pytest.fixture
+def trials_here(monkeypatch) -> None:
+    """Make trials in this process, which has torch already; a new one would load it each time."""
+    run = subprocess.run
+
+    def run_here(command, **given):
+        if command[-1] != "cli.trial":
+            return run(command, **given)
+        told = io.StringIO()
+        with monkeypatch.context() as here, contextlib.redirect_stdout(told):
+            for name, value in given["env"].items():
+                here.setenv(name, value)
+            here.setattr(sys, "stdin", io.StringIO(given["input"]))
+            code = importlib.import_module("cli.trial").main()
+        return subprocess.CompletedProcess(command, code, told.getvalue(), "")
+
+    monkeypatch.setattr(adding.subprocess, "run", run_here)
+
+
 def test_a_folder_becomes_a_model_with_pictures_a_curve_and_a_copy_of_the_file(place):
     shutil.copytree(POCKET, place.root / "other")
     before = place.fleet_file.read_text()
@@ -96,6 +118,7 @@ def test_print_shows_the_table_and_does_nothing(place):
         ("sd-controlnet", "canny", "a control picture"),
     ],
 )
+@pytest.mark.usefixtures("trials_here")
 def test_every_kind_of_checkpoint_is_tried_with_what_it_needs(place, build, name, notes):
     folder = place.root / "new"
     if build == "fill":
@@ -112,6 +135,7 @@ def test_every_kind_of_checkpoint_is_tried_with_what_it_needs(place, build, name
     assert name in parse_fleet(place.fleet_file.read_text()).models
 
 
+@pytest.mark.usefixtures("trials_here")
 def test_a_single_file_is_made_a_folder_and_added(place):
     epsilon = builders("engine_builders").save_tiny_checkpoint(
         place.root / "source", importlib.import_module("diffusers").DDIMScheduler()
@@ -161,6 +185,7 @@ def lose_a_file(folder: Path) -> None:
         (spoil_weights, "NaN"),
     ],
 )
+@pytest.mark.usefixtures("trials_here")
 def test_a_checkpoint_that_cannot_be_served_leaves_the_file_as_it_was(place, spoil, told):
     folder = shutil.copytree(POCKET, place.root / "bad")
     spoil(folder)
@@ -222,6 +247,7 @@ def test_what_cannot_be_added_is_told_before_anything_is_loaded(place, arguments
     assert told in " ".join(done.stderr.split())
 
 
+@pytest.mark.usefixtures("trials_here")
 def test_try_names_the_model_that_fails_and_goes_on_with_the_others(place):
     text = place.fleet_file.read_text()
     folder = shutil.copytree(POCKET, place.root / "bad")

@@ -19,7 +19,7 @@ from PIL import Image
 
 from cli.main import darkroom
 from cli.sql import ask
-from darkroom_client import Client, Job
+from darkroom_client import Client, Job, ProblemError
 from fleet.stack import Stack
 from policy.params import PARAMS
 from tests.fleet.tiny_fleet import MODELS, fleet_of, tiny_weights
@@ -152,6 +152,37 @@ def test_a_model_goes_by_every_picture_that_it_takes(renders, model):
 
     made = {pixels_of(job) for job in (renders.plain(model), *changed)}
     assert len(made) == 1 + len(changed)
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "member"),
+    [
+        ("sd-inpaint", {"init_image": None, "mask": None}, "init_image"),
+        ("flux-fill", {"mask": None}, "mask"),
+        ("controlnet", {"control_image": None}, "control_image"),
+        ("kontext", {"init_image": a_picture(), "mask": a_mask()}, "mask"),
+        ("kontext", {"strength": 0.5}, "strength"),
+        ("sd", {"control_image": a_picture()}, "control_image"),
+        ("sdxl", {"adapters": [{"name": "peft"}, {"name": "peft"}]}, "adapters"),
+    ],
+)
+def test_what_a_model_cannot_render_is_refused_at_the_door(renders, model, fields, member):
+    with pytest.raises(ProblemError) as refused:
+        renders.made(model, fields)
+
+    assert refused.value.status == 422
+    assert member in str(refused.value)
+
+
+def test_a_negative_prompt_acts_on_flux_where_its_true_guidance_is_on(renders):
+    told = {"negative_prompt": "a blue star"}
+
+    (guided,) = renders.made("flux-guided", told)
+    (plain,) = renders.made("flux-dev", told)
+
+    assert pixels_of(guided) != pixels_of(renders.plain("flux-guided"))
+    assert pixels_of(plain) == pixels_of(renders.plain("flux-dev"))
+    assert (len(guided.warnings), len(plain.warnings)) == (0, 1)
 
 
 @pytest.mark.parametrize("model", EDIT_MODELS)

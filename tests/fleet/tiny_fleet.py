@@ -46,6 +46,7 @@ class TinyModel(NamedTuple):
     sizes: tuple[str, ...] = ("64x64",)
     pictures: tuple[str, ...] = ()
     layouts: tuple[str, ...] = ()  # of its adapters: each says the same
+    weights: str = ""  # those of another model
     more: Mapping[str, Any] = {}
 
 
@@ -60,6 +61,9 @@ MODELS = {
     "sdxl": TinyModel("sdxl", NOISE, layouts=("peft", "kohya", "sgm")),
     "sd3": TinyModel("sd3", FLOW, layouts=("peft", "bare-peft", "comfyui", "kohya")),
     "flux-dev": TinyModel("flux", FLOW, layouts=("peft", "comfyui", "kohya", "bfl")),
+    "flux-guided": TinyModel(
+        "flux", FLOW, weights="flux-dev", more={"options": {"true_cfg_scale": 3.0}}
+    ),
     "flux-schnell": TinyModel("flux", FLOW, more={"guidance_distilled": False}),
     "flux-fill": TinyModel("flux", FLOW, pictures=("init_image", "mask")),
     "kontext": TinyModel(
@@ -120,7 +124,7 @@ def _table(name: str, model: TinyModel, weights: Path) -> dict[str, Any]:
         "default_guidance": 2.0,
         "max_guidance": 10.0,
         "tiers": {"quality": {"bucket_rows": dict.fromkeys(model.sizes, 4)}},
-        "versions": [{"id": "1", "source": str(weights / name)}],
+        "versions": [{"id": "1", "source": str(weights / (model.weights or name))}],
         "adapters": {
             layout: {"source": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
             for layout, path in files.items()
