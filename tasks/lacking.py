@@ -1,4 +1,7 @@
-"""Put back jobs of models that this worker could not load: another worker of the pool may have.
+"""Put back jobs of models that this worker does not hold: another worker of the pool may.
+
+It could not load the model, or a revision of the fleet added it and this worker has yet to start
+anew.
 
 A queue is a pool's and a tier's, so such jobs come here as well. Their announcement is withdrawn,
 and they are announced again where a live worker serves their model; if none does, they wait in
@@ -17,7 +20,10 @@ from dispatch.release import Release
 from models import jobs
 from models.database import transaction
 from models.tables import Job
+from policy.current import CurrentFleet
 from policy.fleet import checkpoint_name
+from policy.workers import checkpoints_of
+from tasks.registration import WorkerIdentity
 
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 2.0
@@ -25,21 +31,25 @@ REMEMBERED = 1000  # jobs
 
 
 class LackingModels:
-    """Knows the checkpoints that this worker could not load, by name."""
+    """Knows the checkpoints that this worker should serve and does not, by name."""
 
-    def __init__(self, database: Database, release: Release, failed: Collection[str]) -> None:
+    def __init__(
+        self, database: Database, release: Release, who: WorkerIdentity, current: CurrentFleet
+    ) -> None:
         self._database = database
         self._release = release
-        self._failed = frozenset(failed)
+        self._who = who
+        self._current = current
         self._came: Counter[uuid.UUID] = Counter()
 
     def puts_back(self, job_id: uuid.UUID) -> bool:
         """Put the job back if its model is not served here; tell whether it was."""
-        if not self._failed:
+        lacked = self._lacked()
+        if not lacked:
             return False
         with transaction(self._database) as session:
             job = session.get(Job, job_id, options=jobs.WITHOUT_TEXTS)
-        if job is None or checkpoint_name(job.model, job.model_version) not in self._failed:
+        if job is None or checkpoint_name(job.model, job.model_version) not in lacked:
             return False
         if len(self._came) >= REMEMBERED:
             self._came.clear()
@@ -47,3 +57,10 @@ class LackingModels:
         time.sleep(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (self._came[job_id] - 1)))
         self._release.put_back(job_id)
         return True
+
+    def _lacked(self) -> Collection[str]:
+        """Return what the fleet has in this worker's pool now, without what the engine holds."""
+        fleet = self._current.fleet
+        if self._who.held is None or self._who.pool not in fleet.pools:
+            return frozenset()
+        return checkpoints_of(fleet, self._who.pool).difference(self._who.held)
