@@ -22,7 +22,6 @@ from models.database import transaction
 from models.tables import Job
 from policy.current import CurrentFleet
 from policy.fleet import checkpoint_name
-from policy.workers import checkpoints_of
 from tasks.registration import WorkerIdentity
 
 FIRST_PAUSE_S = 0.05
@@ -63,4 +62,4 @@ class LackingModels:
         fleet = self._current.fleet
         if self._who.held is None or self._who.pool not in fleet.pools:
             return frozenset()
-        return checkpoints_of(fleet, self._who.pool).difference(self._who.held)
+        return fleet.checkpoints_in(self._who.pool).difference(self._who.held)
