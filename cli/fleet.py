@@ -18,6 +18,8 @@ from policy.revisions import Fate, QueuedKind, changes, fate
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
+    from models.tables import FleetRevision
+
 file_argument = click.argument(
     "file", type=click.Path(path_type=Path, dir_okay=False), required=False
 )
@@ -54,7 +56,7 @@ def diff(installation: Installation, file: Path | None) -> None:
             screen.out().print("no revision is in force yet; everything would be new")
             return
         click.echo(f"against revision {revision.number}:")
-        _show_changes(parse_fleet(revision.content), new)
+        _show_changes(revision, new)
         _show_fates(session, new)
 
 
@@ -132,7 +134,7 @@ def _apply(
             return
         if before is not None:
             click.echo(f"against revision {before.number}:")
-            _show_changes(parse_fleet(before.content), new)
+            _show_changes(before, new)
         _show_fates(session, new)
         number = revision.number
     click.echo(f"revision {number} is in force; every process follows within two seconds")
@@ -168,8 +170,14 @@ def _parsed(name: str, content: str) -> Fleet:
         raise click.ClickException(f"nothing was changed\n{lines}") from None
 
 
-def _show_changes(old: Fleet, new: Fleet) -> None:
-    found = changes(old, new)
+def _show_changes(old: "FleetRevision", new: Fleet) -> None:
+    try:
+        found = changes(parse_fleet(old.content), new)
+    except FleetInvalid as error:  # another release wrote it; the way out is to apply a new text
+        click.echo("this release cannot read it, so what differs is not known:")
+        for problem in error.problems:
+            click.echo(f"  {problem}")
+        return
     for change in found:
         click.echo(str(change))
     if not found:

@@ -53,12 +53,17 @@ class Following:
         current: CurrentFleet,
         database: Engine,
         *,
-        on_change: Callable[[Fleet, Fleet], None] = lambda old, new: None,
+        goes_by: Callable[[Fleet], bool] = lambda fleet: True,
     ) -> None:
-        """Know what to keep up to date. on_change: called with the fleet before and the new one."""
+        """Know what to keep up to date.
+
+        goes_by: has the process go by a new fleet. Called once a second until it returns True,
+        with what is the newest then.
+        """
         self._current = current
         self._database = database
-        self._on_change = on_change
+        self._goes_by = goes_by
+        self._is_behind = False
         self._unreadable = 0  # number of the revision that could not be read last
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fleet", daemon=True)
@@ -88,18 +93,24 @@ class Following:
             telemetry.FLEET_UNREADABLE.inc()
             log.error("fleet_revision_unreadable", number=number, problems=error.problems)
             return False
-        before = self._current.fleet
         self._current.replace(fleet, number)
         telemetry.FLEET_REVISION.set(number)
         log.info("fleet_revision_taken_over", number=number)
-        self._on_change(before, fleet)
+        self._is_behind = True
         return True
 
     def _run(self) -> None:
         while True:
             try:
                 self.catch_up()
+                self._go_by_newest()
             except SQLAlchemyError as error:
                 log.info("fleet_not_looked_at", reason=type(error).__name__)
+            except Exception:  # this thread has to go on: later revisions may mend it
+                log.exception("fleet_not_followed", number=self._current.number)
             if self._stop.wait(ASK_EVERY_S):
                 return
+
+    def _go_by_newest(self) -> None:
+        if self._is_behind:
+            self._is_behind = not self._goes_by(self._current.fleet)

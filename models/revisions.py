@@ -98,6 +98,12 @@ def queued_of(session: Session, kind: QueuedKind, *, most: int) -> list[uuid.UUI
     return list(session.scalars(query.order_by(Job.id).limit(most)))
 
 
+def kind_of(session: Session, job: Job) -> QueuedKind:
+    """Say what of the fleet a job needs."""
+    tenant = session.scalar(select(Tenant.name).where(Tenant.id == job.tenant_id)) or ""
+    return QueuedKind(job.pool, job.model, job.model_version, job.tier, tenant)
+
+
 def queued_kinds(session: Session) -> dict[QueuedKind, int]:
     """Count the queued jobs by what of the fleet they need."""
     columns = (Job.pool, Job.model, Job.model_version, Job.tier, Tenant.name)

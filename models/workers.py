@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, case, delete, func, or_, select, text, update
+from sqlalchemy import ColumnElement, and_, case, delete, func, or_, select, text, update
 from sqlalchemy.dialects.postgresql import Insert, insert
 from sqlalchemy.orm import Session
 
-from models.tables import Worker
+from models.tables import FleetRevision, Worker
 from policy.workers import LIVE, WorkerNow, WorkerState
 
 # Held until the end of the transaction, by whoever of a pool decides to leave.
@@ -199,15 +199,22 @@ def leave_for_a_moment(session: Session, name: str, instance: uuid.UUID | None =
 def may_leave(session: Session, name: str, pool: str) -> bool:
     """Tell whether no other worker of the pool leaves or loads, and note that this one leaves.
 
-    So that workers of a pool that have to start anew do so one after the other.
+    So that workers of a pool that have to start anew do so one after the other, and none does once
+    one of them has failed to start under the newest revision.
     """
     session.execute(_ONE_LEAVES, {"pool": pool})
     silent = func.make_interval(0, 0, 0, 0, 0, 0, Worker.silent_after_s)
+    newest = select(func.max(FleetRevision.applied_at)).scalar_subquery()
     others = select(Worker.name).where(
         Worker.pool == pool,
         Worker.name != name,
-        Worker.state.in_((WorkerState.LOADING, WorkerState.LEAVING)),
-        Worker.seen_at > func.clock_timestamp() - silent,
+        or_(
+            and_(
+                Worker.state.in_((WorkerState.LOADING, WorkerState.LEAVING)),
+                Worker.seen_at > func.clock_timestamp() - silent,
+            ),
+            and_(Worker.state == WorkerState.FAILED, Worker.seen_at > newest),
+        ),
     )
     if session.scalar(others.limit(1)) is not None:
         return False

@@ -46,6 +46,8 @@ def may_take_from(
     tier, is_front = queues.tier_of(queue)
     if is_leaving or is_reserved:
         return False
+    if tier not in fleet.tiers:  # it left since the queues were listed
+        return False
     # Jobs that come back are taken all the same: their snapshots are in the hand-off.
     if fill > admission.HANDOFF_FULL and not is_front:
         return False

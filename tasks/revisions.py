@@ -6,7 +6,6 @@ be changed while it runs: then the worker starts anew. Of the workers of a pool 
 time; its images go on at their step.
 """
 
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -29,8 +28,6 @@ from tasks.engines import checkpoint_specs, engine_config, failure_sentence
 from tasks.keeper import LeaseKeeper
 
 log = structlog.get_logger(__name__)
-
-TURN_EVERY_S = 1.0  # asks whether it is this worker's turn to start anew
 
 
 @dataclass(frozen=True)
@@ -80,17 +77,19 @@ class EngineRevisions:
         offered = fleet.checkpoints_in(pool) if pool in fleet.pools else frozenset()
         return offered - set(self._engine.checkpoints)
 
-    def follow(self, old: Fleet, new: Fleet) -> None:
-        """Go by a new fleet. Returns when the engine does, or the worker has begun to leave."""
-        del old
+    def go_by(self, new: Fleet) -> bool:
+        """Have the engine go by a new fleet, or begin to leave.
+
+        False: it has to start anew, and it is another worker's turn. Ask again.
+        """
         wanted = described_engine(self._settings, new)
         if self._has is None or wanted is None or wanted.config != self._has.config:
-            self._start_anew()
-            return
+            return self._starts_anew()
         with suppress(EngineStopped):  # the worker ends; its successor reads the newest revision
             self._change(new, self._has.specs, wanted.specs)
             self._has = wanted
             self._keeper.revision = self._current.number
+        return True
 
     def _change(
         self, fleet: Fleet, has: Mapping[str, CheckpointSpec], wanted: Mapping[str, CheckpointSpec]
@@ -133,13 +132,16 @@ class EngineRevisions:
         held = self._engine.checkpoints
         self._keeper.identity = replace(self._keeper.identity, held=held, failed=failed)
 
-    def _start_anew(self) -> None:
-        while not self._may_leave():
-            time.sleep(TURN_EVERY_S)
+    def _starts_anew(self) -> bool:
+        if self._keeper.leaving:
+            return True
+        if not self._may_leave():
+            return False
         self._keeper.is_to_return = True
         number = self._current.number
         within_s = self._settings.shutdown_notice_s
         self._leave(Notice("fleet", within_s, f"revision {number} is in force"))
+        return True
 
     def _may_leave(self) -> bool:
         name, pool = self._keeper.identity.name, self._keeper.identity.pool

@@ -258,15 +258,28 @@ class Sweeper:
     def _fleet_changes(self) -> None:
         """Move or fail the queued jobs whose pool, model or version a new revision has not.
 
-        Looks at the queue after each change, and once more when every gateway has followed it.
+        Looks at the queue after each change, once more when every gateway has followed it, and
+        whenever jobs wait in a pool that is gone: a worker that leaves puts its own back late.
         """
+        now = time.monotonic()
         number = self.current.number
-        if number != self._settled.number:
-            self._settled = _Settled(number, time.monotonic())
-        elif self._settled.is_done or time.monotonic() < self._settled.at + FOLLOWED_AFTER_S:
+        settled = self._settled
+        if number != settled.number:
+            settled = _Settled(number, now)
+        elif not settled.is_done and now >= settled.at + FOLLOWED_AFTER_S:
+            settled = replace(settled, is_done=True)
+        elif not self._has_jobs_in_lost_pools():
             return
-        else:
-            self._settled = replace(self._settled, is_done=True)
+        self._settle_all()
+        self._settled = settled  # only now: what failed is done again at the next pass
+
+    def _has_jobs_in_lost_pools(self) -> bool:
+        with transaction(self.database) as session:
+            queued = flows.with_queued_jobs(session)
+        return any(pool not in self.fleet.pools for pool, _ in queued)
+
+    def _settle_all(self) -> None:
+        """Decide on every kind of queued job by the fleet that runs now."""
         with transaction(self.database) as session:
             kinds = revisions.queued_kinds(session)
         for kind in kinds:
@@ -281,9 +294,9 @@ class Sweeper:
             with transaction(self.database) as session:
                 job_ids = revisions.queued_of(session, kind, most=PIECE)
             settled = [job_id for job_id in job_ids if self._settle_job(job_id, kind, pool)]
-            log.warning("fleet_lost", **kind._asdict(), moved_to=pool, jobs=len(settled))
             if not settled:
                 return
+            log.warning("fleet_lost", **kind._asdict(), moved_to=pool, jobs=len(settled))
 
     def _settle_job(self, job_id: uuid.UUID, kind: QueuedKind, pool: str | None) -> bool:
         if pool is None:

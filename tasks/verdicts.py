@@ -31,10 +31,12 @@ from engine.errors import (
     UnknownCheckpoint,
     UnsupportedRequest,
 )
-from models import leases
-from models.leases import LeaseLost
+from models import jobs, leases, revisions
+from models.leases import Lease, LeaseLost
 from models.tables import Job
+from policy.current import CurrentFleet
 from policy.failures import FailureCode, is_our_fault
+from policy.revisions import Fate, fate
 from tasks.health import Health
 from tasks.held import HeldLease
 from tasks.inputs import InputGone, InputsMissing
@@ -56,6 +58,7 @@ class Verdicts:
     database: Database
     ended: EndedJobs
     health: Health
+    current: CurrentFleet
     max_attempts: int
 
     def decide(self, held: HeldLease, error: BaseException) -> None:
@@ -73,6 +76,8 @@ class Verdicts:
         self, session: Session, *, held: HeldLease, error: BaseException, is_ours: bool
     ) -> Job:
         lease = held.lease
+        if isinstance(error, UnknownCheckpoint) and (job := self._hand_over(session, lease)):
+            return job
         code = failure_code(error, is_exclusive=held.is_exclusive)
         if code is not None:
             return leases.fail(session, lease, code=code, detail=_detail(lease.job, error))
@@ -89,6 +94,21 @@ class Verdicts:
         return leases.count_error(
             session, lease, detail=detail[:500], max_attempts=self.max_attempts
         )
+
+    def _hand_over(self, session: Session, lease: Lease) -> Job | None:
+        """Give the job to those that serve its model now; None if nobody does.
+
+        The worker's engine and the fleet may be of two revisions.
+        """
+        job = lease.job
+        kind = revisions.kind_of(session, job)
+        decided, pool = fate(kind, self.current.fleet)
+        if decided is Fate.FAILS:
+            return None
+        returned = leases.give_back(session, lease, reason="another worker serves its model")
+        if decided is Fate.MOVES:
+            jobs.move(session, job.id, pool)
+        return returned
 
 
 def _log(held: HeldLease, error: BaseException) -> None:

@@ -11,8 +11,9 @@ from policy.fleet import Fleet
 from settings import Settings
 
 
-def _nothing(old: Fleet, new: Fleet) -> None:
-    """Do nothing."""
+def _at_once(fleet: Fleet) -> bool:
+    """Say that the process goes by the fleet already."""
+    return True
 
 
 @contextmanager
@@ -21,16 +22,16 @@ def following(
     current: CurrentFleet,
     database: Engine,
     *,
-    on_change: Callable[[Fleet, Fleet], None] = _nothing,
+    goes_by: Callable[[Fleet], bool] = _at_once,
 ) -> Iterator[None]:
     """Keep `current` up to date within the block, unless the settings say not to.
 
-    on_change: called, in another thread, with the fleet before and the new one.
+    goes_by: called in another thread with a new fleet, again and again until it returns True.
     """
     if not settings.follow_revisions:
         yield
         return
-    follower = Following(current, database, on_change=on_change)
+    follower = Following(current, database, goes_by=goes_by)
     follower.start()
     try:
         yield

@@ -192,6 +192,7 @@ def _renderer(
             database=database,
             ended=ended,
             health=health,
+            current=current,
             max_attempts=settings.max_attempts,
         ),
         database=database,
@@ -398,7 +399,7 @@ def _take_jobs(parts: WorkerParts, sources: Sequence[NoticeSource]) -> int:
         parts.start()
         _log_ready(parts)
         database = parts.renderer.database
-        with following(settings, parts.current, database, on_change=parts.revisions.follow):
+        with following(settings, parts.current, database, goes_by=parts.revisions.go_by):
             status = consume(celery, names(), name=name, threads=threads)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1

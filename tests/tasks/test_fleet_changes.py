@@ -1,10 +1,12 @@
 """What becomes of queued jobs when a new revision of the fleet has not what they need."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 import redis
+from sqlalchemy.exc import OperationalError
 
 from dispatch.release import Release
 from edges.broker import Broker, job_of_message
@@ -103,3 +105,35 @@ def test_jobs_of_a_removed_tier_are_released_to_the_queue_of_the_last_one(
     with redis.Redis.from_url(settings_here.broker_url) as client:
         waiting = client.lrange(queues.render_queue("local", holder.fleet.tiers_by_rank[-1]), 0, -1)
     assert job.id in {job_of_message(raw) for raw in waiting}
+
+
+def test_a_job_that_comes_back_to_a_removed_pool_long_after_the_change_moves_too(
+    own, holder, monkeypatch
+):
+    monkeypatch.setattr("tasks.sweep.FOLLOWED_AFTER_S", 0.0)
+    holder.replace(a_fleet(), 6)
+    own._fleet_changes()
+    own._fleet_changes()
+    job = a_queued_job(own, pool="gone", model="pocket")  # by a worker that had to leave
+
+    own._fleet_changes()
+
+    assert now(own, job).pool == "local"
+
+
+def test_a_look_at_a_change_that_fails_is_made_up_for(own, holder, monkeypatch):
+    monkeypatch.setattr("tasks.sweep.FOLLOWED_AFTER_S", 0.0)
+    job = a_queued_job(own, pool="local", model="large", model_version="gone")
+    holder.replace(a_fleet({"currency": "CHF"}), 7)
+
+    def is_away(session):
+        raise OperationalError("SELECT", {}, Exception("the server is away"))
+
+    with monkeypatch.context() as away:
+        away.setattr("models.revisions.queued_kinds", is_away)
+        for _ in range(2):
+            with suppress(OperationalError):
+                own._fleet_changes()
+    own._fleet_changes()
+
+    assert now(own, job).failure_code == "model_gone"

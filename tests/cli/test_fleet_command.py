@@ -1,0 +1,53 @@
+"""`darkroom fleet` where another release has written the revision in force."""
+
+from collections.abc import Iterator
+
+import pytest
+from click.testing import CliRunner, Result
+
+from cli.main import darkroom
+from models import revisions
+from models.database import transaction
+from tests.builders import fleet_text
+from tests.models.conftest import Database, a_database
+
+
+@pytest.fixture(scope="module")
+def unreadable(stack) -> Iterator[Database]:
+    """A database whose newest revision has a key that this release does not know."""
+    with a_database(stack.env) as database:
+        with transaction(database.app) as session:
+            revisions.apply(session, fleet_text({"from_tomorrow": 1}), actor="tests")
+        yield database
+
+
+@pytest.fixture
+def run(unreadable, tmp_path, monkeypatch):
+    file = tmp_path / "fleet.toml"
+    file.write_text(fleet_text())
+    url = unreadable.app.url.render_as_string(hide_password=False)
+    monkeypatch.setenv("DATABASE_URL", url)
+
+    def run(command: str) -> Result:
+        given = ["--data-dir", str(tmp_path), "fleet", command, str(file)]
+        return CliRunner().invoke(darkroom, given)
+
+    return run
+
+
+@pytest.mark.parametrize("command", ["diff", "apply"])
+def test_fleet_command_works_against_a_revision_that_this_release_cannot_read(run, command):
+    done = run(command)
+
+    assert done.exit_code == 0, done.output
+    assert "this release cannot read it" in done.output
+    assert "from_tomorrow" in done.output
+
+
+def test_fleet_apply_puts_a_text_in_force_that_this_release_can_read(run, unreadable):
+    run("apply")
+
+    with transaction(unreadable.app) as session:
+        newest = revisions.newest(session)
+        assert newest is not None
+        assert newest.content == fleet_text()
