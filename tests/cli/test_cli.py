@@ -577,7 +577,7 @@ def test_jobs_are_listed_newest_first(stack, client):
 
 def test_sql_answers_as_a_table_and_as_json_and_keeps_the_auditor_to_the_views(stack):
     assert (
-        "created"
+        "applied"
         in run(stack.data_dir, "sql", "select event from audit_log order by at limit 1").stdout
     )
     assert json.loads(
