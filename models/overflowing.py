@@ -47,6 +47,7 @@ def late_jobs(
         Job.tier == tier,
         Job.state == JobState.QUEUED,
         ~Job.lacks_inputs,
+        Job.attempt == 0,  # one that was begun stays near its snapshots
         Job.accepted_at < waits_since,
         _CHECKPOINT.in_(sorted(way.checkpoints)),
     )

@@ -118,7 +118,9 @@ def _by_catalogue(
 
 def _model(fleet: Fleet, requested: RequestedParams, asker: Asker) -> tuple[str, str | None]:
     """Return the name of the model, as it was asked for, and the version that was named with it."""
-    said = _first(requested.model, fleet.default_model())
+    said = requested.model
+    if said is None:  # what is reserved for others is nobody's default
+        said = next(iter(offered_names(fleet, asker)), fleet.default_model())
     name, version = _split(fleet, said)
     model = fleet.model_ids.get(name)
     if model is None or not tiers_for(fleet, model=model, tenant=asker.tenant):

@@ -541,6 +541,11 @@ def _contradictions_of_routes(fleet: Fleet, name: str, pool: Pool) -> list[str]:
             f"pools.{name}.overflow_to: {pool.overflow_to!r} is not another pool with one of its"
             f" models; accepted: {', '.join(others) or 'none'}"
         )
+    elif pool.overflow_to is not None and fleet.pools[pool.overflow_to].overflow_to is not None:
+        problems.append(
+            f"pools.{name}.overflow_to: {pool.overflow_to!r} passes jobs on itself; a job is moved"
+            " once"
+        )
     return problems
 
 

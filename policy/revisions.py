@@ -52,21 +52,25 @@ def changes(old: Fleet, new: Fleet) -> list[Change]:
 def fate(job: QueuedKind, fleet: Fleet) -> tuple[Fate, str]:
     """Decide what becomes of a queued job under this fleet, and in which pool it is then.
 
-    A job is complete when it is accepted, so it needs no size, sampler or tier of the fleet: those
-    may be gone, and the last tier in rank serves it (Fleet.queue_tier). It needs the weights of its
+    A job is complete when it is accepted, so its tier may be gone: the last tier in rank serves it
+    (Fleet.queue_tier). It needs the weights of its
     version in its pool, or in another one that is open to its tenant.
     """
-    version = (job.model, job.model_version)
-    if job.pool in fleet.pools and version in fleet.versions_in(job.pool):
-        return Fate.STAYS, job.pool
-    others = pools_for(
+    able = pools_for(
         fleet,
         model=job.model,
         version=job.model_version,
         tier=fleet.queue_tier(job.tier),
         tenant=job.tenant,
     )
-    return (Fate.MOVES, others[0]) if others else (Fate.FAILS, job.pool)
+    if job.pool in able:
+        return Fate.STAYS, job.pool
+    if able:
+        return Fate.MOVES, able[0]
+    # A pool that was reserved for others meanwhile still makes what it was given.
+    version = (job.model, job.model_version)
+    has_weights = job.pool in fleet.pools and version in fleet.versions_in(job.pool)
+    return (Fate.STAYS if has_weights else Fate.FAILS), job.pool
 
 
 def _changes(place: str, old: Any, new: Any) -> Iterator[Change]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from engine.config import AdapterSpec, CheckpointSpec, EngineConfig
+from engine.engine import Engine
 from engine.errors import LoadFailure, LoadProblem
 from policy.fleet import Fleet, Model, ModelVersion, Pool, checkpoint_name, parse_size
 from settings import DeviceSettings
@@ -63,6 +64,11 @@ def _adapter_specs(model: Model, root: Path) -> tuple[AdapterSpec, ...]:
         AdapterSpec(name=name, path=str(root / adapter.source), sha256=adapter.sha256)
         for name, adapter in model.adapters.items()
     )
+
+
+def weights_of(engine: Engine) -> dict[str, str]:
+    """Give the digest of the weights of each checkpoint that the engine serves, for replays."""
+    return {name: engine.fingerprint(name).facts["weights"] for name in engine.checkpoints}
 
 
 def failure_sentence(fleet: Fleet, failure: LoadFailure, root: Path) -> str:

@@ -24,7 +24,7 @@ from policy.current import CurrentFleet
 from policy.fleet import Fleet
 from settings import WorkerSettings
 from tasks import capabilities
-from tasks.engines import checkpoint_specs, engine_config, failure_sentence
+from tasks.engines import checkpoint_specs, engine_config, failure_sentence, weights_of
 from tasks.keeper import LeaseKeeper
 
 log = structlog.get_logger(__name__)
@@ -129,8 +129,13 @@ class EngineRevisions:
 
     def _tell(self, failed: Mapping[str, str]) -> None:
         """Have the next heartbeat say what is served, and why the rest is not."""
-        held = self._engine.checkpoints
-        self._keeper.identity = replace(self._keeper.identity, held=held, failed=failed)
+        me = self._keeper.identity
+        self._keeper.identity = replace(
+            me,
+            held=self._engine.checkpoints,
+            failed=failed,
+            facts=me.facts | {"weights": weights_of(self._engine)},
+        )
 
     def _starts_anew(self) -> bool:
         if self._keeper.leaving:

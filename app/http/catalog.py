@@ -138,7 +138,12 @@ def _version_view(model_id: str, served: Model, version: ModelVersion) -> schema
 def _capabilities_view(served: Model, able: Capabilities) -> schemas.Capabilities:
     """Show what the version can do, of what the catalogue offers."""
     return schemas.Capabilities(
-        pictures=schemas.PictureNeeds(**able.pictures),
+        # By role: a newer worker may publish others, an older one fewer.
+        pictures=schemas.PictureNeeds(
+            init_image=able.pictures.get("init_image", "none"),
+            mask=able.pictures.get("mask", "none"),
+            control_image=able.pictures.get("control_image", "none"),
+        ),
         takes_strength=able.takes_strength,
         negative_prompt=able.negative_prompt,
         guidance=able.guidance,

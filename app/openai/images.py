@@ -128,7 +128,13 @@ class _SentPictures:
         init = _brought(intake, self.image, "image")
         requested = _sized(requested, init)
         resolved = submit.resolve(
-            runtime(), asking, replace(requested, init_image=init.id, mask=None)
+            runtime(),
+            asking,
+            replace(
+                requested,
+                init_image=init.id,
+                mask=inputs.UNSEEN if self.mask is not None else None,
+            ),
         )
         size = (resolved.width_px, resolved.height_px)
         if self.mask is not None:

@@ -34,7 +34,7 @@ from policy.workers import device_label, worker_name
 from settings import EX_CONFIG, WorkerSettings, refuse
 from tasks import capabilities
 from tasks.checkpoints import Checkpoints
-from tasks.engines import engine_config, failure_sentence
+from tasks.engines import engine_config, failure_sentence, weights_of
 from tasks.health import EX_SOFTWARE, Health
 from tasks.inputs import InputPictures
 from tasks.keeper import LeaseKeeper
@@ -217,9 +217,7 @@ def _identity(
         slots=fleet.pools[settings.worker_pool].slots,
         facts={
             "load_s": round(engine.load_s, 3),
-            "weights": {
-                name: engine.fingerprint(name).facts["weights"] for name in engine.checkpoints
-            },
+            "weights": weights_of(engine),
         },
         instance=instance,
         held=engine.checkpoints,
