@@ -213,9 +213,12 @@ class DeviceLoop:
             return False
         for image in taken.arrivals:
             self._tell(image, Queued(request_id=image.id))
-            if image.request.checkpoint not in self._checkpoints.held:  # it went meanwhile
-                self._fail(image, self._unknown(image))
-        leaving: dict[InFlight, EngineError] = {image: _too_late(image) for image in taken.late}
+        leaving: dict[InFlight, EngineError] = {
+            image: self._unknown(image)
+            for image in taken.arrivals
+            if image.request.checkpoint not in self._checkpoints.held  # it went meanwhile
+        }
+        leaving |= {image: _too_late(image) for image in taken.late}
         leaving |= {image: _canceled(image) for image in taken.canceled}
         for image, error in leaving.items():
             self._fail(image, error)

@@ -19,6 +19,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 SHARE = 0.03  # of each turn's time, after it, for a loading thread that waits
+LONGEST_STOP_S = 1.0
 # Functions that make a tensor of torch's default dtype, or of integers where integers are given.
 OF_DEFAULT_DTYPE = frozenset(
     {
@@ -82,7 +83,8 @@ class LoadPace:
     def _stop_in_turns(self, frame: FrameType, event: str, argument: Any) -> None:
         if not self._may_go_on.is_set():
             self._is_waiting = True
-            self._may_go_on.wait()
+            # It may hold a lock that the turn wants, such as that of logging: then both go on.
+            self._may_go_on.wait(LONGEST_STOP_S)
             self._is_waiting = False
 
 

@@ -141,6 +141,7 @@ GRANTS: dict[str, tuple[May, ...]] = {
         May("queue_now", "SELECT"),
     ),
     "webhooks": (
+        May("fleet_revisions", "SELECT"),
         # A tenant's own metadata are part of a delivery.
         May("jobs", "SELECT", but=("prompt", "negative_prompt")),
         May("images", "SELECT"),

@@ -19,6 +19,7 @@ from policy.workers import LIVE, WorkerNow, WorkerState
 
 # Held until the end of the transaction, by whoever of a pool decides to leave.
 _ONE_LEAVES = text("SELECT pg_advisory_xact_lock(hashtext('leaves ' || :pool))")
+RETURNS_WITHIN = timedelta(seconds=180)  # a worker that starts anew
 FAILED_KEPT_FOR = 24  # times the silence after which other rows are removed
 
 
@@ -204,15 +205,15 @@ def may_leave(session: Session, name: str, pool: str) -> bool:
     """
     session.execute(_ONE_LEAVES, {"pool": pool})
     silent = func.make_interval(0, 0, 0, 0, 0, 0, Worker.silent_after_s)
+    now = func.clock_timestamp()
     newest = select(func.max(FleetRevision.applied_at)).scalar_subquery()
     others = select(Worker.name).where(
         Worker.pool == pool,
         Worker.name != name,
         or_(
-            and_(
-                Worker.state.in_((WorkerState.LOADING, WorkerState.LEAVING)),
-                Worker.seen_at > func.clock_timestamp() - silent,
-            ),
+            and_(Worker.state == WorkerState.LOADING, Worker.seen_at > now - silent),
+            # Between its last word and the first of its successor torch is imported.
+            and_(Worker.state == WorkerState.LEAVING, Worker.seen_at > now - RETURNS_WITHIN),
             and_(Worker.state == WorkerState.FAILED, Worker.seen_at > newest),
         ),
     )

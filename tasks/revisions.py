@@ -22,7 +22,7 @@ from models import workers
 from models.database import run_transaction
 from policy.current import CurrentFleet
 from policy.fleet import Fleet
-from settings import WorkerSettings
+from settings import WorkerSettings, misfits
 from tasks import capabilities
 from tasks.engines import checkpoint_specs, engine_config, failure_sentence, weights_of
 from tasks.keeper import LeaseKeeper
@@ -83,23 +83,31 @@ class EngineRevisions:
         False: it has to start anew, and it is another worker's turn. Ask again.
         """
         wanted = described_engine(self._settings, new)
-        if self._has is None or wanted is None or wanted.config != self._has.config:
-            return self._starts_anew()
+        if self._has is None or wanted is None or self._must_start_anew(self._has, wanted):
+            return self._starts_anew(new)
         with suppress(EngineStopped):  # the worker ends; its successor reads the newest revision
             self._change(new, self._has.specs, wanted.specs)
             self._has = wanted
             self._keeper.revision = self._current.number
         return True
 
+    @staticmethod
+    def _must_start_anew(has: DescribedEngine, wanted: DescribedEngine) -> bool:
+        """Tell whether the change is more than models that come and go.
+
+        A version that is another one now would be away in every worker of the pool at once.
+        """
+        both = has.specs.keys() & wanted.specs.keys()
+        is_changed = any(has.specs[name] != wanted.specs[name] for name in both)
+        return is_changed or wanted.config != has.config
+
     def _change(
         self, fleet: Fleet, has: Mapping[str, CheckpointSpec], wanted: Mapping[str, CheckpointSpec]
     ) -> None:
-        for name, spec in has.items():
-            if wanted.get(name) != spec:
-                self._unload(name)
-        for name, spec in wanted.items():
-            if has.get(name) != spec:
-                self._load(fleet, spec)
+        for name in has.keys() - wanted.keys():
+            self._unload(name)
+        for name in wanted.keys() - has.keys():
+            self._load(fleet, wanted[name])
         if has != wanted:
             worker = self._keeper.identity.name
             capabilities.publish(self._database, fleet, self._engine, worker=worker)
@@ -137,8 +145,13 @@ class EngineRevisions:
             facts=me.facts | {"weights": weights_of(self._engine)},
         )
 
-    def _starts_anew(self) -> bool:
+    def _starts_anew(self, new: Fleet) -> bool:
         if self._keeper.leaving:
+            return True
+        problems = misfits(self._settings, new)
+        if problems and self._settings.worker_pool in new.pools:
+            # The successor would end at once: this one goes on as it is.
+            log.error("fleet_not_followed", number=self._current.number, problems=problems)
             return True
         if not self._may_leave():
             return False

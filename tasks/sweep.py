@@ -67,6 +67,7 @@ HOURLY_S = 3600.0
 # For parts that run every minute or hour and fail. Not at the next sweep: it may delay the others.
 AGAIN_AFTER_S = 15.0
 FOLLOWED_AFTER_S = 5.0  # by every process, from when this one has a new revision of the fleet
+SETTLED_AT_ONCE = 100  # jobs that a revision has nothing for, each a transaction
 PIECE = 1000  # rows deleted per transaction
 LOOKED_AT = 2000  # jobs per query whose content may be too old
 AT_MOST_S = 1.0  # for deleting, per part; leases and deadlines must not wait for it
@@ -255,48 +256,63 @@ class Sweeper:
             if self.ended.run_ending(self.database, lose) is not None:
                 self._count("lease_expired", job_id)
 
-    def _fleet_changes(self) -> None:
+    def _fleet_changes(self) -> bool:
         """Move or fail the queued jobs whose pool, model or version a new revision has not.
 
         Looks at the queue after each change, once more when every gateway has followed it, and
         whenever jobs wait in a pool that is gone: a worker that leaves puts its own back late.
+        Decides nothing by a revision that is not in force. Returns whether all is decided.
         """
         now = time.monotonic()
         number = self.current.number
+        if self._is_behind():
+            return True
         settled = self._settled
         if number != settled.number:
             settled = _Settled(number, now)
         elif not settled.is_done and now >= settled.at + FOLLOWED_AFTER_S:
             settled = replace(settled, is_done=True)
         elif not self._has_jobs_in_lost_pools():
-            return
-        self._settle_all()
+            return True
+        if not self._settle_all(until=now + AT_MOST_S):
+            return False
         self._settled = settled  # only now: what failed is done again at the next pass
+        return True
+
+    def _is_behind(self) -> bool:
+        if not self.settings.follow_revisions:
+            return False
+        with transaction(self.database) as session:
+            return revisions.newest_number(session) > self.current.number
 
     def _has_jobs_in_lost_pools(self) -> bool:
         with transaction(self.database) as session:
             queued = flows.with_queued_jobs(session)
         return any(pool not in self.fleet.pools for pool, _ in queued)
 
-    def _settle_all(self) -> None:
-        """Decide on every kind of queued job by the fleet that runs now."""
+    def _settle_all(self, *, until: float) -> bool:
+        """Decide on queued jobs by the fleet that runs now; tell whether all were looked at."""
         with transaction(self.database) as session:
             kinds = revisions.queued_kinds(session)
         for kind in kinds:
             decided, pool = fate(kind, self.fleet)
             if decided is not Fate.STAYS:
-                self._settle(kind, pool if decided is Fate.MOVES else None)
+                moved_to = pool if decided is Fate.MOVES else None
+                if not self._settle(kind, moved_to, until=until):
+                    return False
+        return True
 
-    def _settle(self, kind: QueuedKind, pool: str | None) -> None:
-        """Move the queued jobs of this kind to `pool`; None: they fail."""
-        while True:
+    def _settle(self, kind: QueuedKind, pool: str | None, *, until: float) -> bool:
+        """Move the queued jobs of this kind to `pool` (None: they fail); False: there are more."""
+        while time.monotonic() < until:
             self.on_turn()
             with transaction(self.database) as session:
-                job_ids = revisions.queued_of(session, kind, most=PIECE)
+                job_ids = revisions.queued_of(session, kind, most=SETTLED_AT_ONCE)
             settled = [job_id for job_id in job_ids if self._settle_job(job_id, kind, pool)]
             if not settled:
-                return
+                return True
             log.warning("fleet_lost", **kind._asdict(), moved_to=pool, jobs=len(settled))
+        return False
 
     def _settle_job(self, job_id: uuid.UUID, kind: QueuedKind, pool: str | None) -> bool:
         if pool is None:

@@ -103,12 +103,16 @@ class Verdicts:
         job = lease.job
         kind = revisions.kind_of(session, job)
         decided, pool = fate(kind, self.current.fleet)
-        if decided is Fate.FAILS:
+        if decided is Fate.FAILS and not self._is_behind(session):
             return None
         returned = leases.give_back(session, lease, reason="another worker serves its model")
         if decided is Fate.MOVES:
             jobs.move(session, job.id, pool)
         return returned
+
+    def _is_behind(self, session: Session) -> bool:
+        """Tell whether a newer revision than this worker's is in force: it may serve the model."""
+        return revisions.newest_number(session) > self.current.number
 
 
 def _log(held: HeldLease, error: BaseException) -> None:
