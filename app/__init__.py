@@ -36,7 +36,7 @@ from app.openai import images as openai_images
 from app.problems import MethodUnknown
 from app.runtime import open_runtime
 from edges import telemetry
-from policy.current import CurrentFleet, current
+from policy.current import CurrentFleet
 from policy.fleet import Fleet
 from settings import GatewaySettings
 
@@ -76,7 +76,7 @@ def create_app(settings: GatewaySettings, fleet: Fleet | CurrentFleet) -> Flask:
     app.config["MAX_FORM_PARTS"] = MAX_FORM_PARTS
     assert isinstance(app.json, DefaultJSONProvider)
     app.json.sort_keys = False
-    app.extensions["darkroom"] = open_runtime(settings, current(fleet))
+    app.extensions["darkroom"] = open_runtime(settings, fleet)
     errors.register(app)
     for blueprint in BLUEPRINTS:
         app.register_blueprint(blueprint)

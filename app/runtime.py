@@ -33,7 +33,7 @@ from edges.progress import Endings, JobSignals
 from models.database import make_engine
 from policy import connections, warnings
 from policy.catalog import capabilities_of, resolve
-from policy.current import CurrentFleet
+from policy.current import CurrentFleet, current
 from policy.fleet import Fleet
 from policy.limits import NAMES_VERSIONS
 from policy.params import RequestedParams, Resolved
@@ -111,15 +111,16 @@ class Runtime:
         return warnings.expected(model, job, able)
 
 
-def open_runtime(settings: GatewaySettings, current: CurrentFleet) -> Runtime:
+def open_runtime(settings: GatewaySettings, fleet: Fleet | CurrentFleet) -> Runtime:
     """Make a runtime; connections are opened at first use.
 
     So a gateway starts while Postgres, Redis or the object store are away, and reports it in
     /readyz.
     """
+    followed = current(fleet)
     database = make_engine(settings.database_url, pool_size=settings.database_pool_size)
-    broker = Broker(settings, current)
-    release = Release(database, broker, current, worker_silence_s=settings.lease_ttl_s)
+    broker = Broker(settings, followed)
+    release = Release(database, broker, followed, worker_silence_s=settings.lease_ttl_s)
     signals = JobSignals(settings.handoff_url)
     # An engine of its own, so that keys and queues can be read however many requests write.
     aside = make_engine(settings.database_url, pool_size=connections.GATEWAY_ASIDE)
@@ -130,12 +131,12 @@ def open_runtime(settings: GatewaySettings, current: CurrentFleet) -> Runtime:
     store = ObjectStore(settings)
     fanout = EventFanout(settings.handoff_url, most=settings.gateway_max_streams)
     forecaster = QueueForecaster(
-        aside, current, gauge, release.limits, refresher, worker_silence_s=settings.lease_ttl_s
+        aside, followed, gauge, release.limits, refresher, worker_silence_s=settings.lease_ttl_s
     )
     return Runtime(
         settings=settings,
-        current=current,
-        following=Following(current, aside),
+        current=followed,
+        following=Following(followed, aside),
         database=database,
         broker=broker,
         release=release,
@@ -158,7 +159,9 @@ def open_runtime(settings: GatewaySettings, current: CurrentFleet) -> Runtime:
         rates=Rates(settings.handoff_url),
         budgets=Budgets(settings.handoff_url),
         links=LinkSigner(settings.api_key_pepper.get_secret_value(), ttl_s=settings.presign_ttl_s),
-        readiness=Readiness(checks(settings, current, broker=broker, handoff=handoff, store=store)),
+        readiness=Readiness(
+            checks(settings, followed, broker=broker, handoff=handoff, store=store)
+        ),
         waits=Capacity(settings.max_waits, telemetry.WAITS),
         uploads=UploadRoom(settings),
     )

@@ -5,6 +5,7 @@ asks for more.
 """
 
 import gc
+import importlib
 import os
 import resource
 import shutil
@@ -16,13 +17,10 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from app.starting import load_gateway
 from deploy.connections import BoundedWorker, Pace
+from settings import GatewayProcessSettings, load
 
-# A wrong setting must end the gateway here, in the master. If only a worker noticed it, gunicorn
-# would start the next worker, for ever.
-load_gateway.cache_clear()  # on SIGHUP this file is read anew
-_settings, _ = load_gateway()
+_settings = load(GatewayProcessSettings)
 
 
 class GatewayWorker(BoundedWorker):
@@ -59,6 +57,12 @@ if workers > 1:  # before anybody imports prometheus_client, which looks once
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(
         prefix="darkroom-metrics-", dir=_apart
     )
+
+# A wrong setting or fleet must end the gateway here, in the master. If only a worker noticed it,
+# gunicorn would start the next worker, for ever. After the folder of metrics: this imports them.
+starting = importlib.import_module("app.starting")
+starting.load_gateway.cache_clear()  # on SIGHUP this file is read anew
+starting.load_gateway()
 
 
 def on_starting(server: Any) -> None:

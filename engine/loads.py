@@ -12,7 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 # Of turns with work, one in so many is followed by a piece of a warm-up: less than one step in a
 # hundred waits for one.
 TURNS_PER_PIECE = 128
+ENDS_WITHIN_S = 10.0  # a read under way when the engine stops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,7 @@ class Loads:
         self._warm_up = warm_up
         self._on_change = on_change
         self._working_bytes = working_bytes
+        self._reads: set[Future[None]] = set()
         # One at a time, as in the whole process (engine/loading.py).
         self._side = ThreadPoolExecutor(
             1, thread_name_prefix="engine-load", initializer=device.prepare_side_thread
@@ -94,7 +96,8 @@ class Loads:
         done: Future[LoadTimes] = Future()
         self._asked = [each for each in self._asked if not each.done()] + [done]
         try:
-            self._side.submit(self._read, spec, done)
+            read = self._side.submit(self._read, spec, done)
+            self._reads = {each for each in self._reads if not each.done()} | {read}
         except RuntimeError:
             _fail_unless_done(done, EngineStopped("the engine was stopped"))
         return done
@@ -203,6 +206,9 @@ class Loads:
     def close(self) -> None:
         """Leave nobody waiting: the engine stops."""
         self._side.shutdown(wait=False, cancel_futures=True)
+        # What a load changes in the whole process, such as where modules are built, is changed back
+        # at its end.
+        wait(list(self._reads), timeout=ENDS_WITHIN_S)
         self._warm_ups.clear()
         waiting: list[Future[Any]] = [*self._asked, *self._leaving.values()]
         for future in waiting:

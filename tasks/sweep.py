@@ -311,7 +311,9 @@ class Sweeper:
             settled = [job_id for job_id in job_ids if self._settle_job(job_id, kind, pool)]
             if not settled:
                 return True
-            log.warning("fleet_lost", **kind._asdict(), moved_to=pool, jobs=len(settled))
+            log.warning(
+                "fleet_lost", pool=kind.pool, model=kind.model, moved_to=pool, jobs=len(settled)
+            )
         return False
 
     def _settle_job(self, job_id: uuid.UUID, kind: QueuedKind, pool: str | None) -> bool:

@@ -136,7 +136,9 @@ def test_the_headers_promise_no_more_of_a_budget_than_there_is(left, wait_s, tol
     answer = Response()
 
     with Flask("here").test_request_context():
-        g.caller = Caller(uuid.uuid4(), uuid.uuid4(), "kid", "key:kid", frozenset(), limits, used)
+        g.caller = Caller(
+            uuid.uuid4(), uuid.uuid4(), "kid", "key:kid", frozenset(), limits, used=used
+        )
         add_ratelimit_headers(answer)
 
     assert answer.headers["RateLimit"] == f'"megapixel-steps";{told}'

@@ -145,7 +145,10 @@ def loaded(fleet, device):
     specs = checkpoint_specs(fleet, fleet.models, REPO)
     checkpoints = LoadedCheckpoints(specs, max_batch_rows=MAX_BATCH_ROWS)
     with torch.inference_mode():
-        checkpoints.load(device)
+        checkpoints.prepare(device)
+        for spec in checkpoints.specs.values():
+            checkpoints.add(checkpoints.read(spec, device))
+            checkpoints.serve(spec.name)
     return checkpoints
 
 
@@ -154,7 +157,7 @@ def known(loaded):
     """What the gateway knows of them: the published values, read back."""
     return {
         name: capabilities.read(json.loads(json.dumps(one.capabilities.as_json())))
-        for name, one in loaded.items()
+        for name, one in loaded.held.items()
     }
 
 

@@ -56,6 +56,7 @@ FACTS = {
     "job:lease:returned": {"reason"},
     "job:lease:taken": set(),
     "job:request:accepted": {"pool", "tier", "model", "model_version", "num_images", "seed"},
+    "job:pool:changed": {"left", "pool"},
     "job:state:canceled": {"was"},
     "job:state:expired": set(),
     "job:state:failed": {"code"},
@@ -426,6 +427,16 @@ def losing_pixels(session, tenant):
 def expiring(session, tenant):
     job = a_job(session, tenant=tenant, start_within_s=-1)
     return partial(jobs.expire, session, job.id)
+
+
+@appends("job:pool:changed", actor=SWEEPER)
+def moving_to_another_pool(session, tenant):
+    return partial(jobs.move, session, a_job(session, tenant=tenant).id, "elsewhere")
+
+
+@appends("job:state:failed", actor=SWEEPER)
+def failing_for_want_of_its_model(session, tenant):
+    return partial(jobs.fail_gone, session, a_job(session, tenant=tenant).id)
 
 
 @appends("job:state:failed", actor=SWEEPER)

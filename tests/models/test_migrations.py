@@ -23,6 +23,7 @@ VIEWS = [
     "audit_chain_status",
     "audit_log",
     "dead_letters",
+    "fleet_history",
     "flows_now",
     "images_by_tenant_day",
     "job_history",

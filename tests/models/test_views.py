@@ -3,6 +3,7 @@
 Rows are read in a session that is not in UTC, as an operator's may be.
 """
 
+import hashlib
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
@@ -13,7 +14,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from models import audit, files, inputs, jobs, leases, tenants, webhooks, workers
+from models import audit, files, inputs, jobs, leases, revisions, tenants, webhooks, workers
 from models.tables import File, Tenant
 from models.webhooks import AttemptResult
 from models.workers import NewWorker
@@ -132,6 +133,7 @@ def job_history(session, tenant) -> Rows:
             "failure_detail": None,
             "images_stored": 2,
             "steps_abandoned": 0,
+            "fleet_revision": None,
             "metadata": {"order": "12"},
             **wish,
         }
@@ -385,6 +387,27 @@ def webhooks_now(session, tenant) -> Rows:
     return [{"endpoint_id": id, **rows[id]} for id in sorted(rows, key=str)]
 
 
+def fleet_history(session, tenant) -> Rows:
+    """One revision, and its text in force again after another one; the tenant's name applies."""
+    texts = ["a = 1", "a = 2", "a = 1"]
+    applied = [
+        revisions.apply(session, f"{each} # {tenant.name}", actor=tenant.name, **more)[0]
+        for each, more in zip(texts, ({"note": "first"}, {}, {"rollback_of": 1}), strict=True)
+    ]
+    return [
+        {
+            "number": one.number,
+            "applied_at": one.applied_at,
+            "actor": tenant.name,
+            "note": one.note,
+            "rollback_of": one.rollback_of,
+            "sha256": hashlib.sha256(one.content.encode()).hexdigest(),
+            "content": one.content,
+        }
+        for one in applied
+    ]
+
+
 def workers_now(session, tenant) -> Rows:
     """Of a pool with the tenant's name: one that lacks a model, one in vain, one that is silent."""
     pool = tenant.name
@@ -412,7 +435,8 @@ def workers_now(session, tenant) -> Rows:
     )
     times = {row.name: row.started_at for row in started}
     usual = {"pool": pool, "device": "cpu", "slots": 8, "restarts": 0, "failed_starts": 0}
-    unknown = {"models": None, "failed_models": None, "problem": None, "host": None, "pid": None}
+    empty = ("models", "failed_models", "problem", "host", "pid", "fleet_revision")
+    unknown = dict.fromkeys(empty)
     here = NEAR(Decimal(0), abs=Decimal(15))
     return [
         {
@@ -447,6 +471,7 @@ def workers_now(session, tenant) -> Rows:
             "failed_starts": 1,
             "host": "there",
             "pid": 2,
+            "fleet_revision": None,
             "started_at": times[f"c@{pool}"],
             "silent_s": here,
         },
@@ -458,6 +483,7 @@ CONTENTS: dict[str, tuple[Callable[[Session, Tenant], Rows], str, str]] = {
     "audit_chain_status": (audit_chain_status, "chain", "chain"),
     "audit_log": (audit_log, "chain", "seq"),
     "dead_letters": (dead_letters, "tenant", "job_id"),
+    "fleet_history": (fleet_history, "actor", "number"),
     "flows_now": (flows_now, "pool", "tenant"),
     "images_by_tenant_day": (images_by_tenant_day, "tenant", "day"),
     "job_history": (job_history, "tenant", "job_id"),
