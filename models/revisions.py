@@ -6,7 +6,7 @@ Append-only. The revision with the highest number is in force; every process fol
 
 import hashlib
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from sqlalchemy import func, select, text
@@ -20,6 +20,10 @@ from policy.states import JobState
 
 # Of who applies, until the end of the transaction.
 _ONE_AT_A_TIME = text("SELECT pg_advisory_xact_lock(hashtext('fleet_revisions'))")
+
+
+# Whoever goes by a file of its own (FOLLOW_REVISIONS=false) answers for its jobs itself.
+_IS_QUEUED = (Job.state == JobState.QUEUED, Job.fleet_revision.is_not(None))
 
 
 class NoRevision(LookupError):
@@ -84,10 +88,16 @@ def apply(
     return revision, True
 
 
+def has_queued_in(session: Session, pools: Collection[str]) -> bool:
+    """Tell whether a job of some revision is queued in one of these pools."""
+    query = select(Job.id).where(*_IS_QUEUED, Job.pool.in_(pools))
+    return session.scalar(query.limit(1)) is not None
+
+
 def queued_of(session: Session, kind: QueuedKind, *, most: int) -> list[uuid.UUID]:
     """List queued jobs of one kind, the oldest first."""
     conditions = (
-        Job.state == JobState.QUEUED,
+        *_IS_QUEUED,
         Job.pool == kind.pool,
         Job.model == kind.model,
         Job.model_version == kind.model_version,
@@ -105,8 +115,8 @@ def kind_of(session: Session, job: Job) -> QueuedKind:
 
 
 def queued_kinds(session: Session) -> dict[QueuedKind, int]:
-    """Count the queued jobs by what of the fleet they need."""
+    """Count the queued jobs of all revisions by what of the fleet they need."""
     columns = (Job.pool, Job.model, Job.model_version, Job.tier, Tenant.name)
     query = select(*columns, func.count()).join(Tenant, Tenant.id == Job.tenant_id)
-    counted = query.where(Job.state == JobState.QUEUED).group_by(*columns)
+    counted = query.where(*_IS_QUEUED).group_by(*columns)
     return {QueuedKind(*kind): count for *kind, count in session.execute(counted)}

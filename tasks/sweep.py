@@ -287,8 +287,9 @@ class Sweeper:
 
     def _has_jobs_in_lost_pools(self) -> bool:
         with transaction(self.database) as session:
-            queued = flows.with_queued_jobs(session)
-        return any(pool not in self.fleet.pools for pool, _ in queued)
+            queued = {pool for pool, _ in flows.with_queued_jobs(session)}
+            lost = queued - self.fleet.pools.keys()
+            return bool(lost) and revisions.has_queued_in(session, lost)
 
     def _settle_all(self, *, until: float) -> bool:
         """Decide on queued jobs by the fleet that runs now; tell whether all were looked at."""

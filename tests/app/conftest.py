@@ -281,7 +281,8 @@ def unserved(stack, tmp_path_factory) -> dict[str, str]:
         assert shipped.count(here) == 1
         shipped = shipped.replace(here, there)
     file.write_text(shipped)
-    return {"fleet_file": str(file), "broker_url": _corner(stack)}
+    own = {"fleet_file": str(file), "follow_revisions": "false"}
+    return own | {"broker_url": _corner(stack)}
 
 
 def _corner(stack) -> str:

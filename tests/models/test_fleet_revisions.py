@@ -103,6 +103,9 @@ def test_queued_jobs_are_counted_by_what_they_need_of_the_fleet(own):
         tenant = a_tenant(session)
         job = a_job(session, tenant=tenant, pool="counted")
         kind = QueuedKind("counted", job.model, job.model_version, job.tier, tenant.name)
+        assert kind not in revisions.queued_kinds(session), "that of a process with its own file"
+        job.fleet_revision = 1
+        session.flush()
 
         assert revisions.queued_kinds(session)[kind] == 1
         assert revisions.queued_of(session, kind, most=10) == [job.id]

@@ -40,7 +40,9 @@ def own(sweeper, own_database, settings_here, holder) -> Sweeper:
 
 def a_queued_job(own: Sweeper, **params) -> Job:
     with transaction(own.database) as session:
-        return a_job(session, **params)
+        job = a_job(session, **params)
+        job.fleet_revision = 1
+        return job
 
 
 def now(own: Sweeper, job: Job) -> Job:
