@@ -143,12 +143,7 @@ def open_runtime(settings: GatewaySettings, fleet: Fleet | CurrentFleet) -> Runt
         store=store,
         signals=signals,
         endings=Endings(settings.handoff_url),
-        ended=EndedJobs.connect(
-            settings.handoff_url,
-            ttl_s=settings.handoff_ttl_s,
-            signals=signals,
-            handoff=handoff,
-        ),
+        ended=_ended_jobs(settings, signals, handoff),
         forecaster=forecaster,
         events=JobEventStreams(
             database, forecaster, signals, fanout, keyring, most=settings.gateway_max_streams
@@ -164,4 +159,10 @@ def open_runtime(settings: GatewaySettings, fleet: Fleet | CurrentFleet) -> Runt
         ),
         waits=Capacity(settings.max_waits, telemetry.WAITS),
         uploads=UploadRoom(settings),
+    )
+
+
+def _ended_jobs(settings: GatewaySettings, signals: JobSignals, handoff: Handoff) -> EndedJobs:
+    return EndedJobs.connect(
+        settings.handoff_url, ttl_s=settings.handoff_ttl_s, signals=signals, handoff=handoff
     )

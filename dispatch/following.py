@@ -79,12 +79,12 @@ class Following:
         if self._thread.is_alive():
             self._thread.join(timeout=10)
 
-    def catch_up(self) -> bool:
-        """Take over the newest revision, if it is another; tell whether it was."""
+    def catch_up(self) -> None:
+        """Take over the newest revision, if it is another."""
         with transaction(self._database) as session:
             number = revisions.newest_number(session)
             if number in (self._current.number, self._unreadable):
-                return False
+                return
             content = revisions.find(session, number).content
         try:
             fleet = parse_fleet(content)
@@ -92,12 +92,11 @@ class Following:
             self._unreadable = number
             telemetry.FLEET_UNREADABLE.inc()
             log.error("fleet_revision_unreadable", number=number, problems=error.problems)
-            return False
+            return
         self._current.replace(fleet, number)
         telemetry.FLEET_REVISION.set(number)
         log.info("fleet_revision_taken_over", number=number)
         self._is_behind = True
-        return True
 
     def _run(self) -> None:
         while True:

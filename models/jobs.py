@@ -6,9 +6,10 @@ Callers commit.
 """
 
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 from sqlalchemy import func, select
@@ -235,16 +236,7 @@ def fail_past_deadline(session: Session, job_id: uuid.UUID) -> Job | None:
     )
     if job is not None:
         detail = f"not rendered within {job.run_within_s:g} s of its start"
-        code = FailureCode.RUN_DEADLINE
-        facts = {"code": code} | finish(session, job, JobState.FAILED, code=code, detail=detail)
-        audit.append(
-            session,
-            EventName.JOB_STATE_FAILED,
-            chain=job.tenant_id,
-            actor=SWEEPER,
-            job_id=job.id,
-            **facts,
-        )
+        _fail_queued(session, job, FailureCode.RUN_DEADLINE, detail)
     return job
 
 
@@ -252,45 +244,62 @@ def fail_gone(session: Session, job_id: uuid.UUID) -> Job | None:
     """Fail a queued job whose model or version is no longer offered; None if it was taken."""
     job = _queued(session, job_id)
     if job is not None:
-        code = FailureCode.MODEL_GONE
         detail = f"model {job.model}, version {job.model_version}, is no longer offered"
-        facts = {"code": code} | finish(session, job, JobState.FAILED, code=code, detail=detail)
-        audit.append(
-            session,
-            EventName.JOB_STATE_FAILED,
-            chain=job.tenant_id,
-            actor=SWEEPER,
-            job_id=job.id,
-            **facts,
-        )
+        _fail_queued(session, job, FailureCode.MODEL_GONE, detail)
     return job
+
+
+def _fail_queued(session: Session, job: Job, code: FailureCode, detail: str) -> None:
+    """Fail a job that waits and is locked, with its audit event."""
+    facts = {"code": code} | finish(session, job, JobState.FAILED, code=code, detail=detail)
+    audit.append(
+        session,
+        EventName.JOB_STATE_FAILED,
+        chain=job.tenant_id,
+        actor=SWEEPER,
+        job_id=job.id,
+        **facts,
+    )
 
 
 def move(session: Session, job_id: uuid.UUID, pool: str) -> Job | None:
-    """Put a queued job into another pool, at the end of its tenant's line; None if it was taken.
-
-    The trigger `flows_count_rerouted` counts it there.
-    """
+    """Put a queued job into another pool, at the end of its tenant's line; None if it was taken."""
     job = _queued(session, job_id)
     if job is not None:
-        left = job.pool
-        job.pool = pool
-        job.announced_at = None
-        job.is_front = False
-        session.flush()
-        job.release_tag = flows.line_up(
-            session, pool=pool, tier=job.tier, tenant_id=job.tenant_id, cost_s=job.predicted_s
-        )
-        audit.append(
+        line_up = partial(
+            flows.line_up,
             session,
-            EventName.JOB_POOL_CHANGED,
-            chain=job.tenant_id,
-            actor=SWEEPER,
-            job_id=job.id,
-            left=left,
             pool=pool,
+            tier=job.tier,
+            tenant_id=job.tenant_id,
+            cost_s=job.predicted_s,
         )
+        change_pool(session, job, pool, line_up)
     return job
+
+
+def change_pool(
+    session: Session, job: Job, pool: str, line_up: Callable[[], float], *, actor: str = SWEEPER
+) -> None:
+    """Have a queued job that is locked wait in another pool, with its audit event.
+
+    line_up: gives its start tag there, once the trigger `flows_count_rerouted` has counted it.
+    """
+    left = job.pool
+    job.pool = pool
+    job.announced_at = None
+    job.is_front = False
+    session.flush()
+    job.release_tag = line_up()
+    audit.append(
+        session,
+        EventName.JOB_POOL_CHANGED,
+        chain=job.tenant_id,
+        actor=actor,
+        job_id=job.id,
+        left=left,
+        pool=pool,
+    )
 
 
 def _queued(session: Session, job_id: uuid.UUID) -> Job | None:

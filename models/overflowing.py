@@ -10,8 +10,7 @@ import uuid
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from models import audit, jobs, releasing
-from models.audit_events import EventName
+from models import jobs, releasing
 from models.database import statement_time
 from models.tables import FairClock, Flow, Job, Tenant
 from policy.routing import Overflow
@@ -69,20 +68,7 @@ def move(session: Session, job_id: uuid.UUID, *, way: Overflow, actor: str) -> J
     job = session.get(Job, job_id, with_for_update=True, options=jobs.WITHOUT_TEXTS)
     if job is None or job.state != JobState.QUEUED or job.pool == way.pool:
         return None
-    left = job.pool
     clock = session.get(FairClock, (way.pool, job.tier))
-    job.pool = way.pool
-    job.announced_at = None
-    job.is_front = False
-    if clock is not None:
-        job.release_tag = clock.virtual_s
-    audit.append(
-        session,
-        EventName.JOB_POOL_CHANGED,
-        chain=job.tenant_id,
-        actor=actor,
-        job_id=job.id,
-        left=left,
-        pool=way.pool,
-    )
+    tag = job.release_tag if clock is None else clock.virtual_s
+    jobs.change_pool(session, job, way.pool, lambda: tag, actor=actor)
     return job

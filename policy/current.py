@@ -4,8 +4,6 @@ fleet.toml is applied as a revision (models/revisions.py), and each process take
 one while it works. So nothing keeps a `Fleet`: it keeps a `CurrentFleet` and asks it each time.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -30,7 +28,7 @@ class CurrentFleet:
 
     @property
     def fleet(self) -> Fleet:
-        """Return the newest fleet, or within `pinned` the one that was the newest at its start."""
+        """Return the newest fleet, or after `pin` the one that was the newest then."""
         return (self._pinned.get() or self._newest).fleet
 
     @property
@@ -52,15 +50,6 @@ class CurrentFleet:
     def unpin(self) -> None:
         """Go by the newest fleet again."""
         self._pinned.set(None)
-
-    @contextmanager
-    def pinned(self) -> Iterator[Fleet]:
-        """Keep the newest fleet for the length of the block."""
-        self.pin()
-        try:
-            yield self.fleet
-        finally:
-            self.unpin()
 
 
 def current(fleet: Fleet | CurrentFleet) -> CurrentFleet:

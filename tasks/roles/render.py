@@ -134,14 +134,10 @@ def build(
     keeper.revision = followed.number or None
     gauge = Gauge(settings.handoff_url, trusted_for_s=gates.HANDOFF_SILENT_AFTER_S)
     preemption = Preemption(keeper, when_empty=when_empty)
-    health = Health(
-        engine,
-        stuck_after_s=settings.engine_stuck_after_s,
-        leave=when_unfit or preemption.begin,
-    )
-    revisions = EngineRevisions(
-        settings, followed, engine, keeper, database, leave=preemption.begin
-    )
+    unfit = when_unfit or preemption.begin
+    health = Health(engine, stuck_after_s=settings.engine_stuck_after_s, leave=unfit)
+    leave = preemption.begin
+    revisions = EngineRevisions(settings, followed, engine, keeper, database, leave=leave)
     keeper.on_name_lost = lambda: health.give_up("another process has the name of this worker")
     renderer = _renderer(
         settings,
