@@ -6,10 +6,9 @@ Callers commit.
 """
 
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from decimal import Decimal
-from functools import partial
 from typing import Any
 
 from sqlalchemy import func, select
@@ -240,12 +239,14 @@ def fail_past_deadline(session: Session, job_id: uuid.UUID) -> Job | None:
     return job
 
 
-def fail_gone(session: Session, job_id: uuid.UUID) -> Job | None:
-    """Fail a queued job whose model or version is no longer offered; None if it was taken."""
+def fail_gone(session: Session, job_id: uuid.UUID, *, code: FailureCode, detail: str) -> Job | None:
+    """Fail a queued job of which something is no longer offered; None if it was taken.
+
+    code, detail: what is not.
+    """
     job = _queued(session, job_id)
     if job is not None:
-        detail = f"model {job.model}, version {job.model_version}, is no longer offered"
-        _fail_queued(session, job, FailureCode.MODEL_GONE, detail)
+        _fail_queued(session, job, code, detail)
     return job
 
 
@@ -266,31 +267,36 @@ def move(session: Session, job_id: uuid.UUID, pool: str) -> Job | None:
     """Put a queued job into another pool, at the end of its tenant's line; None if it was taken."""
     job = _queued(session, job_id)
     if job is not None:
-        line_up = partial(
-            flows.line_up,
+        left = job.pool
+        enter_pool(session, job, pool)
+        note_pool_change(session, job, left=left, actor=SWEEPER)
+    return job
+
+
+def enter_pool(session: Session, job: Job, pool: str, *, release_tag: float | None = None) -> None:
+    """Have a job that is locked, and queued by now, wait in another pool.
+
+    release_tag: its start tag there; None: at the end of its tenant's line. The caller appends the
+    audit event.
+    """
+    job.pool = pool
+    job.announced_at = None
+    job.is_front = False
+    if release_tag is not None:
+        job.release_tag = release_tag
+    session.flush()  # the triggers `flows_count_…` count it there
+    if release_tag is None:
+        job.release_tag = flows.line_up(
             session,
             pool=pool,
             tier=job.tier,
             tenant_id=job.tenant_id,
             cost_s=job.predicted_s,
         )
-        change_pool(session, job, pool, line_up)
-    return job
 
 
-def change_pool(
-    session: Session, job: Job, pool: str, line_up: Callable[[], float], *, actor: str = SWEEPER
-) -> None:
-    """Have a queued job that is locked wait in another pool, with its audit event.
-
-    line_up: gives its start tag there, once the trigger `flows_count_rerouted` has counted it.
-    """
-    left = job.pool
-    job.pool = pool
-    job.announced_at = None
-    job.is_front = False
-    session.flush()
-    job.release_tag = line_up()
+def note_pool_change(session: Session, job: Job, *, left: str, actor: str) -> None:
+    """Append the audit event of a job that waits in another pool than `left` now."""
     audit.append(
         session,
         EventName.JOB_POOL_CHANGED,
@@ -298,7 +304,7 @@ def change_pool(
         actor=actor,
         job_id=job.id,
         left=left,
-        pool=pool,
+        pool=job.pool,
     )
 
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from policy.fleet import Fleet, toml_key
+from policy.failures import FailureCode
+from policy.fleet import Fleet, Model, parse_size, toml_key
 from policy.routing import pools_for
 
 
@@ -24,6 +25,22 @@ class QueuedKind(NamedTuple):
     model_version: str
     tier: str
     tenant: str
+    width_px: int
+    height_px: int
+    sampler: str
+    adapters: tuple[str, ...] = ()  # by name
+
+
+class Decision(NamedTuple):
+    """What becomes of a queued job.
+
+    pool: in which it is then.  code, detail: why it fails, if it does.
+    """
+
+    fate: Fate
+    pool: str
+    code: FailureCode | None = None
+    detail: str = ""
 
 
 class Change(NamedTuple):
@@ -49,13 +66,25 @@ def changes(old: Fleet, new: Fleet) -> list[Change]:
     return list(_changes("", old.model_dump(mode="json"), new.model_dump(mode="json")))
 
 
-def fate(job: QueuedKind, fleet: Fleet) -> tuple[Fate, str]:
-    """Decide what becomes of a queued job under this fleet, and in which pool it is then.
+def decide(job: QueuedKind, fleet: Fleet) -> Decision:
+    """Decide what becomes of a queued job under this fleet.
 
     A job is complete when it is accepted, so its tier may be gone: the last tier in rank serves it
-    (Fleet.queue_tier). It needs the weights of its
-    version in its pool, or in another one that is open to its tenant.
+    (Fleet.queue_tier). It needs the weights of its version in its pool, or in another one that is
+    open to its tenant, and of its model the size, the sampler and the adapters that it names.
     """
+    decided, pool = _by_weights(job, fleet)
+    if decided is Fate.FAILS:
+        detail = f"model {job.model}, version {job.model_version}, is no longer offered"
+        return Decision(decided, pool, FailureCode.MODEL_GONE, detail)
+    lost = _lost_of(fleet.models[job.model], job)
+    if lost is not None:
+        detail = f"{lost} of model {job.model} is no longer offered"
+        return Decision(Fate.FAILS, job.pool, FailureCode.NO_LONGER_OFFERED, detail)
+    return Decision(decided, pool)
+
+
+def _by_weights(job: QueuedKind, fleet: Fleet) -> tuple[Fate, str]:
     able = pools_for(
         fleet,
         model=job.model,
@@ -71,6 +100,16 @@ def fate(job: QueuedKind, fleet: Fleet) -> tuple[Fate, str]:
     version = (job.model, job.model_version)
     has_weights = job.pool in fleet.pools and version in fleet.versions_in(job.pool)
     return (Fate.STAYS if has_weights else Fate.FAILS), job.pool
+
+
+def _lost_of(model: Model, job: QueuedKind) -> str | None:
+    """Name the first part of the job that its model does not offer; None if it offers all."""
+    if (job.width_px, job.height_px) not in map(parse_size, model.sizes):
+        return f"size {job.width_px}x{job.height_px}"
+    if job.sampler not in model.samplers:
+        return f"sampler {job.sampler}"
+    lost = [name for name in job.adapters if name not in model.adapters]
+    return f"adapter {lost[0]}" if lost else None
 
 
 def _changes(place: str, old: Any, new: Any) -> Iterator[Change]:

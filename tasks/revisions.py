@@ -20,7 +20,7 @@ from engine.engine import Engine
 from engine.errors import EngineStopped, LoadFailed, UnknownCheckpoint
 from models import workers
 from models.database import run_transaction
-from policy.current import CurrentFleet
+from policy.current import UNNUMBERED, CurrentFleet
 from policy.fleet import Fleet
 from settings import WorkerSettings, misfits
 from tasks import capabilities
@@ -76,6 +76,20 @@ class EngineRevisions:
         pool = self._settings.worker_pool
         offered = fleet.checkpoints_in(pool) if pool in fleet.pools else frozenset()
         return offered - set(self._engine.checkpoints)
+
+    def numbers(self) -> tuple[int, int]:
+        """Return the revision that the engine goes by, and the newest that the worker knows of."""
+        return self._keeper.revision or UNNUMBERED, self._current.number
+
+    @property
+    def is_behind(self) -> bool:
+        """Tell whether the engine goes by an older revision than the worker knows of."""
+        engine, known = self.numbers()
+        return known > engine
+
+    def is_unheard_of(self, number: int) -> bool:
+        """Tell whether the worker is to follow this revision and does not know of it yet."""
+        return self._settings.follow_revisions and number > self._current.number
 
     def go_by(self, new: Fleet) -> bool:
         """Have the engine go by a new fleet, or begin to leave.

@@ -4,10 +4,17 @@ from collections.abc import Iterator
 
 import pytest
 
+from models.database import transaction
+from models.tables import Job
 from policy.current import CurrentFleet
 from tests.builders import GONE, a_fleet
 from tests.tasks.conftest import WorkerHere, a_worker, end_left_jobs
 
+WIDE_PX = 192
+WIDER = {
+    "models.pocket.sizes": ["128x128", "128x192", f"{WIDE_PX}x128"],
+    "models.pocket.tiers.quality.bucket_rows": {"128x128": 8, "128x192": 4, f"{WIDE_PX}x128": 4},
+}
 CHANGES = {"tiers.quality.checkpoint_every_steps": 2}  # as the engine of these tests has it
 
 
@@ -25,7 +32,7 @@ def behind(holder, settings_here, engine_here) -> Iterator[WorkerHere]:
         end_left_jobs(worker.database)
 
 
-def rendered(worker: WorkerHere, job) -> None:
+def rendered(worker: WorkerHere, job: Job) -> None:
     thread = worker.render(job)
     thread.join(timeout=60)
     assert not thread.is_alive()
@@ -49,7 +56,8 @@ def test_worker_puts_back_a_job_of_a_version_that_it_will_have_after_its_next_st
 
 def test_worker_hands_a_job_to_the_pool_that_has_its_model_now(behind, holder):
     holder.replace(a_fleet(CHANGES), 2)
-    job = behind.accept(tier="fast", pool="local", model="large", model_version="1")
+    large = {"model": "large", "width_px": 1024, "height_px": 1024, "sampler": "euler"}
+    job = behind.accept(tier="fast", pool="local", **large)
 
     rendered(behind, job)
 
@@ -65,6 +73,60 @@ def test_worker_fails_a_job_whose_model_no_pool_has(behind, holder):
     rendered(behind, job)
 
     assert behind.row(job).failure_code == "model_gone"
+
+
+@pytest.fixture
+def own_pace(monkeypatch) -> None:
+    monkeypatch.setattr("tasks.lacking.FIRST_PAUSE_S", 0.0)
+
+
+def a_wide_job(worker: WorkerHere, *, revision: int) -> Job:
+    """Of a size that the engine does not offer, and `WIDER` does."""
+    job = worker.accept(tier="fast", width_px=WIDE_PX)
+    with transaction(worker.database) as session:
+        session.get_one(Job, job.id).fleet_revision = revision
+    return job
+
+
+@pytest.mark.parametrize("known", [1, 2], ids=["has not heard of", "is to be started anew for"])
+def test_worker_puts_back_a_job_of_a_size_of_a_revision_that_it(behind, holder, known, own_pace):
+    if known == 2:
+        holder.replace(a_fleet(CHANGES | WIDER), 2)
+    job = a_wide_job(behind, revision=2)
+
+    for _ in range(3):
+        rendered(behind, job)
+
+    row = behind.row(job)
+    assert (row.state, row.failure_code, row.counted_attempts) == ("queued", None, 0)
+    assert row.attempt == 1, "it takes no lease again before it has followed"
+
+    holder.replace(a_fleet(CHANGES | WIDER), 2)
+    behind.keeper.revision = 2
+    rendered(behind, job)
+
+    assert behind.row(job).failure_code == "unsupported", "the engine did not learn it"
+
+
+def test_worker_fails_a_job_of_a_size_that_was_taken_out(behind, holder):
+    job = a_wide_job(behind, revision=0)
+
+    rendered(behind, job)
+
+    row = behind.row(job)
+    assert (row.failure_code, row.counted_attempts) == ("no_longer_offered", 0)
+    assert row.failure_detail == f"size {WIDE_PX}x128 of model pocket is no longer offered"
+
+
+def test_worker_with_a_file_of_its_own_waits_for_no_revision(
+    fleet_here, settings_here, engine_here
+):
+    settings = settings_here.model_copy(update={"follow_revisions": False})
+    with a_worker(fleet_here, settings, engine_here, name="cpu7@here") as worker:
+        job = a_wide_job(worker, revision=2)
+        rendered(worker, job)
+
+        assert worker.row(job).failure_code == "no_longer_offered"
 
 
 def test_worker_takes_nothing_from_the_queue_of_a_tier_that_left_a_moment_ago(behind, holder):
