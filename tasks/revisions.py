@@ -102,6 +102,7 @@ class EngineRevisions:
         with suppress(EngineStopped):  # the worker ends; its successor reads the newest revision
             self._change(new, self._has.specs, wanted.specs)
             self._has = wanted
+            self._tell_of_wait(None)
             self._keeper.revision = self._current.number
         return True
 
@@ -169,8 +170,8 @@ class EngineRevisions:
             return True
         if not self._may_leave():
             return False
-        self._keeper.is_to_return = True
         number = self._current.number
+        self._keeper.returns_for = number
         within_s = self._settings.shutdown_notice_s
         self._leave(Notice("fleet", within_s, f"revision {number} is in force"))
         return True
@@ -178,9 +179,22 @@ class EngineRevisions:
     def _may_leave(self) -> bool:
         name, pool = self._keeper.identity.name, self._keeper.identity.pool
         try:
-            return run_transaction(
-                self._database, lambda session: workers.may_leave(session, name, pool)
+            other = run_transaction(
+                self._database, lambda session: workers.leave_in_turn(session, name, pool)
             )
         except SQLAlchemyError as error:
             log.info("start_anew_postponed", reason=type(error).__name__)
             return False
+        self._tell_of_wait(None if other is None else f"{other.name} ({other.state})")
+        return other is None
+
+    def _tell_of_wait(self, waits_for: str | None) -> None:
+        """Have the log and the next heartbeat say for which worker this one waits; None: none."""
+        me = self._keeper.identity
+        if waits_for == me.facts.get(workers.WAITS_FOR):
+            return
+        facts = {name: fact for name, fact in me.facts.items() if name != workers.WAITS_FOR}
+        if waits_for is not None:
+            log.info("start_anew_waits", number=self._current.number, waits_for=waits_for)
+            facts[workers.WAITS_FOR] = waits_for
+        self._keeper.identity = replace(me, facts=facts)

@@ -58,6 +58,8 @@ class Worker(Base):
     failed_starts: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     # Of the fleet that it goes by; None: of the file that it was started with.
     fleet_revision: Mapped[int | None]
+    # For which it ended, to start anew; None once it is back.
+    left_for_revision: Mapped[int | None]
     # Why the last start failed.
     problem: Mapped[str | None]
 

@@ -3,10 +3,14 @@
 from collections.abc import Iterator
 
 import pytest
+from sqlalchemy import text
+from structlog.testing import capture_logs
 
+from models import workers
 from models.database import transaction
 from models.tables import Job
 from policy.current import CurrentFleet
+from policy.workers import WorkerState
 from tests.builders import GONE, a_fleet
 from tests.tasks.conftest import WorkerHere, a_worker, end_left_jobs
 
@@ -127,6 +131,33 @@ def test_worker_with_a_file_of_its_own_waits_for_no_revision(
         rendered(worker, job)
 
         assert worker.row(job).failure_code == "no_longer_offered"
+
+
+def waits_for(worker: WorkerHere) -> str | None:
+    worker.keeper._beat()
+    with transaction(worker.database) as session:
+        query = text("SELECT waits_for FROM workers_now WHERE worker = :name")
+        return session.scalar(query, {"name": worker.keeper.identity.name})
+
+
+def test_worker_that_has_to_start_anew_tells_for_whom_it_waits(behind, holder):
+    other = {"name": "cpu6@here", "pool": "local", "device": "cpu", "slots": 0, "facts": {}}
+    with transaction(behind.database) as session:
+        workers.heartbeat(session, **other, state=WorkerState.LOADING)
+    smaller = a_fleet(CHANGES | {"pools.local.slots": 8})
+    holder.replace(smaller, 2)
+
+    with capture_logs() as logged:
+        turns = [behind.parts.revisions.go_by(smaller) for _ in range(3)]
+
+    assert turns == [False] * 3
+    [told] = [line for line in logged if line["event"] == "start_anew_waits"]
+    assert told["waits_for"] == waits_for(behind) == "cpu6@here (loading)"
+
+    assert behind.parts.revisions.go_by(a_fleet(CHANGES)), "a rollback is no reason to leave"
+    assert waits_for(behind) is None
+    with transaction(behind.database) as session:
+        workers.leave(session, other["name"])
 
 
 def test_worker_takes_nothing_from_the_queue_of_a_tier_that_left_a_moment_ago(behind, holder):
