@@ -123,9 +123,9 @@ class EngineRevisions:
             self._unload(name)
         for name in wanted.keys() - has.keys():
             self._load(fleet, wanted[name])
-        if has != wanted:
-            worker = self._keeper.identity.name
-            capabilities.publish(self._database, fleet, self._engine, worker=worker)
+        # Also where nothing changed here: workers of a revision before may have written since.
+        worker = self._keeper.identity.name
+        capabilities.publish(self._database, fleet, self._engine, worker=worker)
 
     def _load(self, fleet: Fleet, spec: CheckpointSpec) -> None:
         try:

@@ -18,7 +18,7 @@ class CheckpointCapabilities(Base):
 
     model: Mapped[str] = mapped_column(primary_key=True)
     version: Mapped[str] = mapped_column(primary_key=True)
-    # As engine/capabilities.py writes it, and policy/capabilities.py reads it.
+    # As engine/capabilities.py writes it, and policy/capabilities.py reads it, with its source.
     described: Mapped[dict[str, Any]]
     worker: Mapped[str]  # its name
     published_at: Mapped[datetime] = mapped_column(server_default=NOW)

@@ -6,11 +6,13 @@ import pytest
 from sqlalchemy import text
 from structlog.testing import capture_logs
 
-from models import workers
+from models import capabilities, workers
 from models.database import transaction
 from models.tables import Job
+from policy.capabilities import source_of
 from policy.current import CurrentFleet
 from policy.workers import WorkerState
+from tests.abilities import PLAIN
 from tests.builders import GONE, a_fleet
 from tests.tasks.conftest import WorkerHere, a_worker, end_left_jobs
 
@@ -158,6 +160,18 @@ def test_worker_that_has_to_start_anew_tells_for_whom_it_waits(behind, holder):
     assert waits_for(behind) is None
     with transaction(behind.database) as session:
         workers.leave(session, other["name"])
+
+
+def test_worker_describes_its_models_again_after_each_revision_it_goes_by(behind, fleet_here):
+    version = ("pocket", "1")
+    with transaction(behind.database) as session:  # by one that had another source
+        capabilities.publish(session, {version: PLAIN | {"source": "another"}}, worker="cpu6@here")
+
+    assert behind.parts.revisions.go_by(fleet_here)
+
+    with transaction(behind.database) as session:
+        described = capabilities.read_all(session)[version]
+    assert described["source"] == source_of(fleet_here.models["pocket"], "1")
 
 
 def test_worker_takes_nothing_from_the_queue_of_a_tier_that_left_a_moment_ago(behind, holder):
