@@ -6,10 +6,11 @@ Callers commit.
 """
 
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session, defer, selectinload
@@ -319,12 +320,29 @@ def _queued(session: Session, job_id: uuid.UUID) -> Job | None:
     )
 
 
+class Route(NamedTuple):
+    """The pool for which a job is accepted, and by which revision of the fleet (None: a file)."""
+
+    pool: str
+    fleet_revision: int | None
+
+
+def _route_of(job: Job) -> Route:
+    return Route(job.pool, job.fleet_revision)
+
+
 def requeue_dead(
-    session: Session, job_id: uuid.UUID, *, start_within_s: float, actor: str
+    session: Session,
+    job_id: uuid.UUID,
+    *,
+    start_within_s: float,
+    actor: str,
+    route: Callable[[Job], Route] = _route_of,
 ) -> Job | None:
     """Accept a failed job's parameters again, as a new job: a final state stays final.
 
-    None if there is no such job. Raises JobAlreadyFinished when it was requeued before.
+    route: chooses the pool for it, and may raise; by default that of the failed job. None if there
+    is no such job. Raises JobAlreadyFinished when it was requeued before.
     """
     conditions = (Job.id == job_id, Job.state == JobState.FAILED, Job.erased_at.is_(None))
     query = select(Job).where(*conditions)
@@ -335,7 +353,7 @@ def requeue_dead(
         raise JobAlreadyFinished(dead)
     return accept(
         session,
-        _copy_of(dead, start_within_s),
+        _copy_of(dead, start_within_s, route(dead)),
         tenant_id=dead.tenant_id,
         api_key_id=dead.api_key_id,
         currency=dead.currency,
@@ -343,16 +361,16 @@ def requeue_dead(
     )
 
 
-def _copy_of(dead: Job, start_within_s: float) -> NewJob:
+def _copy_of(dead: Job, start_within_s: float, route: Route) -> NewJob:
     return NewJob(
-        params=params_of(dead),
+        params=replace(params_of(dead), pool=route.pool),
         start_within_s=start_within_s,
         run_within_s=dead.run_within_s,
         predicted_s=dead.predicted_s,
         megapixel_steps=dead.megapixel_steps,
         steps_per_image=dead.steps_per_image,
         tenant_metadata=dead.tenant_metadata,
-        fleet_revision=dead.fleet_revision,
+        fleet_revision=route.fleet_revision,
         requeue_of=dead.id,
     )
 

@@ -1,12 +1,12 @@
 """Compare two revisions of the fleet, and decide what becomes of the jobs between them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from typing import Any, NamedTuple
 
 from policy.failures import FailureCode
-from policy.fleet import Fleet, Model, parse_size, toml_key
-from policy.routing import pools_for
+from policy.fleet import Fleet, Model, checkpoint_name, parse_size, toml_key
+from policy.routing import Asker, LivePool, choose_pool, pools_for
 
 
 class Fate(StrEnum):
@@ -84,14 +84,32 @@ def decide(job: QueuedKind, fleet: Fleet) -> Decision:
     return Decision(decided, pool)
 
 
-def _by_weights(job: QueuedKind, fleet: Fleet) -> tuple[Fate, str]:
-    able = pools_for(
+def decide_again(job: QueuedKind, fleet: Fleet, live: Callable[[str], LivePool]) -> Decision:
+    """Decide for which pool such a job is accepted again, or why it is not.
+
+    live: looks at what the workers of a pool serve; the pool is chosen as for a new request.
+    """
+    decision = decide(job, fleet)
+    able = _able_pools(job, fleet)
+    if decision.code is not None or not able:
+        return decision
+    checkpoint = checkpoint_name(job.model, job.model_version)
+    asker = Asker(tenant=job.tenant, live=live)
+    return decision._replace(pool=choose_pool(fleet, able, checkpoint, asker))
+
+
+def _able_pools(job: QueuedKind, fleet: Fleet) -> tuple[str, ...]:
+    return pools_for(
         fleet,
         model=job.model,
         version=job.model_version,
         tier=fleet.queue_tier(job.tier),
         tenant=job.tenant,
     )
+
+
+def _by_weights(job: QueuedKind, fleet: Fleet) -> tuple[Fate, str]:
+    able = _able_pools(job, fleet)
     if job.pool in able:
         return Fate.STAYS, job.pool
     if able:

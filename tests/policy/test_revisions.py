@@ -6,7 +6,8 @@ import pytest
 
 from policy.current import CurrentFleet, current
 from policy.failures import FailureCode
-from policy.revisions import Decision, Fate, QueuedKind, changes, decide
+from policy.revisions import Decision, Fate, QueuedKind, changes, decide, decide_again
+from policy.routing import LivePool
 from tests.builders import a_fleet
 
 KIND = QueuedKind("local", "pocket", "1", "fast", "acme", 128, 128, "ddim")
@@ -71,6 +72,21 @@ def test_a_queued_job_is_made_wherever_a_pool_serves_its_version(kind, decided):
 )
 def test_a_queued_job_fails_if_its_model_does_not_offer_what_it_names(kind, code, detail):
     assert decide(kind, a_fleet()) == Decision(Fate.FAILS, kind.pool, code, detail)
+
+
+def test_a_job_is_made_again_where_a_new_one_would_be():
+    acme = {"models": ["pocket"], "tenants": ["acme"], "slots": 16, "max_batch_rows": 16}
+    fleet = a_fleet({"pools.acme": acme | {"warm_floor": 1}})
+    live = {"local": LivePool(1), "acme": LivePool(1)}
+
+    def decided(kind):
+        return decide_again(kind, fleet, lambda pool: live[pool])
+
+    assert decided(KIND).pool == "acme", "the pool of its tenant, which is new"
+    live["acme"] = LivePool(0)
+    assert decided(KIND).pool == "local", "where somebody serves it now"
+    assert decided(KIND._replace(tenant="other", pool="gone")).pool == "local"
+    assert decided(KIND._replace(sampler="heun")).code is LOST
 
 
 def test_a_pinned_context_keeps_its_fleet_while_others_get_the_new_one():
