@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 cuda: Any = torch.cuda  # half of what is used of these two is not annotated
 backends: Any = torch.backends
@@ -15,10 +16,23 @@ backends: Any = torch.backends
 
 # Torch's kernels of scaled dot product attention.
 ATTENTION = ("auto", "flash", "efficient", "cudnn", "math")
+BACKENDS = {
+    "flash": "FLASH_ATTENTION",
+    "efficient": "EFFICIENT_ATTENTION",
+    "cudnn": "CUDNN_ATTENTION",
+    "math": "MATH",
+}
 KERNEL_NAMES = {"flash": "flash", "efficient": "mem_efficient", "cudnn": "cudnn", "math": "math"}
-# Messages of torch on a CPU, of CUDA itself (pinned memory, a graph) and of its libraries
-# (workspaces). Torch's allocator raises a class of its own instead.
-OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+# Torch's allocator raises a class of its own. These are the words of all others: torch on a CPU;
+# CUDA and its driver (pinned memory, a graph); Triton; cuBLAS, of its workspace; cuDNN, when no
+# convolution's workspace could be had ("GET was unable to find an engine to execute this
+# computation").
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "_STATUS_ALLOC_FAILED",
+    "unable to find an engine to execute",
+)
 # The share of free memory that is used: fragments and the libraries' workspaces take the rest.
 MEMORY_SHARE = 0.92
 
@@ -102,6 +116,17 @@ class Device:
         """Tell whether this is an NVIDIA (or ROCm) GPU."""
         return self.torch_device.type == "cuda"
 
+    @property
+    def attention_order(self) -> list[str]:
+        """List the kernels that may run, the first that can compute a call before the others.
+
+        A pinned `flash` or `cudnn` cannot compute every call: heads of the VAE are 512 wide, and
+        fp32 is refused. `efficient` can, in a small part of the memory that `math` would need.
+        """
+        if self.attention in ("auto", "math"):
+            return [self.attention]
+        return list(dict.fromkeys([self.attention, "efficient", "math"]))
+
     def prepare(self) -> None:
         """Set what can change bits to fixed values.
 
@@ -109,9 +134,11 @@ class Device:
         """
         torch.set_num_threads(self.num_threads)
         for kernel in ATTENTION[1:]:
-            getattr(backends.cuda, f"enable_{KERNEL_NAMES[kernel]}_sdp")(
-                self.attention in ("auto", kernel) or kernel == "math"
-            )
+            is_enabled = self.attention == "auto" or kernel in self.attention_order
+            getattr(backends.cuda, f"enable_{KERNEL_NAMES[kernel]}_sdp")(is_enabled)
+        if self.attention != "auto":
+            order = [SDPBackend.__members__[BACKENDS[kernel]] for kernel in self.attention_order]
+            torch._C._set_sdp_priority_order([int(backend) for backend in order])
         if self.is_cuda:
             cuda.set_device(self.torch_device)
             backends.cudnn.benchmark = False  # else the kernel depends on what ran first
@@ -206,6 +233,20 @@ class Device:
         available = _told("/proc/meminfo", "MemAvailable")  # such as "17000000 kB"
         return int(available.split()[0]) * 1024 if available else None
 
+    def is_lost(self) -> bool:
+        """Tell, after an error, whether nothing on this device will work any more in this process.
+
+        An illegal address, an uncorrectable memory error or a card off the bus stays: every later
+        call of CUDA raises it again. Waits for what was launched.
+        """
+        if not self.is_cuda:
+            return False
+        try:
+            cuda.synchronize(self.torch_device)
+        except Exception as problem:  # noqa: BLE001  any error here is the device's
+            return not is_out_of_memory(problem)
+        return False
+
     def facts(self) -> dict[str, Any]:
         """Tell what of this device and its set-up can change a bit."""
         return self._cuda_facts() if self.is_cuda else self._cpu_facts()
@@ -226,7 +267,9 @@ class Device:
             ],
             "fp16_accumulation": matmul.allow_fp16_accumulation,
             "blas": str(backends.cuda.preferred_blas_library()),
-            "sdp": self.attention,
+            # cuBLAS chooses by it, and it is fewer under MPS and in a MIG instance.
+            "multiprocessors": cuda.get_device_properties(self.torch_device).multi_processor_count,
+            "sdp": self.attention_order,
         }
 
     def _cpu_facts(self) -> dict[str, Any]:
@@ -246,9 +289,10 @@ class Device:
 
 def is_out_of_memory(problem: BaseException) -> bool:
     """Tell whether the device, or the host standing in for one, refused an allocation."""
-    return isinstance(problem, (torch.OutOfMemoryError, MemoryError)) or any(
-        words in str(problem) for words in OUT_OF_MEMORY
-    )
+    if isinstance(problem, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    told = str(problem)
+    return isinstance(problem, RuntimeError) and any(words in told for words in OUT_OF_MEMORY)
 
 
 def _cpu(key: str) -> str:
