@@ -4,6 +4,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +36,20 @@ OUT_OF_MEMORY = (
 )
 # The share of free memory that is used: fragments and the libraries' workspaces take the rest.
 MEMORY_SHARE = 0.92
+CLOCK_S = 60.0
+
+
+@dataclass(frozen=True)
+class Span:
+    """When a piece of work was on the device, on one clock for all its work."""
+
+    start_s: float
+    end_s: float
+
+    @property
+    def seconds(self) -> float:
+        """Return how long it lasted."""
+        return self.end_s - self.start_s
 
 
 class Stopwatch(Protocol):
@@ -45,7 +60,7 @@ class Stopwatch(Protocol):
 
     def stop(self) -> None: ...
 
-    def seconds(self) -> float: ...
+    def span(self) -> Span: ...
 
 
 class HostStopwatch:
@@ -54,16 +69,42 @@ class HostStopwatch:
     is_ready = True
 
     def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self._seconds = 0.0
+        self._started_s = self._stopped_s = time.perf_counter()
 
     def stop(self) -> None:
         """Take the time."""
-        self._seconds = time.perf_counter() - self._started
+        self._stopped_s = time.perf_counter()
 
-    def seconds(self) -> float:
-        """Return the seconds from start to stop."""
-        return self._seconds
+    def span(self) -> Span:
+        """Return when it was started and stopped."""
+        return Span(self._started_s, self._stopped_s)
+
+
+class CudaClock:
+    """The zero from which a device's spans are told, as an event on the device.
+
+    Events tell the milliseconds between two of them in 24 bits: exact to some microseconds over a
+    minute, to seconds over a month. So a clock is replaced by its `next` every minute.
+    """
+
+    def __init__(self, before: "CudaClock | None" = None) -> None:
+        self.made_at = time.monotonic()
+        self._before = before
+        self._before_s = 0.0  # what had passed on all clocks before this one
+        self._zero = cuda.Event(enable_timing=True)
+        self._zero.record()
+
+    @property
+    def is_old(self) -> bool:
+        """Tell whether the next span should go by another clock."""
+        return time.monotonic() - self.made_at > CLOCK_S
+
+    def seconds_at(self, event: Any) -> float:
+        """Return when the device passed an event of after this clock's zero; it must have."""
+        if self._before is not None:
+            self._before_s = self._before.seconds_at(self._zero)
+            self._before = None
+        return self._before_s + float(self._zero.elapsed_time(event)) / 1000
 
 
 class CudaStopwatch:
@@ -72,7 +113,8 @@ class CudaStopwatch:
     Taking it launches nothing and waits for nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: CudaClock) -> None:
+        self._clock = clock
         self._start = cuda.Event(enable_timing=True)
         # The waiting thread sleeps instead of using a core.
         self._end = cuda.Event(enable_timing=True, blocking=True)
@@ -87,13 +129,14 @@ class CudaStopwatch:
         """Mark the end in the stream."""
         self._end.record()
 
-    def seconds(self) -> float:
-        """Return the seconds from start to stop.
+    def span(self) -> Span:
+        """Return when the device passed start and stop.
 
-        Waits for the device to pass the end, without holding the interpreter lock.
+        Waits for it to pass the end, without holding the interpreter lock.
         """
         self._end.synchronize()
-        return float(self._start.elapsed_time(self._end)) / 1000
+        start_s = self._clock.seconds_at(self._start)
+        return Span(start_s, start_s + float(self._start.elapsed_time(self._end)) / 1000)
 
 
 class Device:
@@ -110,6 +153,8 @@ class Device:
         self.torch_device = torch.device(name)
         self.num_threads = num_threads
         self._side: Any = None  # the stream that decodes run in
+        self._is_aside = False  # it is the current one
+        self._clock: CudaClock | None = None
 
     @property
     def is_cuda(self) -> bool:
@@ -169,7 +214,12 @@ class Device:
 
     def stopwatch(self) -> Stopwatch:
         """Start timing."""
-        return CudaStopwatch() if self.is_cuda else HostStopwatch()
+        if not self.is_cuda:
+            return HostStopwatch()
+        # Not in the side stream: forwards that were launched before may pass their events first.
+        if self._clock is None or (self._clock.is_old and not self._is_aside):
+            self._clock = CudaClock(self._clock)
+        return CudaStopwatch(self._clock)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -183,8 +233,12 @@ class Device:
         if self._side is None:
             self._side = cuda.Stream(self.torch_device)
         self._side.wait_stream(cuda.current_stream(self.torch_device))
-        with cuda.stream(self._side):
-            yield
+        self._is_aside = True
+        try:
+            with cuda.stream(self._side):
+                yield
+        finally:
+            self._is_aside = False
 
     def fetch(self, tensor: Tensor) -> Tensor:
         """Give a copy on the CPU.

@@ -354,7 +354,8 @@ class DeviceLoop:
     def _settle(self, batch: Batch, watch: Stopwatch) -> None:
         """Count the step for the batch's images, and its seconds once the device passed them."""
         self._scheduler.settle(batch)
-        self._ledger.enter_forward(batch, watch)
+        is_beside_decode = bool(self._pending_decodes)
+        self._ledger.enter_forward(batch, watch, is_beside_decode=is_beside_decode)
         self._ledger.book(RUN_AHEAD)
 
     def _after_step(self, image: InFlight) -> None:
@@ -422,7 +423,7 @@ class DeviceLoop:
         except Exception as problem:  # noqa: BLE001  not its neighbours' trouble
             self._fail(image, self._error_of_image(problem, "decode"))
             return
-        self._ledger.book_decode(work, pending.watch.seconds())
+        self._ledger.book_decode(work, pending.watch.span())
         record = render_record(image, self._checkpoints.fingerprint_of(image))
         finished = FinishedImage(request=image.request, pixels=pixels, record=record)
         self._close(image, RenderState.FINISHED, finished)
