@@ -146,7 +146,8 @@ def test_worker_that_has_to_start_anew_tells_for_whom_it_waits(behind, holder):
     other = {"name": "cpu6@here", "pool": "local", "device": "cpu", "slots": 0, "facts": {}}
     with transaction(behind.database) as session:
         workers.heartbeat(session, **other, state=WorkerState.LOADING)
-    smaller = a_fleet(CHANGES | {"pools.local.slots": 8})
+    in_time = {f"tiers.{tier}.run_within_s": 60 for tier in ("fast", "quality", "batch")}
+    smaller = a_fleet(CHANGES | in_time | {"pools.local.slots": 8})
     holder.replace(smaller, 2)
 
     with capture_logs() as logged:
