@@ -1,7 +1,7 @@
 """Put back jobs that this worker does not serve: another worker of the pool may.
 
-These are jobs of models that it lacks, and jobs that it was given before it follows the revision of
-the fleet that they need. A queue is a pool's and a tier's, so such jobs come here as well. Their
+These are jobs of models that it lacks, and jobs that it cannot make before it goes by a newer
+revision of the fleet. A queue is a pool's and a tier's, so such jobs come here as well. Their
 announcement is withdrawn, and they are announced again where a live worker serves their model; if
 none does, they wait in Postgres. The pause before that grows with each time that a job comes, or an
 idle worker would have it again and again while those that serve it are busy.
@@ -35,8 +35,10 @@ class LackingModels:
         lacking: Callable[[], frozenset[str]],
         revisions: Callable[[], tuple[int, int]],
     ) -> None:
-        """Know where to look. lacking: names the checkpoints.  revisions: that the worker goes by;
-        what is set aside is tried again once they are others.
+        """Know where to look.
+
+        lacking: names the checkpoints.  revisions: by which the worker goes; what is set aside is
+        tried again once they are others.
         """
         self._database = database
         self._release = release
