@@ -18,7 +18,7 @@ from pydantic_settings import BaseSettings
 from fleet.addresses import as_handed_to
 from fleet.supervision import Program
 from policy.fleet import Fleet
-from policy.workers import worker_name
+from policy.workers import class_key, worker_name
 from settings import (
     EX_CONFIG,
     REPO,
@@ -48,10 +48,13 @@ _TAKES_IN_WORK = 90
 _FINISHES_IT = 50
 
 
-def programs(env: Mapping[str, str], fleet: Fleet, *, workers: Mapping[str, int]) -> list[Program]:
+def programs(
+    env: Mapping[str, str], fleet: Fleet, *, workers: Mapping[tuple[str, str], int]
+) -> list[Program]:
     """List what runs on top of the services.
 
-    env: the stack's own variables, which win over the caller's.  workers: how many each pool gets.
+    env: the stack's own variables, which win over the caller's.  workers: how many each pool gets,
+    by its capacity classes.
     """
     gunicorn = ["gunicorn", "-c", "deploy/gunicorn.conf.py", "app.wsgi:application"]
     handed = {name: as_handed_to(name, env) for name in _KINDS}
@@ -72,11 +75,15 @@ def programs(env: Mapping[str, str], fleet: Fleet, *, workers: Mapping[str, int]
     ]
 
 
-def _workers(env: Mapping[str, str], fleet: Fleet, workers: Mapping[str, int]) -> Iterator[Program]:
-    for pool, count in workers.items():
+def _workers(
+    env: Mapping[str, str], fleet: Fleet, workers: Mapping[tuple[str, str], int]
+) -> Iterator[Program]:
+    for (pool, capacity_class), count in workers.items():
+        group = class_key(pool, capacity_class)
         for number in range(1, count + 1):
-            name = f"worker-{pool}-{number}" if len(fleet.pools) > 1 else f"worker-{number}"
-            yield _worker(name, _worker_environment(env, pool, number))
+            is_only = len(fleet.pools) == 1 and not capacity_class
+            name = f"worker-{number}" if is_only else f"worker-{group}-{number}"
+            yield _worker(name, _worker_environment(env, pool, capacity_class, number))
 
 
 def _with_a_metrics_port_of_its_own(program: Program, place: int) -> Program:
@@ -139,17 +146,21 @@ def problems(programs: Sequence[Program]) -> list[str]:
     return list(found)
 
 
-def _worker_environment(env: Mapping[str, str], pool: str, number: int) -> dict[str, str]:
-    own = {"WORKER_POOL": pool, "WORKER_NAME": name_of_worker(pool, number)}
+def _worker_environment(
+    env: Mapping[str, str], pool: str, capacity_class: str, number: int
+) -> dict[str, str]:
+    name = name_of_worker(class_key(pool, capacity_class), number)
+    own = {"WORKER_POOL": pool, "WORKER_CLASS": capacity_class, "WORKER_NAME": name}
     return _only({**env, **own}, WorkerSettings)
 
 
-def name_of_worker(pool: str, number: int) -> str:
+def name_of_worker(group: str, number: int) -> str:
     """Return what the stack's worker of that number calls itself.
 
-    With several GPUs each worker puts its device into the name.
+    group: its pool, with its capacity class.  With several GPUs each worker puts its device into
+    the name.
     """
-    return worker_name(pool, str(number), socket.gethostname())
+    return worker_name(group, str(number), socket.gethostname())
 
 
 def pools_served(fleet: Fleet, env: Mapping[str, str]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from policy.workers import device_label, name_on_device, worker_name
+from policy.workers import class_key, device_label, name_on_device, worker_name
 from settings import EX_CONFIG, WorkerSettings, load
 
 SERVE = [sys.executable, "-m", "tasks.serve", "render"]
@@ -46,11 +46,12 @@ def visible_gpus(cuda_visible_devices: str | None) -> list[str]:
 def environments(settings: WorkerSettings, gpus: Sequence[str]) -> list[dict[str, str]]:
     """Give the variables of each GPU's process: its own device, a name and a port of its own."""
     host = socket.gethostname()
+    pool = class_key(settings.worker_pool, settings.worker_class)
     found = []
     for place, gpu in enumerate(gpus):
         label = device_label(gpu)
         if not settings.worker_name:
-            name = worker_name(settings.worker_pool, label, host)
+            name = worker_name(pool, label, host)
         elif len(gpus) == 1:
             name = settings.worker_name
         else:
@@ -68,8 +69,8 @@ def main() -> None:
     settings = load(WorkerSettings)
     gpus = [] if settings.device == "cpu" else visible_gpus(settings.cuda_visible_devices)
     if not gpus:
-        name = settings.worker_name
-        name = name or worker_name(settings.worker_pool, "cpu", socket.gethostname())
+        pool = class_key(settings.worker_pool, settings.worker_class)
+        name = settings.worker_name or worker_name(pool, "cpu", socket.gethostname())
         os.execve(SERVE[0], SERVE, os.environ | {"WORKER_NAME": name, "DEVICE": "cpu"})
     sys.exit(Launcher(environments(settings, gpus)).run())
 

@@ -30,6 +30,7 @@ from settings import (
     misfits,
     read,
 )
+from tests.builders import a_fleet
 from tests.documents import section, text_of
 
 ENOUGH = {
@@ -291,6 +292,32 @@ def test_settings_that_do_not_go_with_the_fleet_are_refused(environment):
 
     assert told[0] == "WORKER_POOL: is not a pool of fleet.toml; accepted: local"
     assert {line.partition(":")[0] for line in told[1:]} == {"HANDOFF_TTL_S"}
+
+
+@pytest.mark.parametrize(
+    ("said", "classes", "told"),
+    [
+        (
+            "sport",
+            {"spot": {}, "mine": {}},
+            "'sport' is not one of its capacity classes; accepted: spot, mine",
+        ),
+        ("", {"spot": {}, "mine": {}}, "a worker must say of which of its capacity classes it is"),
+        ("spot", {}, "'spot' is not one of its capacity classes; accepted: none"),
+        ("", {"spot": {}}, None),
+        ("spot", {"spot": {}, "mine": {}}, None),
+    ],
+)
+def test_class_that_the_worker_s_pool_has_not_is_refused(environment, said, classes, told):
+    environment.setenv("WORKER_CLASS", said)
+
+    problems = misfits(load(WorkerSettings), a_fleet({"pools.local.classes": classes}))
+
+    assert (
+        problems == []
+        if told is None
+        else problems[0].startswith(f"WORKER_CLASS: pool 'local': {told}")
+    )
 
 
 def test_a_secret_may_come_from_a_file(environment, tmp_path):
