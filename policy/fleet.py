@@ -35,6 +35,9 @@ Family = Literal["sd", "sdxl", "sd3", "flux", "pipeline", "plain"]
 # What a model is computed in.
 Precision = Literal["fp32", "bf16", "fp16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
+# Bits of the weights of linear layers; they are computed with in the model's precision.
+Quantisation = Literal["int8", "float8"]
+QUANTISATIONS: tuple[str, ...] = get_args(Quantisation)
 # Whose transformer can leave out later blocks.
 BLOCK_CACHE_FAMILIES: tuple[Family, ...] = ("sd3", "flux")
 # Arguments of its pipeline's call that a native family takes as options of the model.
@@ -176,6 +179,7 @@ class ModelVersion(_Table):
     source: str = Field(min_length=1)
     traffic_weight: float = Field(1.0, ge=0)
     precision: Precision | None = None
+    quantize: Quantisation | None = None  # None: no weight is
     licence: str | None = None
     options: dict[OptionName, OptionValue] | None = None
     sha256: dict[str, Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]] = Field(

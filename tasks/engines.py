@@ -42,6 +42,7 @@ def _checkpoint_spec(name: str, model: Model, version: ModelVersion, root: Path)
         path=str(root / version.source),
         family=model.family,
         precision=model.precision,
+        quantize=version.quantize,
         sha256=version.sha256,
         sizes=tuple(parse_size(size) for size in model.sizes),
         samplers=model.samplers,

@@ -54,6 +54,7 @@ def test_a_default_that_is_not_said_is_the_first_of_the_file():
         ("models.pocket.created_at", "yesterday"),
         ("models.pocket.max_guidance", float("nan")),
         ("models.pocket.versions", []),
+        ("models.pocket.versions.0.quantize", "int3"),
         ("models.pocket.versions.0.sha256", {"unet.safetensors": "abc"}),
         ("models.pocket.versions.0.traffic_weight", -1.0),
         ("models.pocket.adapters.ink", {"source": "ink.safetensors"}),
