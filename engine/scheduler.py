@@ -275,6 +275,14 @@ class Scheduler:
             self._enter(ticket)
             self._is_stale = True
 
+    def set_shares(self, rank_shares: Mapping[int, float]) -> None:
+        """Owe ranks these parts of the device's seconds from the next step boundary on.
+
+        Raises `ValueError` for shares that leave nothing to other ranks.
+        """
+        self._shares = self._shares.changed_to(rank_shares)
+        self._is_stale = True
+
     def take_parked(self) -> list[InFlight]:
         """Give the images that lost their seat since the last call and are still here.
 
@@ -347,12 +355,15 @@ class Scheduler:
                 image.state = RenderState.DENOISED
                 self._is_stale = True
 
-    def charge(self, work: Work, seconds: float) -> None:
+    def charge(self, work: Work, seconds: float, was_alone: bool = True) -> None:
         """Note the seconds that the work took on the device, perhaps some turns later.
 
-        Its lane pays those instead of the predicted ones.
+        Its lane pays those instead of the predicted ones. What was not alone on the device teaches
+        nothing of what such work takes.
         """
         self._spend(work, seconds - work.predicted_s)
+        if not was_alone:
+            return
         if isinstance(work, Batch):
             self.costs.observe_step(work.key, work.bucket_rows, seconds)
         elif isinstance(work, Encode):

@@ -18,7 +18,7 @@ from pydantic_settings import BaseSettings
 from fleet.addresses import as_handed_to
 from fleet.supervision import Program
 from policy.fleet import Fleet
-from policy.workers import class_key, worker_name
+from policy.workers import CLASS_MARK, worker_name
 from settings import (
     EX_CONFIG,
     REPO,
@@ -48,13 +48,11 @@ _TAKES_IN_WORK = 90
 _FINISHES_IT = 50
 
 
-def programs(
-    env: Mapping[str, str], fleet: Fleet, *, workers: Mapping[tuple[str, str], int]
-) -> list[Program]:
+def programs(env: Mapping[str, str], fleet: Fleet, *, workers: Mapping[str, int]) -> list[Program]:
     """List what runs on top of the services.
 
-    env: the stack's own variables, which win over the caller's.  workers: how many each pool gets,
-    by its capacity classes.
+    env: the stack's own variables, which win over the caller's.  workers: how many each pool or
+    capacity class gets.
     """
     gunicorn = ["gunicorn", "-c", "deploy/gunicorn.conf.py", "app.wsgi:application"]
     handed = {name: as_handed_to(name, env) for name in _KINDS}
@@ -75,15 +73,24 @@ def programs(
     ]
 
 
-def _workers(
-    env: Mapping[str, str], fleet: Fleet, workers: Mapping[tuple[str, str], int]
-) -> Iterator[Program]:
-    for (pool, capacity_class), count in workers.items():
-        group = class_key(pool, capacity_class)
-        for number in range(1, count + 1):
-            is_only = len(fleet.pools) == 1 and not capacity_class
-            name = f"worker-{number}" if is_only else f"worker-{group}-{number}"
-            yield _worker(name, _worker_environment(env, pool, capacity_class, number))
+def _workers(env: Mapping[str, str], fleet: Fleet, workers: Mapping[str, int]) -> Iterator[Program]:
+    for name, (group, number) in worker_processes(fleet, workers).items():
+        yield _worker(name, _worker_environment(env, group, number))
+
+
+def worker_processes(fleet: Fleet, workers: Mapping[str, int]) -> dict[str, tuple[str, int]]:
+    """Name the workers' processes, each with its pool or capacity class and its number there.
+
+    workers: how many there are, by pool or capacity class (policy.workers.class_key).
+    """
+    return {
+        f"worker-{number}" if list(fleet.pools) == [group] else f"worker-{group}-{number}": (
+            group,
+            number,
+        )
+        for group, count in workers.items()
+        for number in range(1, count + 1)
+    }
 
 
 def _with_a_metrics_port_of_its_own(program: Program, place: int) -> Program:
@@ -146,18 +153,20 @@ def problems(programs: Sequence[Program]) -> list[str]:
     return list(found)
 
 
-def _worker_environment(
-    env: Mapping[str, str], pool: str, capacity_class: str, number: int
-) -> dict[str, str]:
-    name = name_of_worker(class_key(pool, capacity_class), number)
-    own = {"WORKER_POOL": pool, "WORKER_CLASS": capacity_class, "WORKER_NAME": name}
+def _worker_environment(env: Mapping[str, str], group: str, number: int) -> dict[str, str]:
+    pool, _, capacity_class = group.partition(CLASS_MARK)
+    own = {
+        "WORKER_POOL": pool,
+        "WORKER_CLASS": capacity_class,
+        "WORKER_NAME": name_of_worker(group, number),
+    }
     return _only({**env, **own}, WorkerSettings)
 
 
 def name_of_worker(group: str, number: int) -> str:
     """Return what the stack's worker of that number calls itself.
 
-    group: its pool, with its capacity class.  With several GPUs each worker puts its device into
+    group: its pool or capacity class.  With several GPUs each worker puts its device into
     the name.
     """
     return worker_name(group, str(number), socket.gethostname())

@@ -31,7 +31,7 @@ from fleet.supervision import ProcessStatus, Program, Supervisor
 from models import api_keys, revisions, tenants, workers
 from models.database import make_engine, transaction
 from policy.fleet import Fleet, FleetInvalid, parse_fleet
-from policy.workers import WorkerNow, WorkersInvalid, workers_by_class
+from policy.workers import CLASS_MARK, WorkerNow, WorkersInvalid, workers_by_class
 from settings import EX_CONFIG, REPO, MigrationSettings
 
 __all__ = ["FIRST_TENANT", "ProcessStatus", "Stack", "StackError"]
@@ -258,8 +258,8 @@ class Stack:
             own[processes.FLEET_DIGEST] = digest[:16]
         return {**addresses.env(), **own}
 
-    def _worker_counts(self, fleet: Fleet) -> dict[tuple[str, str], int]:
-        """Return how many workers each pool gets, by capacity class. Raises StackError."""
+    def _worker_counts(self, fleet: Fleet) -> dict[str, int]:
+        """Return how many workers each pool or capacity class gets. Raises StackError."""
         served = processes.pools_served(fleet, self.env)
         pools = {name: fleet.pool_or_retired(name) for name in served}
         said = os.environ.get("WORKER_CLASS") or self.env.get("WORKER_CLASS") or ""
@@ -344,16 +344,14 @@ class Stack:
         write_env(self.env_path, addresses.env())
         return addresses
 
-    def _wait_ready(
-        self, deadline: float, counts: Mapping[tuple[str, str], int], number: int
-    ) -> None:
+    def _wait_ready(self, deadline: float, counts: Mapping[str, int], number: int) -> None:
         """Wait for `/readyz`, and for every worker that we started.
 
-        counts: these, by pool and class. number: of the revision that they must go by.
+        counts: these, by pool or capacity class. number: of the revision that they must go by.
         """
         by_pool: Counter[str] = Counter()
-        for (pool, _), count in counts.items():
-            by_pool[pool] += count
+        for group, count in counts.items():
+            by_pool[group.partition(CLASS_MARK)[0]] += count
         last = "the gateway does not answer"
 
         def probe() -> None:

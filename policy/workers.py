@@ -129,13 +129,11 @@ class WorkersInvalid(ValueError):
     """The wished numbers of workers cannot be understood; the message says what is accepted."""
 
 
-def workers_by_class(
-    wish: str, pools: Mapping[str, Pool], *, said: str = ""
-) -> dict[tuple[str, str], int]:
+def workers_by_class(wish: str, pools: Mapping[str, Pool], *, said: str = "") -> dict[str, int]:
     """Read how many workers each pool gets: `2` for each of them, or `edit=2,sdxl.spot=1`.
 
-    A pool that is not named gets one. Returned by pool and capacity class. said: the class of
-    workers for which the wish names none.  Raises WorkersInvalid.
+    A pool that is not named gets one. Returned by `class_key`. said: the class of workers for which
+    the wish names none.  Raises WorkersInvalid.
     """
     counts = _numbers(wish, pools)
     found = {}
@@ -143,7 +141,7 @@ def workers_by_class(
         pool, _, named = key.partition(CLASS_MARK)
         if number and (problem := class_problem(pools[pool], named or said)):
             raise WorkersInvalid(f"pool {pool!r}: {problem}; {_classes_told(pool, pools[pool])}")
-        found[pool, pools[pool].class_of(named or said)] = number
+        found[class_key(pool, pools[pool].class_of(named or said))] = number
     return found
 
 

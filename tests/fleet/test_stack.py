@@ -421,7 +421,7 @@ def test_a_stack_serves_one_pool_alone_where_worker_pool_names_it(tmp_path, monk
         write_env(tmp_path / "env", Addresses.fresh().env() | {"WORKER_POOL": "edit"})
     stack = Stack(tmp_path, fleet_file=file, workers=2)
 
-    assert stack._worker_counts(stack._fleet()) == {("edit", ""): 2}
+    assert stack._worker_counts(stack._fleet()) == {"edit": 2}
 
 
 def test_a_stack_remembers_its_fleet_file_and_where_its_weights_are(tmp_path, monkeypatch):

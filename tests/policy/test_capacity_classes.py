@@ -74,12 +74,12 @@ def test_device_is_of_a_gpu_class_whose_words_are_in_its_name(gpu_class, device,
 @pytest.mark.parametrize(
     ("wish", "found"),
     [
-        ("local.spot=2", {("local", "spot"): 2, ("big", ""): 1}),
+        ("local.spot=2", {"local.spot": 2, "big": 1}),
         (
             "0,local.spot=1,local.mine=2",
-            {("local", "spot"): 1, ("local", "mine"): 2, ("big", ""): 0},
+            {"local.spot": 1, "local.mine": 2, "big": 0},
         ),
-        ("0", {("local", ""): 0, ("big", ""): 0}),
+        ("0", {"local": 0, "big": 0}),
     ],
 )
 def test_number_of_workers_may_be_of_a_class(wish, found):
@@ -99,7 +99,7 @@ def test_number_of_workers_of_no_class_is_refused_where_there_are_several(wish):
 def test_workers_that_name_no_class_are_of_the_one_that_is_said_for_all():
     pools = {"local": a_pool(spot=SPOT, mine={})}
 
-    assert workers_by_class("2", pools, said="mine") == {("local", "mine"): 2}
+    assert workers_by_class("2", pools, said="mine") == {"local.mine": 2}
 
 
 def test_class_renders_as_large_a_share_as_its_live_slots_are():

@@ -77,9 +77,7 @@ def test_checkpoints_of_a_pool_are_all_versions_of_its_models():
     ],
 )
 def test_number_of_workers_is_of_each_pool_unless_a_pool_is_named(wish, counts):
-    found = workers_by_class(wish, POOLS)
-
-    assert found == {(pool, ""): number for pool, number in counts.items()}
+    assert workers_by_class(wish, POOLS) == counts
 
 
 @pytest.mark.parametrize(
