@@ -86,7 +86,6 @@ def test_with_more_before_it_the_wait_is_longer(a_house):
     )
 
 
-@pytest.mark.parametrize("asked", [{}, {"seed": None}, {"seed": -1}])
 def test_estimate_is_the_mean_of_the_classes_that_may_render_the_job(a_house, stack_database):
     classes = {"spot": {"gpu_hour_price": 3600.0}, "mine": {"gpu_hour_price": 36000.0}}
     house = a_house({"pools.POOL.classes": classes, "tiers.quality.price_weight": 1.0})
@@ -112,6 +111,7 @@ def test_estimate_is_the_mean_of_the_classes_that_may_render_the_job(a_house, st
     assert float(cost["amount"]) == pytest.approx(0.75 * 10 + 0.25 * 20 * 10)
 
 
+@pytest.mark.parametrize("asked", [{}, {"seed": None}, {"seed": -1}])
 def test_a_seed_that_was_not_asked_for_is_not_promised(api, asked):
     assert api.post(URL, json={"prompt": "a red circle", **asked}).json()["seed"] is None
 
