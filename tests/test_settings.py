@@ -572,7 +572,7 @@ def as_shown(name: str, default: object) -> str:
         return words
     if default is PydanticUndefined:
         return "required"
-    if default in (None, "", ()):
+    if default in (None, "", (), {}):
         return "none"
     if isinstance(default, bool):
         return f"`{str(default).lower()}`"
@@ -591,7 +591,10 @@ def test_the_page_on_settings_shows_every_default():
 
 @pytest.mark.parametrize(("heading", "table"), [("## Tiers", Tier), ("## Pools", Pool)])
 def test_the_page_on_models_shows_the_defaults_of_tiers_and_pools(heading, table):
-    defaults = {name: field.default for name, field in table.model_fields.items()}
+    defaults = {
+        name: field.get_default(call_default_factory=True)
+        for name, field in table.model_fields.items()
+    }
 
     shown = shown_in(section("docs/models.md", heading), defaults)
 
