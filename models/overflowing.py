@@ -70,5 +70,7 @@ def move(session: Session, job_id: uuid.UUID, *, way: Overflow, actor: str) -> J
         return None
     clock = session.get(FairClock, (way.pool, job.tier))
     tag = job.release_tag if clock is None else clock.virtual_s
-    jobs.change_pool(session, job, way.pool, lambda: tag, actor=actor)
+    left = job.pool
+    jobs.enter_pool(session, job, way.pool, release_tag=tag)
+    jobs.note_pool_change(session, job, left=left, actor=actor)
     return job
