@@ -34,7 +34,7 @@ SIZES = {
     768: ("768x768", "576x1024", "1024x576"),
     1024: ("1024x1024", "832x1216", "1216x832"),
 }
-# FLUX Kontext makes so many pixels in the shape that is asked for, unless its options say otherwise.
+# FLUX Kontext makes so many pixels in the shape that is asked for, unless options say otherwise.
 KONTEXT = "FluxKontextPipeline"
 KONTEXT_PX = 1024 * 1024
 KONTEXT_SIZES = ("1024x1024", "832x1248", "1248x832")
