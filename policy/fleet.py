@@ -22,6 +22,8 @@ from pydantic import (
     ValidationError,
 )
 
+from policy.sources import FETCHED_SUFFIXES, is_fetched, remote_source
+
 # Of tiers, pools, samplers: they become names of queues, whose parts a dot divides.
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 # An argument of a diffusers pipeline's call; some begin with an underscore.
@@ -111,6 +113,14 @@ def checkpoint_name(model: str, version: str) -> str:
     return f"{model}{VERSION_MARK}{version}"
 
 
+def _checked_source(text: str) -> str:
+    remote_source(text)
+    return text
+
+
+Source = Annotated[str, StringConstraints(min_length=1), AfterValidator(_checked_source)]
+
+
 class _Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -176,7 +186,7 @@ class ModelVersion(_Table):
     """
 
     id: ModelName
-    source: str = Field(min_length=1)
+    source: Source
     traffic_weight: float = Field(1.0, ge=0)
     precision: Precision | None = None
     quantize: Quantisation | None = None  # None: no weight is
@@ -190,7 +200,7 @@ class ModelVersion(_Table):
 class Adapter(_Table):
     """Low-rank weights that may be laid over every version of a model: one safetensors file."""
 
-    source: str = Field(min_length=1)
+    source: Source
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -614,6 +624,7 @@ def _contradictions_of_model(fleet: Fleet, name: str, model: Model) -> list[str]
     if model.pipeline_class and model.family not in OPEN_FAMILIES:
         problems.append(f"{place}.pipeline_class: means nothing to family {model.family!r}")
     problems += _meaningless_options(place, model)
+    problems += _unfetchable(place, model)
     if not model.guidance_distilled and model.family != "flux":
         problems.append(f"{place}.guidance_distilled: means nothing to family {model.family!r}")
     if model.block_cache_threshold and model.family not in BLOCK_CACHE_FAMILIES:
@@ -642,6 +653,33 @@ def _meaningless_options(place: str, model: Model) -> list[str]:
         for option in given
         if option not in OPTIONS_OF.get(model.family, ())
     ]
+
+
+def _unfetchable(place: str, model: Model) -> list[str]:
+    """Tell of versions kept elsewhere whose files are not all named, or are never fetched."""
+    problems = []
+    for nth, version in enumerate(model.versions):
+        key = f"{place}.versions.{nth}.sha256"
+        if remote_source(version.source) is None:
+            continue
+        if not version.sha256:
+            problems.append(
+                f"{key}: is missing: of {version.source} only files with a digest are fetched;"
+                " `./darkroom models add` writes them"
+            )
+        problems += [
+            f"{key}.{toml_key(name)}: is never fetched; accepted: paths below the source that end"
+            f" in {', '.join(FETCHED_SUFFIXES)}"
+            for name in version.sha256
+            if not is_fetched(name)
+        ]
+    problems += [
+        f"{place}.adapters.{toml_key(name)}.source: names no .safetensors file"
+        for name, adapter in model.adapters.items()
+        if (remote := remote_source(adapter.source)) is not None
+        and not remote.path.endswith(".safetensors")
+    ]
+    return problems
 
 
 def _contradictions_of_tiers(fleet: Fleet, name: str, model: Model) -> list[str]:
