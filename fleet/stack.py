@@ -256,7 +256,8 @@ class Stack:
         with contextlib.suppress(OSError):
             digest = hashlib.sha256(self.fleet_file.read_bytes()).hexdigest()
             own[processes.FLEET_DIGEST] = digest[:16]
-        return {**addresses.env(), **own}
+        cache = {"MODEL_CACHE_DIR": str(self.data_dir / "weights")}
+        return {**cache, **addresses.env(), **own}
 
     def _worker_counts(self, fleet: Fleet) -> dict[str, int]:
         """Return how many workers each pool or capacity class gets. Raises StackError."""
@@ -273,8 +274,9 @@ class Stack:
         told = {}
         if self._fleet_file is not None:
             told["FLEET_FILE"] = str(self._fleet_file)
-        if root := os.environ.get("CHECKPOINT_ROOT"):
-            told["CHECKPOINT_ROOT"] = str(Path(root).absolute())
+        for name in ("CHECKPOINT_ROOT", "MODEL_CACHE_DIR"):
+            if folder := os.environ.get(name):
+                told[name] = str(Path(folder).absolute())
         return told
 
     def _addresses(self, keep: set[str]) -> Addresses:
