@@ -113,6 +113,7 @@ class EngineRevisions:
             self._go_on_by_terms_of(new)
             self._tell_of_wait(None)
             self._keeper.revision = self._current.number
+            self._keeper.beat_soon()
         return True
 
     def _go_on_by_terms_of(self, fleet: Fleet) -> None:
@@ -167,7 +168,7 @@ class EngineRevisions:
         self._tell({each: why for each, why in failed.items() if each != name})
 
     def _tell(self, failed: Mapping[str, str]) -> None:
-        """Have the next heartbeat say what is served, and why the rest is not."""
+        """Have a heartbeat say what is served now, and why the rest is not."""
         me = self._keeper.identity
         self._keeper.identity = replace(
             me,
@@ -175,6 +176,7 @@ class EngineRevisions:
             failed=failed,
             facts=me.facts | {"weights": weights_of(self._engine)},
         )
+        self._keeper.beat_soon()
 
     def _starts_anew(self, new: Fleet) -> bool:
         if self._keeper.leaving:
