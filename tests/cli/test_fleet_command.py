@@ -1,4 +1,4 @@
-"""`darkroom fleet` where another release has written the revision in force."""
+"""`darkroom fleet` beside a revision of another release, and models that memory never holds."""
 
 from collections.abc import Iterator
 
@@ -28,7 +28,9 @@ def run(unreadable, tmp_path, monkeypatch):
     url = unreadable.app.url.render_as_string(hide_password=False)
     monkeypatch.setenv("DATABASE_URL", url)
 
-    def run(command: str) -> Result:
+    def run(command: str, text: str = "") -> Result:
+        if text:
+            file.write_text(text)
         given = ["--data-dir", str(tmp_path), "fleet", command, str(file)]
         return CliRunner().invoke(darkroom, given)
 
@@ -51,3 +53,14 @@ def test_fleet_apply_puts_a_text_in_force_that_this_release_can_read(run, unread
         newest = revisions.newest(session)
         assert newest is not None
         assert newest.content == fleet_text()
+
+
+def test_fleet_check_names_a_version_that_the_memory_of_its_pool_never_holds(run):
+    budget = {"pools.local.residency": "lru", "pools.local.device_memory_gb": 0.001}
+
+    done = run("check", fleet_text(budget))
+
+    assert done.exit_code == 1
+    assert (
+        "pools.local.device_memory_gb: 0.001 is less than the 0.0204 GB of the weights of pocket@1"
+    ) in done.output
