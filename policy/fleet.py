@@ -595,6 +595,7 @@ def _contradictions_of_tiers(fleet: Fleet, name: str, model: Model) -> list[str]
     problems = []
     for tier_name, own in model.tiers.items():
         problems += _contradictions_of_variant(f"{place}.tiers.{tier_name}", model, own)
+        problems += _unserved_version(fleet, name, tier_name, own)
         if tier_name not in fleet.tiers:
             problems.append(f"{place}.tiers.{tier_name}: not a tier of this file")
         elif own.default_steps is not None and own.default_steps > fleet.tiers[tier_name].max_steps:
@@ -627,6 +628,25 @@ def _contradictions_of_variant(place: str, model: Model, own: ModelTier) -> list
         for key, value, accepted in chosen
         if value is not None and value not in accepted
     ] + [f"{place}.adapters: {name!r} is named twice" for name in names if names[name] > 1]
+
+
+def _unserved_version(fleet: Fleet, name: str, tier: str, own: ModelTier) -> list[str]:
+    """Tell of a version that a tier chooses and no pool renders in that tier, for anybody."""
+    served = [
+        version
+        for pool, shape in fleet.pools.items()
+        if not shape.tiers or tier in shape.tiers
+        for model, version in fleet.versions_in(pool)
+        if model == name
+    ]
+    is_known = own.version in fleet.models[name].as_served and tier in fleet.tiers
+    if not is_known or own.version in served:
+        return []
+    accepted = ", ".join(dict.fromkeys(served)) or "none"
+    return [
+        f"{_key('models', name)}.tiers.{tier}.version: no pool renders {own.version!r} in tier"
+        f" {tier}, so nobody could use it; accepted: {accepted}"
+    ]
 
 
 def _contradictions_of_bucket_rows(

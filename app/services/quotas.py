@@ -23,18 +23,24 @@ from edges.limits import BudgetResult
 from models import files, usage
 from models.database import transaction
 from policy.limits import Limits, UsageTotals, exceeded_stock
+from policy.offers import offered_models, offered_tiers
 from policy.params import Resolved
 from policy.refusals import InvalidParam
 
 
-def check_allowed(caller: Caller, resolved: Resolved) -> None:
+def check_allowed(runtime: Runtime, caller: Caller, resolved: Resolved) -> None:
     """Raise Forbidden for a tier or model that the caller's tenant may not use."""
     limits = caller.limits
-    if not limits.allows(tier=resolved.tier, model=resolved.model):
-        allowed = {"tiers": limits.allowed_tiers, "models": limits.allowed_models}
-        accepted = {name: list(names) for name, names in allowed.items() if names is not None}
-        detail = f"Your tenant may not use tier {resolved.tier} with model {resolved.model}."
-        raise Forbidden(detail, accepted=accepted)
+    if limits.allows(tier=resolved.tier, model=resolved.model):
+        return
+    asker = runtime.asker(caller)
+    accepted = {}
+    if limits.allowed_tiers is not None:
+        accepted["tiers"] = list(offered_tiers(runtime.fleet, asker))
+    if limits.allowed_models is not None:
+        accepted["models"] = list(offered_models(runtime.fleet, asker))
+    detail = f"Your tenant may not use tier {resolved.tier} with model {resolved.model}."
+    raise Forbidden(detail, accepted=accepted)
 
 
 @contextmanager
