@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ from engine.previews import Pace
 from engine.request import ImageRequest
 from engine.runner import Runner
 from engine.scheduler import Scheduler
+from engine.shares import Shares
 from engine.snapshots import check_fingerprint, from_bytes, request_digest
 from engine.validation import check_integer, check_seconds
 
@@ -179,6 +181,15 @@ class Engine:
         """
         end_images = partial(self._loop.end_images_of, checkpoint) if at_once else None
         return self._loop.loads.unload(checkpoint, at_once=end_images)
+
+    def set_rank_shares(self, rank_shares: Mapping[int, float]) -> None:
+        """Owe ranks these parts of the device's seconds from the next step boundary on.
+
+        Raises `ValueError` for shares that leave nothing to other ranks.
+        """
+        Shares(rank_shares)  # refused here, not on the device thread
+        self.config = replace(self.config, rank_shares=rank_shares)
+        self._inbox.post(partial(self._scheduler.set_shares, rank_shares))
 
     # --- an image comes in ---
 

@@ -275,6 +275,14 @@ class Scheduler:
             self._enter(ticket)
             self._is_stale = True
 
+    def set_shares(self, rank_shares: Mapping[int, float]) -> None:
+        """Owe ranks these parts of the device's seconds from the next step boundary on.
+
+        Raises `ValueError` for shares that leave nothing to other ranks.
+        """
+        self._shares = self._shares.changed_to(rank_shares)
+        self._is_stale = True
+
     def take_parked(self) -> list[InFlight]:
         """Give the images that lost their seat since the last call and are still here.
 

@@ -35,6 +35,16 @@ class Shares:
         self._credits: dict[int, float] = {}  # of the ranks that have work ready
         self._kept: dict[int, float] = {}  # of the others
 
+    def changed_to(self, shares: Mapping[int, float]) -> "Shares":
+        """Return other shares, for which each rank with one before and after has its credit.
+
+        Raises `ValueError` as the constructor does.
+        """
+        changed = Shares(shares, self._patience_s)
+        changed._credits = {rank: had for rank, had in self._credits.items() if rank in shares}
+        changed._kept = {rank: had for rank, had in self._kept.items() if rank in shares}
+        return changed
+
     def seats(self, max_inflight: int) -> dict[int, int]:
         """Return the seats that each of these ranks keeps while it has images that want them.
 

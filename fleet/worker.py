@@ -1,12 +1,14 @@
-"""Start one worker process per visible GPU, each with its own only; a CPU worker if there is none.
+"""Start one worker process per usable GPU, each with its own only.
 
-`python -m fleet.worker`. The launcher never touches CUDA itself. It passes signals on, restarts a
-worker that crashed, and ends when all have ended.
+`python -m fleet.worker`. A host without GPUs, or DEVICE=cpu, has one worker on the CPU. A host with
+GPUs of which none can be used has none: the launcher says why, and ends with EX_CONFIG.
+
+The launcher never touches CUDA itself. It passes signals on, restarts a worker that crashed, and
+ends when all have ended.
 """
 
 import ctypes
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,31 +18,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fleet.gpus import NoUsableGpu, gpus_to_use
 from policy.workers import device_label, name_on_device, worker_name
-from settings import EX_CONFIG, WorkerSettings, load
+from settings import EX_CONFIG, WorkerSettings, load, refuse
 
 SERVE = [sys.executable, "-m", "tasks.serve", "render"]
 BACK_OFF_S = (1, 2, 5, 10, 30)
 HEALTHY_AFTER_S = 120
 PR_SET_PDEATHSIG = 1  # prctl(2)
-
-
-def visible_gpus(cuda_visible_devices: str | None) -> list[str]:
-    """List ids for CUDA_VISIBLE_DEVICES: the given ones, or all that nvidia-smi lists."""
-    if cuda_visible_devices is not None:
-        given = [gpu.strip() for gpu in cuda_visible_devices.split(",")]
-        return [gpu for gpu in given if gpu not in ("", "-1")]
-    if shutil.which("nvidia-smi") is None:
-        return []
-    listed = subprocess.run(
-        ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if listed.returncode != 0:
-        return []
-    return [line.strip() for line in listed.stdout.splitlines() if line.strip()]
+# Torch's own variable, unless the launcher was given another value: many sizes, row counts and two
+# streams fragment segments that cannot grow.
+ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 def environments(settings: WorkerSettings, gpus: Sequence[str]) -> list[dict[str, str]]:
@@ -66,7 +54,12 @@ def environments(settings: WorkerSettings, gpus: Sequence[str]) -> list[dict[str
 
 def main() -> None:
     settings = load(WorkerSettings)
-    gpus = [] if settings.device == "cpu" else visible_gpus(settings.cuda_visible_devices)
+    try:
+        gpus, warnings = gpus_to_use(settings.device, settings.cuda_visible_devices)
+    except NoUsableGpu as reason:
+        refuse([f"settings: DEVICE: {reason}"])
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if not gpus:
         name = settings.worker_name
         name = name or worker_name(settings.worker_pool, "cpu", socket.gethostname())
@@ -137,7 +130,8 @@ class Launcher:
 
 
 def _spawn(environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(SERVE, env=os.environ | environment, preexec_fn=_end_with_parent)
+    environment = ALLOCATOR | os.environ | environment
+    return subprocess.Popen(SERVE, env=environment, preexec_fn=_end_with_parent)
 
 
 def _end_with_parent() -> None:

@@ -493,8 +493,8 @@ def _contradictions_between_tiers(fleet: Fleet) -> list[str]:
             problems.append(
                 f"tiers.{name}.default_steps: must not exceed max_steps ({tier.max_steps})"
             )
-    if sum(tier.guaranteed_share for tier in fleet.tiers.values()) > 1:
-        problems.append("tiers.*.guaranteed_share: the shares add up to more than 1")
+    if sum(tier.guaranteed_share for tier in fleet.tiers.values()) >= 1:
+        problems.append("tiers.*.guaranteed_share: the shares must add up to less than 1")
     return problems
 
 

@@ -71,12 +71,7 @@ def may_take(
 def most_jobs(fleet: Fleet, slots: int) -> int:
     """Count the jobs that a worker with `slots` has at once at most, in whatever order they come.
 
-    Each needs a thread: with fewer threads a better tier might find none free.
+    Each needs a thread: with fewer threads a better tier might find none free. A tier's own queue
+    is open below all slots at most, whatever the shares: they may change while it works.
     """
-    of_tiers = sum(_most_of_its_own(fleet, tier, slots) for tier in fleet.tiers)
-    return MAX_FRONT_LOAD * slots + of_tiers
-
-
-def _most_of_its_own(fleet: Fleet, tier: str, slots: int) -> int:
-    """Count the images of `tier` below which its own queue may be open."""
-    return max(guaranteed_slots(fleet, tier, slots), own_slots(fleet, tier, slots))
+    return (MAX_FRONT_LOAD + len(fleet.tiers)) * slots

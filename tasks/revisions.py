@@ -1,9 +1,9 @@
 """Have a worker's engine go by a new revision of the fleet, while it renders.
 
 Models that are new are loaded beside the images that run, those that are gone leave when their last
-image has ended. What an engine is started with (slots, rows of a forward, the tiers' shares) cannot
-be changed while it runs: then the worker starts anew. Of the workers of a pool one does so at a
-time; its images go on at their step.
+image has ended. What an engine is started with (slots, rows of a forward) cannot be changed while
+it runs: then the worker starts anew. Of the workers of a pool one does so at a time; its images go
+on at their step.
 """
 
 from collections.abc import Callable, Mapping
@@ -86,6 +86,7 @@ class EngineRevisions:
         if self._has is None or wanted is None or self._must_start_anew(self._has, wanted):
             return self._starts_anew(new)
         with suppress(EngineStopped):  # the worker ends; its successor reads the newest revision
+            self._engine.set_rank_shares(wanted.config.rank_shares)
             self._change(new, self._has.specs, wanted.specs)
             self._has = wanted
             self._keeper.revision = self._current.number
@@ -93,13 +94,14 @@ class EngineRevisions:
 
     @staticmethod
     def _must_start_anew(has: DescribedEngine, wanted: DescribedEngine) -> bool:
-        """Tell whether the change is more than models that come and go.
+        """Tell whether the change is more than models that come and go, and shares of tiers.
 
         A version that is another one now would be away in every worker of the pool at once.
         """
         both = has.specs.keys() & wanted.specs.keys()
         is_changed = any(has.specs[name] != wanted.specs[name] for name in both)
-        return is_changed or wanted.config != has.config
+        same_shares = replace(wanted.config, rank_shares=has.config.rank_shares)
+        return is_changed or same_shares != has.config
 
     def _change(
         self, fleet: Fleet, has: Mapping[str, CheckpointSpec], wanted: Mapping[str, CheckpointSpec]

@@ -400,10 +400,24 @@ def test_a_share_is_of_a_rank_s_own_rows_also_where_others_ride_in_its_forwards(
     assert sum("1-0" in images for images in forwards) / 4 == pytest.approx(0.2 * 400, abs=2)
 
 
+def test_shares_that_change_are_kept_to_at_once_and_credit_stays():
+    scheduler = an_urgent_and_a_patient_crowd(rank_shares={1: 0.25})
+    turns(scheduler, 3)
+
+    scheduler.set_shares({1: 0.25, 2: 0.1})
+    goes_on = turns(scheduler, 2)
+    scheduler.set_shares({})
+
+    assert goes_on == ["denoise rank 0", "denoise rank 1"], "four seconds of credit, not one"
+    assert set(turns(scheduler, 20)) == {"denoise rank 0"}
+
+
 @pytest.mark.parametrize("rank_shares", [{1: 0.0}, {1: -0.1}, {1: 0.5, 2: 0.5}, {1: float("nan")}])
 def test_shares_that_are_no_parts_of_a_whole_are_refused(rank_shares):
     with pytest.raises(ValueError, match="rank_shares"):
         a_scheduler(rank_shares=rank_shares)
+    with pytest.raises(ValueError, match="rank_shares"):
+        a_scheduler().set_shares(rank_shares)
 
 
 # --- owners ---------------------------------------------------------------------------------------

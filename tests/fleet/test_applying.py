@@ -93,7 +93,7 @@ def test_a_tier_that_is_added_and_removed_again_serves_all_its_jobs(operator, ga
     pids = operator.pids()
     operator.tables["tiers"]["night"] = operator.tables["tiers"]["batch"] | {
         "rank": 9,
-        "guaranteed_share": 0.0,
+        "guaranteed_share": 0.1,
     }
     told = operator.apply()
     until(lambda: "night" in tiers(gateway), within_s=FOLLOWS_WITHIN_S, what="the gateway")

@@ -18,7 +18,13 @@ import pytest
 from fleet import worker
 from settings import EX_CONFIG, REPO
 
-TOLD = ("CUDA_VISIBLE_DEVICES", "WORKER_NAME", "DEVICE", "METRICS_PORT")
+TOLD = (
+    "CUDA_VISIBLE_DEVICES",
+    "WORKER_NAME",
+    "DEVICE",
+    "METRICS_PORT",
+    "PYTORCH_ALLOC_CONF",
+)
 # One write a line: two children share the log, and an unbuffered print writes line and end apart.
 CHILD = (
     "import json, os, sys, time; "
@@ -27,12 +33,26 @@ CHILD = (
 )
 
 
-@pytest.mark.parametrize(
-    ("given", "gpus"),
-    [("0,2", ["0", "2"]), ("GPU-a, GPU-b", ["GPU-a", "GPU-b"]), ("", []), ("-1", [])],
-)
-def test_the_visible_gpus_are_those_that_cuda_was_told_of(given, gpus):
-    assert worker.visible_gpus(given) == gpus
+DRIVER_DOWN = """
+echo "Failed to initialize NVML: Driver/library version mismatch"
+exit 18
+"""
+ONE_LOST = """
+echo "GPU 0: NVIDIA H200 (UUID: GPU-aaaaaaaa)"
+echo "Unable to determine the device handle for gpu 0000:3B:00.0: Unknown Error"
+echo "GPU 2: NVIDIA H200 (UUID: GPU-cccccccc)"
+exit 15
+"""
+ALL = {"CUDA_VISIBLE_DEVICES": None}
+
+
+def nvidia_smi(folder: Path, program: str) -> str:
+    """Write a program of that name; return a PATH on which it comes first."""
+    bin_folder = folder / "bin"
+    bin_folder.mkdir()
+    (bin_folder / "nvidia-smi").write_text(f"#!/bin/sh\n{program}")
+    (bin_folder / "nvidia-smi").chmod(0o755)
+    return f"{bin_folder}:{os.environ['PATH']}"
 
 
 @pytest.fixture
@@ -53,9 +73,9 @@ def launched(tmp_path, child, **variables):
         "BROKER_URL": "redis://x/0",
         "HANDOFF_URL": "redis://x/1",
     }
-    environment = (
-        os.environ | needed | {"CUDA_VISIBLE_DEVICES": "0,1", "WORKER_NAME": "gpu@here"} | variables
-    )
+    given = {"CUDA_VISIBLE_DEVICES": "0,1", "WORKER_NAME": "gpu@here"} | variables
+    environment = os.environ | needed | given
+    environment = {name: value for name, value in environment.items() if value is not None}
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-c", program], cwd=REPO, env=environment, stdout=log, stderr=log
@@ -133,6 +153,43 @@ def test_launchers_that_divide_the_gpus_of_a_host_share_no_name_and_no_port():
 
     for variable in ("WORKER_NAME", "METRICS_PORT"):
         assert len({each[variable] for each in [*first, *second]}) == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "told_to_workers"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}, "max_split_size_mb:512"),
+    ],
+)
+def test_workers_on_gpus_have_an_allocator_whose_segments_grow_unless_told_otherwise(
+    tmp_path, given, told_to_workers
+):
+    with launched(tmp_path, CHILD, **given):
+        lines = told(tmp_path / "log", 2)
+
+    assert {line["PYTORCH_ALLOC_CONF"] for line in lines} == {told_to_workers}
+
+
+def test_a_launcher_on_a_host_whose_gpus_are_all_lost_ends_and_says_what_nvidia_smi_says(tmp_path):
+    with launched(tmp_path, CHILD, PATH=nvidia_smi(tmp_path, DRIVER_DOWN), **ALL) as process:
+        assert process.wait(timeout=60) == EX_CONFIG
+
+    said = (tmp_path / "log").read_text()
+    assert said == (
+        "settings: DEVICE: no GPU can be used: nvidia-smi says: Failed to initialize NVML: "
+        "Driver/library version mismatch. Repair the driver, or set DEVICE=cpu to have a worker on "
+        "the CPU\n"
+    )
+
+
+def test_a_lost_gpu_costs_its_own_worker_alone_and_is_told(tmp_path):
+    with launched(tmp_path, CHILD, PATH=nvidia_smi(tmp_path, ONE_LOST), **ALL):
+        lines = told(tmp_path / "log", 2)
+
+    assert {line["CUDA_VISIBLE_DEVICES"] for line in lines} == {"GPU-aaaaaaaa", "GPU-cccccccc"}
+    said = (tmp_path / "log").read_text()
+    assert "warning: nvidia-smi says: Unable to determine the device handle for gpu 0000:3B" in said
 
 
 def test_a_machine_without_gpus_gets_one_worker_on_the_cpu_in_the_launcher_s_place(tmp_path):

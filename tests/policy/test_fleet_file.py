@@ -86,7 +86,7 @@ def test_a_wrong_value_is_named_by_its_key(key, value):
             "tiers.fast.default_steps",
             "must not exceed max_steps (20)",
         ),
-        ({"tiers.fast.guaranteed_share": 0.9}, "tiers.*.guaranteed_share", "more than 1"),
+        ({"tiers.fast.guaranteed_share": 0.8}, "tiers.*.guaranteed_share", "less than 1"),
         (
             {"tiers.fast.max_megapixels": 0.01},
             "tiers.fast.max_megapixels",
