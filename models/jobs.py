@@ -287,6 +287,7 @@ def change_pool(
     """
     left = job.pool
     job.pool = pool
+    job.pool_since = func.clock_timestamp()
     job.announced_at = None
     job.is_front = False
     session.flush()

@@ -512,6 +512,7 @@ def _contradictions_of_pool(fleet: Fleet, name: str, pool: Pool) -> list[str]:
             f"pools.{name}.row_buckets: must be ascending numbers from 1 to max_batch_rows"
             f" ({pool.max_batch_rows})"
         )
+    problems += _too_few_rows(fleet, name, pool)
     problems += [
         f"pools.{name}.slots: {pool.slots} is less than tiers.{tier_name}.max_images"
         f" ({tier.max_images})"
@@ -519,6 +520,24 @@ def _contradictions_of_pool(fleet: Fleet, name: str, pool: Pool) -> list[str]:
         if tier.max_images > pool.slots
     ]
     return problems
+
+
+def _too_few_rows(fleet: Fleet, name: str, pool: Pool) -> list[str]:
+    """Tell where a guided image of a model does not fit into a forward of its pool.
+
+    What a pipeline makes of guidance is not known here; its workers say it.
+    """
+    needed = {
+        model: most_rows_of_an_image(fleet.models[model])
+        for model, _ in fleet.versions_in(name)
+        if fleet.models[model].family not in OPEN_FAMILIES
+    }
+    return [
+        f"pools.{name}.max_batch_rows: an image of model {model!r} with guidance takes {rows} rows;"
+        f" accepted: {rows} to 1024"
+        for model, rows in needed.items()
+        if rows > pool.max_batch_rows
+    ]
 
 
 def _contradictions_of_routes(fleet: Fleet, name: str, pool: Pool) -> list[str]:

@@ -67,6 +67,8 @@ class Job(Base):
     # Seconds until its end, as estimated at accept, before the learnt correction.
     eta_raw_s: Mapped[float | None]
     accepted_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    # When it came to its pool from another one; None: it was accepted there.
+    pool_since: Mapped[datetime | None]
     announced_at: Mapped[datetime | None]
     # Announced ahead of its tier's queue.
     is_front: Mapped[bool] = mapped_column(server_default=text("false"), default=False)
