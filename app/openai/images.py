@@ -323,7 +323,7 @@ def _view(asked: ImageCall, job: Job) -> schemas.Images:
         output_format=job.output_format,
         quality=None if asked.quality == "auto" else asked.quality,
         size=f"{job.width_px}x{job.height_px}",
-        usage=schemas.NO_TOKENS,
+        usage=schemas.usage_of(job.prompt_tokens),
         **user,
         **extras_of(job),
     )

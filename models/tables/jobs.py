@@ -94,6 +94,9 @@ class Job(Base):
     failure_detail: Mapped[str | None]
     # Parts of its texts that had no effect.
     warnings: Mapped[list[dict[str, Any]] | None] = mapped_column(JSONB(none_as_null=True))
+    # Tokens of the prompt, and those that the model did not read; None: not known yet, or never.
+    prompt_tokens: Mapped[int | None]
+    truncated_tokens: Mapped[int | None]
     # The failed job that this one repeats.
     requeue_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"))
     # The job whose parameters these are.
