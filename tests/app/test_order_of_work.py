@@ -73,7 +73,7 @@ REFUSED = [
     pytest.param({}, {"tier": "nosuch"}, 422, id="an unknown tier"),
     pytest.param({}, {"start_deadline_s": 1e9}, 422, id="a deadline that is too long"),
     pytest.param({"allowed_tiers": ["fast"]}, {}, 403, id="a tier that the tenant may not use"),
-    pytest.param({"daily_megapixel_steps": Decimal("0")}, {}, 429, id="no quota"),
+    pytest.param({"daily_megapixel_steps": Decimal("0")}, {}, 403, id="no quota"),
     pytest.param(
         {"megapixel_steps_per_minute": 1.0, "burst_megapixel_steps": COST / 2},
         {},
