@@ -4,7 +4,7 @@ Pure. Every door asks here: what is listed or told in a refusal is accepted. A m
 tier whose pools are all reserved for other tenants is not named to this one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from policy.fleet import VERSION_MARK, Fleet, checkpoint_name
@@ -48,14 +48,19 @@ def offered_names(fleet: Fleet, asker: Asker) -> tuple[str, ...]:
 
     Of a model that it can only have by version, the names of these versions.
     """
-    offers = {model: offer_of(fleet, model, asker) for model in fleet.models}
-    names: list[str] = []
+    return tuple(_names(fleet, asker))
+
+
+def _names(fleet: Fleet, asker: Asker) -> Iterator[str]:
+    offers: dict[str, Offer] = {}
     for name, model in fleet.model_ids.items():
-        if offers[model].tiers:
-            names.append(name)
+        if model not in offers:
+            offers[model] = offer_of(fleet, model, asker)
+        offer = offers[model]
+        if offer.tiers:
+            yield name
         elif asker.may_name_versions:
-            names += [checkpoint_name(name, version) for version in offers[model].versions]
-    return tuple(names)
+            yield from (checkpoint_name(name, version) for version in offer.versions)
 
 
 def offered_models(fleet: Fleet, asker: Asker) -> tuple[str, ...]:
@@ -97,7 +102,7 @@ def find_model(fleet: Fleet, said: str | None, asker: Asker) -> tuple[str, str |
     Raises InvalidParam.  What the tenant's limits forbid is found: that is another refusal.
     """
     if said is None:
-        said = next(iter(offered_names(fleet, asker)), fleet.default_model())
+        said = next(_names(fleet, asker), fleet.default_model())
     name, version = split_name(fleet, said)
     model = fleet.model_ids.get(name)
     served = () if model is None else _versions_served(fleet, model, asker)
