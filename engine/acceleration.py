@@ -23,6 +23,10 @@ from engine.families.latent import LatentFamily
 from engine.tensors import Rows
 
 cuda: Any = torch.cuda
+# Graphs of one kind of block in a process. Each checkpoint has some: a graph for each width of its
+# blocks, and for one row or more. Torch's own limit of 8 is passed by the second UNet of a worker,
+# and images fail from then on.
+RECOMPILE_LIMIT = 64
 
 
 def accelerate(family: Family, spec: CheckpointSpec, device: Device) -> None:
@@ -56,9 +60,22 @@ def _compile_blocks(denoiser: Any, spec: CheckpointSpec) -> None:
             "compile_blocks",
             "with adapters or the block cache, a block would be compiled again for every row count",
         )
-    # One graph for all row counts: static shapes are a tenth faster still, but cost a compilation
-    # per bucket.
-    denoiser.compile_repeated_blocks(fullgraph=True, dynamic=True, options=steady_options())
+    compile_repeated(denoiser)
+
+
+def compile_repeated(denoiser: Any, backend: str = "inductor") -> None:
+    """Compile the blocks that a network of diffusers names as repeated, when they first run.
+
+    One graph serves all row counts: static shapes are a tenth faster still, but cost a compilation
+    per bucket.
+    """
+    denoiser.compile_repeated_blocks(
+        backend=backend,
+        fullgraph=True,
+        dynamic=True,
+        recompile_limit=RECOMPILE_LIMIT,
+        options=steady_options(),
+    )
 
 
 def steady_options() -> dict[str, bool]:

@@ -13,6 +13,8 @@ from engine.config import CheckpointSpec
 from engine.device import Device, is_out_of_memory
 from engine.errors import (
     CheckpointCorrupt,
+    DeviceLost,
+    EngineError,
     LoadFailure,
     LoadProblem,
     NothingLoaded,
@@ -121,10 +123,15 @@ class LoadedCheckpoints(Mapping[str, LoadedCheckpoint]):
 
     @contextmanager
     def may_fail(self, name: str, device: Device) -> Iterator[None]:
-        """Drop the checkpoint and note why, if it may be lacking and the block raises."""
+        """Drop the checkpoint and note why, if it may be lacking and the block raises.
+
+        Raises `DeviceLost` where no checkpoint could be loaded any more, by whatever error.
+        """
         try:
             yield
         except Exception as problem:
+            if not isinstance(problem, EngineError) and device.is_lost():
+                raise DeviceLost(f"the device was lost: {problem!r}") from problem
             if not self._may_lack_some:
                 raise
             self.note_failure(name, problem)

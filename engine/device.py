@@ -4,10 +4,12 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 cuda: Any = torch.cuda  # half of what is used of these two is not annotated
 backends: Any = torch.backends
@@ -15,12 +17,39 @@ backends: Any = torch.backends
 
 # Torch's kernels of scaled dot product attention.
 ATTENTION = ("auto", "flash", "efficient", "cudnn", "math")
+BACKENDS = {
+    "flash": "FLASH_ATTENTION",
+    "efficient": "EFFICIENT_ATTENTION",
+    "cudnn": "CUDNN_ATTENTION",
+    "math": "MATH",
+}
 KERNEL_NAMES = {"flash": "flash", "efficient": "mem_efficient", "cudnn": "cudnn", "math": "math"}
-# Messages of torch on a CPU, of CUDA itself (pinned memory, a graph) and of its libraries
-# (workspaces). Torch's allocator raises a class of its own instead.
-OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+# Torch's allocator raises a class of its own. These are the words of all others: torch on a CPU;
+# CUDA and its driver (pinned memory, a graph); Triton; cuBLAS, of its workspace; cuDNN, when no
+# convolution's workspace could be had ("GET was unable to find an engine to execute this
+# computation").
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "_STATUS_ALLOC_FAILED",
+    "unable to find an engine to execute",
+)
 # The share of free memory that is used: fragments and the libraries' workspaces take the rest.
 MEMORY_SHARE = 0.92
+CLOCK_S = 60.0
+
+
+@dataclass(frozen=True)
+class Span:
+    """When a piece of work was on the device, on one clock for all its work."""
+
+    start_s: float
+    end_s: float
+
+    @property
+    def seconds(self) -> float:
+        """Return how long it lasted."""
+        return self.end_s - self.start_s
 
 
 class Stopwatch(Protocol):
@@ -31,7 +60,7 @@ class Stopwatch(Protocol):
 
     def stop(self) -> None: ...
 
-    def seconds(self) -> float: ...
+    def span(self) -> Span: ...
 
 
 class HostStopwatch:
@@ -40,16 +69,42 @@ class HostStopwatch:
     is_ready = True
 
     def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self._seconds = 0.0
+        self._started_s = self._stopped_s = time.perf_counter()
 
     def stop(self) -> None:
         """Take the time."""
-        self._seconds = time.perf_counter() - self._started
+        self._stopped_s = time.perf_counter()
 
-    def seconds(self) -> float:
-        """Return the seconds from start to stop."""
-        return self._seconds
+    def span(self) -> Span:
+        """Return when it was started and stopped."""
+        return Span(self._started_s, self._stopped_s)
+
+
+class CudaClock:
+    """The zero from which a device's spans are told, as an event on the device.
+
+    Events tell the milliseconds between two of them in 24 bits: exact to some microseconds over a
+    minute, to seconds over a month. So a clock is replaced by its `next` every minute.
+    """
+
+    def __init__(self, before: "CudaClock | None" = None) -> None:
+        self.made_at = time.monotonic()
+        self._before = before
+        self._before_s = 0.0  # what had passed on all clocks before this one
+        self._zero = cuda.Event(enable_timing=True)
+        self._zero.record()
+
+    @property
+    def is_old(self) -> bool:
+        """Tell whether the next span should go by another clock."""
+        return time.monotonic() - self.made_at > CLOCK_S
+
+    def seconds_at(self, event: Any) -> float:
+        """Return when the device passed an event of after this clock's zero; it must have."""
+        if self._before is not None:
+            self._before_s = self._before.seconds_at(self._zero)
+            self._before = None
+        return self._before_s + float(self._zero.elapsed_time(event)) / 1000
 
 
 class CudaStopwatch:
@@ -58,7 +113,8 @@ class CudaStopwatch:
     Taking it launches nothing and waits for nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: CudaClock) -> None:
+        self._clock = clock
         self._start = cuda.Event(enable_timing=True)
         # The waiting thread sleeps instead of using a core.
         self._end = cuda.Event(enable_timing=True, blocking=True)
@@ -73,13 +129,14 @@ class CudaStopwatch:
         """Mark the end in the stream."""
         self._end.record()
 
-    def seconds(self) -> float:
-        """Return the seconds from start to stop.
+    def span(self) -> Span:
+        """Return when the device passed start and stop.
 
-        Waits for the device to pass the end, without holding the interpreter lock.
+        Waits for it to pass the end, without holding the interpreter lock.
         """
         self._end.synchronize()
-        return float(self._start.elapsed_time(self._end)) / 1000
+        start_s = self._clock.seconds_at(self._start)
+        return Span(start_s, start_s + float(self._start.elapsed_time(self._end)) / 1000)
 
 
 class Device:
@@ -96,11 +153,24 @@ class Device:
         self.torch_device = torch.device(name)
         self.num_threads = num_threads
         self._side: Any = None  # the stream that decodes run in
+        self._is_aside = False  # it is the current one
+        self._clock: CudaClock | None = None
 
     @property
     def is_cuda(self) -> bool:
         """Tell whether this is an NVIDIA (or ROCm) GPU."""
         return self.torch_device.type == "cuda"
+
+    @property
+    def attention_order(self) -> list[str]:
+        """List the kernels that may run, the first that can compute a call before the others.
+
+        A pinned `flash` or `cudnn` cannot compute every call: heads of the VAE are 512 wide, and
+        fp32 is refused. `efficient` can, in a small part of the memory that `math` would need.
+        """
+        if self.attention in ("auto", "math"):
+            return [self.attention]
+        return list(dict.fromkeys([self.attention, "efficient", "math"]))
 
     def prepare(self) -> None:
         """Set what can change bits to fixed values.
@@ -109,9 +179,11 @@ class Device:
         """
         torch.set_num_threads(self.num_threads)
         for kernel in ATTENTION[1:]:
-            getattr(backends.cuda, f"enable_{KERNEL_NAMES[kernel]}_sdp")(
-                self.attention in ("auto", kernel) or kernel == "math"
-            )
+            is_enabled = self.attention == "auto" or kernel in self.attention_order
+            getattr(backends.cuda, f"enable_{KERNEL_NAMES[kernel]}_sdp")(is_enabled)
+        if self.attention != "auto":
+            order = [SDPBackend.__members__[BACKENDS[kernel]] for kernel in self.attention_order]
+            torch._C._set_sdp_priority_order([int(backend) for backend in order])
         if self.is_cuda:
             cuda.set_device(self.torch_device)
             backends.cudnn.benchmark = False  # else the kernel depends on what ran first
@@ -142,7 +214,12 @@ class Device:
 
     def stopwatch(self) -> Stopwatch:
         """Start timing."""
-        return CudaStopwatch() if self.is_cuda else HostStopwatch()
+        if not self.is_cuda:
+            return HostStopwatch()
+        # Not in the side stream: forwards that were launched before may pass their events first.
+        if self._clock is None or (self._clock.is_old and not self._is_aside):
+            self._clock = CudaClock(self._clock)
+        return CudaStopwatch(self._clock)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -156,8 +233,12 @@ class Device:
         if self._side is None:
             self._side = cuda.Stream(self.torch_device)
         self._side.wait_stream(cuda.current_stream(self.torch_device))
-        with cuda.stream(self._side):
-            yield
+        self._is_aside = True
+        try:
+            with cuda.stream(self._side):
+                yield
+        finally:
+            self._is_aside = False
 
     def fetch(self, tensor: Tensor) -> Tensor:
         """Give a copy on the CPU.
@@ -206,6 +287,20 @@ class Device:
         available = _told("/proc/meminfo", "MemAvailable")  # such as "17000000 kB"
         return int(available.split()[0]) * 1024 if available else None
 
+    def is_lost(self) -> bool:
+        """Tell, after an error, whether nothing on this device will work any more in this process.
+
+        An illegal address, an uncorrectable memory error or a card off the bus stays: every later
+        call of CUDA raises it again. Waits for what was launched.
+        """
+        if not self.is_cuda:
+            return False
+        try:
+            cuda.synchronize(self.torch_device)
+        except Exception as problem:  # noqa: BLE001  any error here is the device's
+            return not is_out_of_memory(problem)
+        return False
+
     def facts(self) -> dict[str, Any]:
         """Tell what of this device and its set-up can change a bit."""
         return self._cuda_facts() if self.is_cuda else self._cpu_facts()
@@ -226,7 +321,9 @@ class Device:
             ],
             "fp16_accumulation": matmul.allow_fp16_accumulation,
             "blas": str(backends.cuda.preferred_blas_library()),
-            "sdp": self.attention,
+            # cuBLAS chooses by it, and it is fewer under MPS and in a MIG instance.
+            "multiprocessors": cuda.get_device_properties(self.torch_device).multi_processor_count,
+            "sdp": self.attention_order,
         }
 
     def _cpu_facts(self) -> dict[str, Any]:
@@ -246,9 +343,10 @@ class Device:
 
 def is_out_of_memory(problem: BaseException) -> bool:
     """Tell whether the device, or the host standing in for one, refused an allocation."""
-    return isinstance(problem, (torch.OutOfMemoryError, MemoryError)) or any(
-        words in str(problem) for words in OUT_OF_MEMORY
-    )
+    if isinstance(problem, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    told = str(problem)
+    return isinstance(problem, RuntimeError) and any(words in told for words in OUT_OF_MEMORY)
 
 
 def _cpu(key: str) -> str:

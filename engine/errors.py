@@ -14,6 +14,7 @@ EngineError              the unplanned, with its cause attached: log it, count t
 ├── ImageCanceled        somebody asked for it
 ├── DeadlinePassed       the time was too short: give more time, a better rank, a quieter engine
 └── EngineStopped        the engine is not running: another worker can render it from the start
+    ├── DeviceLost       the device broke for this process, and no image is to blame
     └── EngineDied       its device thread broke while it held this image, maybe because of it
 """
 
@@ -167,6 +168,13 @@ class EngineStopped(EngineError):
     """The engine was never started, was stopped, or its device thread died.
 
     Nothing of this image is kept.
+    """
+
+
+class DeviceLost(EngineStopped):
+    """The device broke in a way that only another process, or the host, can repair.
+
+    No image is to blame, and none of this process can be rendered any more.
     """
 
 

@@ -26,6 +26,7 @@ from engine.curves import load_curves
 from engine.device import Device, Stopwatch, is_out_of_memory
 from engine.errors import (
     DeadlinePassed,
+    DeviceLost,
     EngineDied,
     EngineError,
     EngineStopped,
@@ -200,6 +201,8 @@ class DeviceLoop:
         except BaseException as problem:
             log.exception("engine_died")
             shutdown_error = partial(EngineDied, f"the engine died: {problem!r}")
+            if self._device.is_lost():
+                shutdown_error = partial(DeviceLost, f"the device was lost: {problem!r}")
         finally:
             self._turn_began_at = None
             self._pace.end_turn()
@@ -265,7 +268,7 @@ class DeviceLoop:
             self._with_room(lambda: self._begin(image, begin))
             texts = self._runner.read_texts(image)
         except Exception as problem:  # noqa: BLE001  not its neighbours' trouble
-            self._fail(image, _as_engine_error(problem, "encode"))
+            self._fail(image, self._error_of_image(problem, "encode"))
             return
         watch.stop()
         entry.begin = entry.unstarted = None  # what it began with need not be kept
@@ -331,8 +334,9 @@ class DeviceLoop:
                 if not batch.is_pinned and len(batch) > 1:
                     self._scheduler.cap_rows(batch.key, batch.used_rows // 2)
             if len(batch) == 1:
-                self._fail(batch.images[0], _as_engine_error(problem, "denoise"))
+                self._fail(batch.images[0], self._error_of_image(problem, "denoise"))
             else:
+                self._raise_if_device_is_lost(problem)
                 found = {"images": len(batch), "rows": batch.bucket_rows}
                 log.warning("forward_failed", extra=found, exc_info=True)
             return None
@@ -343,7 +347,7 @@ class DeviceLoop:
         try:
             self._runner.advance(image, prediction)
         except Exception as problem:  # noqa: BLE001  not its neighbours' trouble
-            self._fail(image, _as_engine_error(problem, "denoise"))
+            self._fail(image, self._error_of_image(problem, "denoise"))
             return False
         return image.step > step_before
 
@@ -352,7 +356,8 @@ class DeviceLoop:
     def _settle(self, batch: Batch, watch: Stopwatch) -> None:
         """Count the step for the batch's images, and its seconds once the device passed them."""
         self._scheduler.settle(batch)
-        self._ledger.enter_forward(batch, watch)
+        is_beside_decode = bool(self._pending_decodes)
+        self._ledger.enter_forward(batch, watch, is_beside_decode=is_beside_decode)
         self._ledger.book(RUN_AHEAD)
 
     def _after_step(self, image: InFlight) -> None:
@@ -400,7 +405,7 @@ class DeviceLoop:
         try:
             pending = self._with_room(lambda: self._runner.decode(image))
         except Exception as problem:  # noqa: BLE001  not its neighbours' trouble
-            self._fail(image, _as_engine_error(problem, "decode"))
+            self._fail(image, self._error_of_image(problem, "decode"))
             return
         self._scheduler.settle(work)
         self._pending_decodes.append((work, pending))
@@ -418,9 +423,9 @@ class DeviceLoop:
         try:
             pixels = pending.pixels()
         except Exception as problem:  # noqa: BLE001  not its neighbours' trouble
-            self._fail(image, _as_engine_error(problem, "decode"))
+            self._fail(image, self._error_of_image(problem, "decode"))
             return
-        self._ledger.book_decode(work, pending.watch.seconds())
+        self._ledger.book_decode(work, pending.watch.span())
         record = render_record(image, self._checkpoints.fingerprint_of(image))
         finished = FinishedImage(request=image.request, pixels=pixels, record=record)
         self._close(image, RenderState.FINISHED, finished)
@@ -491,6 +496,19 @@ class DeviceLoop:
             self._fail(image, self._unknown(image))
 
     # --- an image's end ---
+
+    def _error_of_image(self, problem: Exception, stage: str) -> EngineError:
+        """Return what the image fails of; raise `problem` where the device is lost, which ends all.
+
+        No image is to blame for that.
+        """
+        self._raise_if_device_is_lost(problem)
+        return _as_engine_error(problem, stage)
+
+    def _raise_if_device_is_lost(self, problem: Exception) -> None:
+        """Raise `problem` anew if nothing will work on the device any more."""
+        if not isinstance(problem, EngineError) and self._device.is_lost():
+            raise problem
 
     def _unknown(self, image: InFlight) -> UnknownCheckpoint:
         return UnknownCheckpoint(image.request.checkpoint, sorted(self._checkpoints))

@@ -48,7 +48,7 @@ class PendingDecode:
 
         Waits for the device; raises `ImageNotFinite`.
         """
-        self.watch.seconds()
+        self.watch.span()
         if not bool(self._is_finite):
             raise ImageNotFinite(self._if_not_finite)
         pixels = self._floats.permute(0, 2, 3, 1).float().numpy()[0]

@@ -355,12 +355,15 @@ class Scheduler:
                 image.state = RenderState.DENOISED
                 self._is_stale = True
 
-    def charge(self, work: Work, seconds: float) -> None:
+    def charge(self, work: Work, seconds: float, was_alone: bool = True) -> None:
         """Note the seconds that the work took on the device, perhaps some turns later.
 
-        Its lane pays those instead of the predicted ones.
+        Its lane pays those instead of the predicted ones. What was not alone on the device teaches
+        nothing of what such work takes.
         """
         self._spend(work, seconds - work.predicted_s)
+        if not was_alone:
+            return
         if isinstance(work, Batch):
             self.costs.observe_step(work.key, work.bucket_rows, seconds)
         elif isinstance(work, Encode):

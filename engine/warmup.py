@@ -135,7 +135,7 @@ def _render(
             runner.advance(image, runner.predict(Batch.alone(image))[0])
         yield
         device.forget_peak()
-        costs.observe_decode(key, runner.decode(image).watch.seconds())
+        costs.observe_decode(key, runner.decode(image).watch.span().seconds)
         if base_bytes and len(peaks) > 1:
             costs.observe_memory(
                 key,
@@ -180,7 +180,7 @@ def _seconds_of_forward(batch: Batch, runner: Runner, device: Device) -> float:
     watch = device.stopwatch()
     runner.predict(batch)
     watch.stop()
-    return watch.seconds()
+    return watch.span().seconds
 
 
 def _bytes_per_row(peaks: dict[int, int]) -> int:

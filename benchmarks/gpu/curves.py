@@ -64,7 +64,7 @@ def _curve(family: str, side_px: int, rows: Sequence[int], setting: Setting) -> 
     device.free_cached_memory()
     device.forget_peak()
     decodes = (stepper.runner.decode(images[0]) for _ in range(1 + REPEATS))
-    decodes_s = [decode.watch.seconds() for decode in decodes][1:]
+    decodes_s = [decode.watch.span().seconds for decode in decodes][1:]
     return {
         "held_bytes": held_bytes,
         "step_s_by_rows": step_s,
@@ -85,5 +85,5 @@ def _forwards_s(stepper: Stepper, batch: Batch) -> list[float]:
         watch = stepper.device.stopwatch()
         stepper.runner.predict(batch)
         watch.stop()
-        seconds.append(watch.seconds())
+        seconds.append(watch.span().seconds)
     return seconds[1:]
