@@ -32,7 +32,7 @@ from cli.checkpoints import (
 from cli.fleet_text import NotWritable, model_text, with_model
 from cli.installation import Installation, pass_installation
 from engine.inspection import Inspection
-from policy.fleet import PRECISIONS, Fleet, FleetInvalid, checkpoint_name, parse_fleet
+from policy.fleet import PRECISIONS, Fleet, FleetInvalid, checkpoint_name, parse_fleet, parse_size
 from policy.proposals import propose
 from settings import REPO, DeviceSettings
 
@@ -106,11 +106,29 @@ def as_one_sentence() -> Iterator[None]:
 # --- add ------------------------------------------------------------------------------------------
 
 
+def _checked_sizes(ctx: click.Context, option: click.Parameter, said: tuple[str, ...]) -> Any:
+    """Return the sizes as they were said. Raises click.BadParameter for one that is none."""
+    for size in said:
+        try:
+            parse_size(size)
+        except ValueError as problem:
+            raise click.BadParameter(f"{size!r}: {problem}") from None
+    return said
+
+
 @click.command()
 @click.argument("name")
 @click.argument("path", type=LOCAL)
 @click.option("--print", "only_print", is_flag=True, help="Print the table, and do nothing else.")
 @click.option("--pool", help="Pool that it joins.  [default: the first of fleet.toml]")
+@click.option(
+    "--size",
+    "sizes",
+    multiple=True,
+    metavar="WIDTHxHEIGHT",
+    callback=_checked_sizes,
+    help="Size that may be asked for; once for each.  [default: those that suit it]",
+)
 @click.option("--title", help="Name for people.  [default: NAME]")
 @click.option("--licence", default="unknown", show_default=True, help="Licence of its weights.")
 @click.option(
@@ -141,6 +159,7 @@ def add(
     path: Path,
     only_print: bool,
     pool: str | None,
+    sizes: tuple[str, ...],
     title: str | None,
     licence: str,
     precision: str | None,
@@ -167,6 +186,7 @@ def add(
         facts_of(found),
         fleet,
         title=title or name,
+        sizes=sizes,
         pool=home,
         precision=precision or _precision(found, settings),
         created_at=datetime.now(UTC).replace(microsecond=0),

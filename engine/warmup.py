@@ -155,13 +155,10 @@ def _try_buckets(
     buckets: list[int],
     repeats: int,
 ) -> dict[int, int]:
-    """Make a forward of every bucket that fits, measured `repeats` times; return their peak bytes.
-
-    Padded, for the tensors' shapes are all that matters.
-    """
+    """Measure a forward of every bucket that fits, `repeats` times; return their peak bytes."""
     peaks: dict[int, int] = {}
     for rows in buckets:
-        batch = Batch((image,), rows)
+        batch = Batch(_copies(image, rows), rows)
         device.forget_peak()
         try:
             runner.predict(batch)
@@ -174,6 +171,15 @@ def _try_buckets(
             costs.observe_step(image.batch_key, rows, _seconds_of_forward(batch, runner, device))
         peaks[rows] = device.peak_bytes()
     return peaks
+
+
+def _copies(image: InFlight, rows: int) -> tuple[InFlight, ...]:
+    """Return the image as often as fits into so many rows.
+
+    Rows of zeros are quicker: a GPU switches fewer transistors and keeps a higher clock, up to 13 %
+    on an H200. An image that runs as a coroutine of its pipeline is in a forward once.
+    """
+    return (image,) * (1 if image.batch_key.call else max(1, rows // image.rows))
 
 
 def _seconds_of_forward(batch: Batch, runner: Runner, device: Device) -> float:

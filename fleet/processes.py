@@ -73,10 +73,20 @@ def programs(env: Mapping[str, str], fleet: Fleet, *, workers: Mapping[str, int]
 
 
 def _workers(env: Mapping[str, str], fleet: Fleet, workers: Mapping[str, int]) -> Iterator[Program]:
-    for pool, count in workers.items():
-        for number in range(1, count + 1):
-            name = f"worker-{pool}-{number}" if len(fleet.pools) > 1 else f"worker-{number}"
-            yield _worker(name, _worker_environment(env, pool, number))
+    for name, (pool, number) in worker_processes(fleet, workers).items():
+        yield _worker(name, _worker_environment(env, pool, number))
+
+
+def worker_processes(fleet: Fleet, workers: Mapping[str, int]) -> dict[str, tuple[str, int]]:
+    """Name the workers' processes, each with its pool and its number there.
+
+    workers: how many each pool gets.
+    """
+    return {
+        f"worker-{pool}-{number}" if len(fleet.pools) > 1 else f"worker-{number}": (pool, number)
+        for pool, count in workers.items()
+        for number in range(1, count + 1)
+    }
 
 
 def _with_a_metrics_port_of_its_own(program: Program, place: int) -> Program:

@@ -7,7 +7,7 @@ edits them. Pure: what is known is handed in.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -89,11 +89,12 @@ def propose(
     precision: str,
     created_at: datetime,
     version: Mapping[str, Any],
+    sizes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the model's table.
 
     fleet, pool: where it will live; its tiers decide what is needed.  version: the table of its
-    one version.
+    one version.  sizes: that are offered; (): those that suit the checkpoint.
     """
     guidance = _guidance(facts)
     samplers = fitting_samplers(facts)
@@ -101,7 +102,7 @@ def propose(
         "title": title,
         "family": facts.family,
         "precision": precision,
-        "sizes": _sizes(facts),
+        "sizes": list(sizes) or _sizes(facts),
         "samplers": samplers,
         "default_sampler": samplers[0],
         "default_guidance": guidance.default,

@@ -15,6 +15,7 @@ from benchmarks.gateway.http_load import Load
 from benchmarks.lib.integrity.workload import workload
 from benchmarks.lib.statistics import growth, growth_per_request, jain, percentile
 from benchmarks.lib.verdict import judge
+from benchmarks.reload.findings import Findings
 from engine.request import ImageRequest
 
 TEMPLATE = ImageRequest(
@@ -228,3 +229,22 @@ def test_gateway_load_counts_the_answers_that_come_in_its_time(started_at, ended
     load.count(503, started_at, ended_at)
 
     assert (len(load.taken_ms), load.other[503]) == (is_counted, is_counted)
+
+
+# --- reload ---------------------------------------------------------------------------------------
+
+
+def test_reload_is_compared_with_the_quiet_steps_around_it():
+    slowing_down = Findings(
+        quiet_s=[[1.0] * 9, [3.0] * 9, [5.0] * 9], reloading_s=[[2.0] * 9, [4.0] * 9]
+    )
+
+    assert slowing_down.ratio(0.99) == 1.0
+    assert slowing_down.spread(0.99) == 5.0
+
+
+def test_reload_beside_other_work_does_not_decide_the_figure():
+    quiet_s = [[1.0] * 9] * 4
+    findings = Findings(quiet_s=quiet_s, reloading_s=[[1.0] * 9, [9.0] * 9, [1.02] * 9])
+
+    assert findings.ratio(0.99) == 1.02

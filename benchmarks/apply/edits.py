@@ -5,13 +5,13 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
 from benchmarks.lib import fleet_file
 from benchmarks.lib.integrity.probe import StackProbe, wait_until
+from benchmarks.lib.integrity.underload import Disturbance
 from benchmarks.lib.progress import log_progress
 from settings import REPO
 
@@ -21,48 +21,44 @@ WORKERS_WITHIN_S = 600.0
 GONE_TIER = "batch"
 
 
-class Edits(threading.Thread):
+class Edits(Disturbance):
     """Edits fleet.toml as an operator would, and waits for everybody after each edit.
 
     follow_s: seconds from the commit until each follower had the revision. workers_s: until every
-    worker went by it. refused: edits that were refused, as they should be. error: what ended it
-    early.
+    worker went by it. refused: edits that were refused, as they should be.
     """
 
     def __init__(self, probe: StackProbe, file: Path, before_removal: Callable[[], None]) -> None:
         """Know the file. before_removal: called before a tier is taken away."""
-        super().__init__(name="edits", daemon=True)
+        super().__init__("edits")
         self.follow_s: list[float] = []
         self.workers_s: list[float] = []
         self.refused = 0
-        self.error: BaseException | None = None
         self._probe = probe
         self._file = file
         self._tables = fleet_file.read(file)
         self._before_removal = before_removal
 
-    def run(self) -> None:
+    def act(self) -> None:
         """Do all edits in order."""
-        try:
-            for edit in (
-                self._add_a_model,
-                self._change_a_weight,
-                self._remove_a_tier,
-                self._make_a_mistake,
-                self._go_back,
-                self._kill_a_worker_on_the_way,
-            ):
-                log_progress(edit.__name__.strip("_").replace("_", " "))
-                edit()
-        except BaseException as error:  # noqa: BLE001  told by the main thread
-            self.error = error
+        for edit in (
+            self._add_a_model,
+            self._change_weights,
+            self._remove_a_tier,
+            self._make_a_mistake,
+            self._go_back,
+            self._kill_a_worker_on_the_way,
+        ):
+            log_progress(edit.__name__.strip("_").replace("_", " "))
+            edit()
 
     def _add_a_model(self) -> None:
         self._followed(lambda: self._apply_with("tiny-2"))
 
-    def _change_a_weight(self) -> None:
+    def _change_weights(self) -> None:
         tables = copy.deepcopy(self._tables)
-        tables["tiers"]["fast"]["price_weight"] = 3.0
+        first, second = tables["models"]["tiny"]["versions"]
+        first["traffic_weight"], second["traffic_weight"] = 1, 3
         self._apply(tables)
 
     def _remove_a_tier(self) -> None:
@@ -93,7 +89,8 @@ class Edits(threading.Thread):
     def _apply_with(self, name: str) -> int:
         """Apply the first fleet with one more model: the same weights under another name."""
         tables = copy.deepcopy(self._tables)
-        tables["models"][name] = copy.deepcopy(tables["models"]["tiny"]) | {"aliases": []}
+        versions = tables["models"]["tiny"]["versions"][:1]
+        tables["models"][name] = tables["models"]["tiny"] | {"aliases": [], "versions": versions}
         for pool in tables["pools"].values():
             pool["models"] = ["tiny", name]
         self._file.write_text(fleet_file.text_of(tables))

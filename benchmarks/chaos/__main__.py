@@ -11,22 +11,20 @@ is otherwise whole.
 """
 
 import argparse
-import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.chaos.trial import Trial
 from benchmarks.lib import fleet_file
-from benchmarks.lib.integrity.probe import hears_notices, probed_stack
-from benchmarks.lib.integrity.workload import TIERS, PlannedJob, TierLoad, workload
-from benchmarks.lib.tables import show_figures
-from benchmarks.lib.verdict import Target, judge, report
+from benchmarks.lib.integrity.command import Findings, make_parser, run_and_judge
+from benchmarks.lib.integrity.probe import StackProbe, hears_notices
+from benchmarks.lib.integrity.workload import TIERS, tiers_with, workload
+from benchmarks.lib.verdict import Target
 
-QUICK_TIERS = tuple(TierLoad(tier=each.tier, share=each.share, steps=(2, 8)) for each in TIERS)
+QUICK_TIERS = tiers_with((2, 8))
 # Beyond the lease; with a slot free.
 AFTER_KILL_S = 3.0
 AFTER_NOTICE_S = 1.0
@@ -55,57 +53,20 @@ def main() -> int:
     """Run, report, judge; 1 if anything was wrong."""
     options = _options()
     extent = extent_of(options)
-    jobs = workload(
-        extent.jobs,
-        every_s=extent.every_s,
-        seed=0,
-        tiers=QUICK_TIERS if options.quick else TIERS,
-    )
-    started_at = datetime.now(UTC)
-    is_good = False
-
-    def write_fleet_file(folder: Path) -> Path:
-        tables = fleet_file.without_deadlines(fleet_file.shipped())
-        if not options.default_classes:
-            tables = fleet_file.reproducible(tables)
-        return fleet_file.write(tables, folder / "fleet.toml")
-
-    targets = _targets(extent.lease_s)
-    with probed_stack(
-        write_fleet_file,
+    return run_and_judge(
+        "chaos",
+        partial(_run, extent=extent, options=options),
+        _targets(extent.lease_s),
+        options,
+        write_fleet_file=partial(_write_fleet_file, default_classes=options.default_classes),
         workers=extent.workers,
         variables=_lease_settings(extent.lease_s),
-        wait_s=300,
-        keep=lambda: options.keep and not is_good,
-    ) as probe:
-        trial = Trial(probe, lease_s=extent.lease_s, quick=options.quick)
-        figures, not_judged = _run(trial, extent.seeds, jobs, quick=options.quick)
-        is_good = all(judge(figures, targets).values())
-    facts = {
-        "wrong_by_check": trial.wrong,
-        "runs": trial.figures,
-        "seeds": extent.seeds,
-        "jobs": extent.jobs,
-        "workers": extent.workers,
-        "lease_s": extent.lease_s,
-        "classes": "default" if options.default_classes else "reproducible",
-        "cores": os.cpu_count(),
-        "took_s": round((datetime.now(UTC) - started_at).total_seconds(), 1),
-        "quick": options.quick,
-    }
-    left_out = {f"{name} (not judged)": why for name, why in not_judged.items()}
-    show_figures("chaos", figures | left_out)
-    return report("chaos", figures, targets, not_judged=not_judged, facts=facts)
+    )
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__, quick="one seed, 60 jobs, 2 workers, few faults, short leases")
     add = parser.add_argument
-    add(
-        "--quick",
-        action="store_true",
-        help="one seed, 60 jobs, 2 workers, few faults, short leases; ends within a minute",
-    )
     add(
         "--seeds",
         default="1,2,3",
@@ -113,12 +74,14 @@ def _options() -> argparse.Namespace:
     )
     add("--jobs", type=int, default=500)
     add("--default-classes", action="store_true", help="fleet.toml's own determinism classes")
-    add(
-        "--keep",
-        action="store_true",
-        help="leave the data where they are when something was wrong",
-    )
     return parser.parse_args()
+
+
+def _write_fleet_file(folder: Path, *, default_classes: bool) -> Path:
+    tables = fleet_file.without_deadlines(fleet_file.shipped())
+    if not default_classes:
+        tables = fleet_file.reproducible(tables)
+    return fleet_file.write(tables, folder / "fleet.toml")
 
 
 def _lease_settings(lease_s: float) -> dict[str, str]:
@@ -138,12 +101,18 @@ def _targets(lease_s: float) -> list[Target]:
     return [Target(name, "<=", bound, f"{bound:g}") for name, bound in bounds.items()]
 
 
-def _run(
-    trial: Trial, seeds: Sequence[int], jobs: Sequence[PlannedJob], *, quick: bool
-) -> tuple[dict[str, Any], dict[str, str]]:
+def _run(probe: StackProbe, extent: Extent, options: argparse.Namespace) -> Findings:
     """Run all; return the figures that are judged, and why others are not."""
+    quick = options.quick
+    jobs = workload(
+        extent.jobs,
+        every_s=extent.every_s,
+        seed=0,
+        tiers=QUICK_TIERS if quick else TIERS,
+    )
+    trial = Trial(probe, lease_s=extent.lease_s, quick=quick)
     reference = trial.fault_free(jobs)
-    for seed in seeds:
+    for seed in extent.seeds:
         trial.chaos(seed, jobs, reference)
     recovery_s = {
         "recovery_after_kill_s": [] if quick else trial.recovery("kill"),
@@ -157,7 +126,15 @@ def _run(
         else:
             why = "a quick run leaves it out" if quick else "no job was interrupted so"
             not_judged[name] = why
-    return figures, not_judged
+    facts = {
+        "wrong_by_check": trial.wrong,
+        "runs": trial.figures,
+        "seeds": extent.seeds,
+        "jobs": extent.jobs,
+        "lease_s": extent.lease_s,
+        "classes": "default" if options.default_classes else "reproducible",
+    }
+    return Findings(figures=figures, not_judged=not_judged, facts=facts)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ flush      a Redis forgets everything
 notice     a worker is told that its machine goes, and is killed when the time is over
 """
 
-import contextlib
 import os
 import random
 import signal
@@ -25,6 +24,7 @@ from datetime import UTC, datetime
 import redis
 from sqlalchemy.exc import SQLAlchemyError
 
+from benchmarks.lib.integrity.notices import announce, take_away
 from benchmarks.lib.integrity.probe import StackProbe
 from benchmarks.lib.progress import log_progress
 from fleet.stack import StackError
@@ -243,25 +243,3 @@ class FaultInjector:
 
     def _redis(self, name: str) -> redis.Redis:
         return self._probe.broker if name == "broker" else self._probe.handoff
-
-
-def announce(probe: StackProbe, worker: str, within_s: float) -> None:
-    """Tell a worker that its machine goes in so many seconds."""
-    path = probe.notice_path(worker)
-    assert path is not None, "planned without notices"
-    aside = path.with_name(f"{path.name}.new")
-    aside.write_text(f"{within_s:g}")
-    aside.replace(path)
-
-
-def take_away(probe: StackProbe, worker: str, pid: int | None) -> None:
-    """Take the machine away: kill what still runs there.
-
-    The worker that comes next has heard nothing.
-    """
-    path = probe.notice_path(worker)
-    assert path is not None
-    path.unlink(missing_ok=True)
-    if pid is not None and probe.stack.pid(worker) == pid:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)

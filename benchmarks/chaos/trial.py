@@ -20,7 +20,7 @@ from benchmarks.lib.integrity.checks import (
 )
 from benchmarks.lib.integrity.figures import work_figures
 from benchmarks.lib.integrity.probe import StackProbe, hears_notices, wait_until
-from benchmarks.lib.integrity.records import RunRecords, count_active, read_records
+from benchmarks.lib.integrity.records import RunRecords, records_at_the_end
 from benchmarks.lib.integrity.report import show_checks
 from benchmarks.lib.integrity.submitter import Submitter
 from benchmarks.lib.integrity.workload import TIERS, PlannedJob, TierLoad, workload
@@ -106,8 +106,7 @@ class Trial:
             for row in self.probe.sql(RUNNING)[:1]  # who has most to lose
         ]
         done = FaultInjector(self.probe, faults).finish()
-        self._wait(submitter)
-        run = read_records(self.probe, submitter)
+        run = records_at_the_end(self.probe, submitter, PATIENCE_S)
         self._judge(submitter.label, job_checks(self.probe, run))
         self._whole_again()
         figures = {"jobs_accepted": len(run.jobs), **work_figures(run)}
@@ -130,8 +129,7 @@ class Trial:
             injector.give_up()
             submitter.give_up()
             raise
-        self._wait(submitter)
-        return read_records(self.probe, submitter), done
+        return records_at_the_end(self.probe, submitter, PATIENCE_S), done
 
     def _full_load(self, label: str, seed: int) -> RunRecords:
         count = full_load(self.probe)
@@ -140,10 +138,6 @@ class Trial:
 
     def _running(self) -> int:
         return sum(row["n"] for row in self.probe.sql(RUNNING))
-
-    def _wait(self, submitter: Submitter) -> None:
-        if not wait_until(lambda: count_active(self.probe, submitter) == 0, PATIENCE_S):
-            log_progress(f"{submitter.label}: not all jobs ended within {PATIENCE_S} s")
 
     def _whole_again(self) -> Check:
         """Wait until every worker is back: the one killed last takes its time to load the model."""

@@ -9,19 +9,19 @@ after it.
 """
 
 import argparse
-import os
 import sys
-import time
 from collections.abc import Sequence
+from functools import partial
 
 from benchmarks.drill.outages import Outage, ProxiedStack, outages
 from benchmarks.drill.runs import WORKERS, DrillRun, run_outage, violations, write_fleet_file
 from benchmarks.lib.integrity.checks import stack_checks
-from benchmarks.lib.integrity.probe import StackProbe, probed_stack
+from benchmarks.lib.integrity.command import Findings, make_parser, run_and_judge
+from benchmarks.lib.integrity.probe import StackProbe
 from benchmarks.lib.integrity.report import show_checks
 from benchmarks.lib.progress import log_progress
-from benchmarks.lib.tables import make_table, show, show_figures
-from benchmarks.lib.verdict import Target, judge, report
+from benchmarks.lib.tables import make_table, show
+from benchmarks.lib.verdict import Target
 
 FOR_S = 10.0
 QUICK_FOR_S = 3.0
@@ -36,31 +36,15 @@ TARGETS = (
 def main() -> int:
     """Run, report, judge; 1 if any process ended or any job came to harm."""
     options = _options()
-    for_s = options.for_s or (QUICK_FOR_S if options.quick else FOR_S)
-    started_at = time.monotonic()
-    is_good = False
-    with probed_stack(
-        write_fleet_file,
+    return run_and_judge(
+        "drill",
+        partial(_run_all, options=options),
+        TARGETS,
+        options,
+        write_fleet_file=write_fleet_file,
         workers=WORKERS,
-        variables={},
-        wait_s=300,
-        keep=lambda: options.keep and not is_good,
         kind=ProxiedStack,
-    ) as probe:
-        runs, wrong = _run_all(probe, chosen(outages(probe), options), for_s)
-        figures = _figures(runs, wrong)
-        is_good = all(judge(figures, TARGETS).values())
-    _show_runs(runs)
-    show_figures("drill", figures)
-    facts = {
-        "by_outage": {str(run.outage): run.figures() for run in runs},
-        "for_s": for_s,
-        "workers": WORKERS,
-        "cores": os.cpu_count(),
-        "took_s": round(time.monotonic() - started_at, 1),
-        "quick": options.quick,
-    }
-    return report("drill", figures, TARGETS, facts=facts)
+    )
 
 
 def chosen(every_outage: Sequence[Outage], options: argparse.Namespace) -> list[Outage]:
@@ -75,42 +59,35 @@ def chosen(every_outage: Sequence[Outage], options: argparse.Namespace) -> list[
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add(
-        "--quick",
-        action="store_true",
-        help=f"each service read-only for {QUICK_FOR_S:g} s; ends within a minute",
-    )
-    add("--for-s", type=float, help=f"how long each outage lasts; {FOR_S:g}")
-    add(
+    parser = make_parser(__doc__, quick=f"each service read-only for {QUICK_FOR_S:g} s")
+    parser.add_argument("--for-s", type=float, help=f"how long each outage lasts; {FOR_S:g}")
+    parser.add_argument(
         "--only",
         nargs="+",
         metavar="WORD",
         help="outages with this in their name: broker, READONLY, proxied ...",
     )
-    add(
-        "--keep",
-        action="store_true",
-        help="leave the data where they are when something was wrong",
-    )
     return parser.parse_args()
 
 
-def _run_all(
-    probe: StackProbe, every_outage: Sequence[Outage], for_s: float
-) -> tuple[list[DrillRun], int]:
-    """Make one outage after the other; return what came of each, and the violations found."""
+def _run_all(probe: StackProbe, options: argparse.Namespace) -> Findings:
+    """Make one outage after the other, and check what came of each."""
+    for_s = options.for_s or (QUICK_FOR_S if options.quick else FOR_S)
     runs = []
     wrong = 0
-    for outage in every_outage:
+    for outage in chosen(outages(probe), options):
         run = run_outage(probe, outage, for_s)
         runs.append(run)
         log_progress(f"{outage}: {run.figures()}")
         wrong += violations(probe, run)
     at_last = stack_checks(probe)
     show_checks(probe, "when all is over", at_last)
-    return runs, wrong + sum(len(check.violations) for check in at_last)
+    _show_runs(runs)
+    by_outage = {str(run.outage): run.figures() for run in runs}
+    return Findings(
+        figures=_figures(runs, wrong + sum(len(check.violations) for check in at_last)),
+        facts={"by_outage": by_outage, "for_s": for_s},
+    )
 
 
 def _figures(runs: Sequence[DrillRun], wrong: int) -> dict[str, object]:

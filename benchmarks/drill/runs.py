@@ -11,8 +11,8 @@ from benchmarks.drill.outages import Outage
 from benchmarks.lib import fleet_file, tiny_checkpoint
 from benchmarks.lib.integrity.checks import Check, Violation, job_checks
 from benchmarks.lib.integrity.figures import work_figures
-from benchmarks.lib.integrity.probe import StackProbe, wait_until
-from benchmarks.lib.integrity.records import RunRecords, count_active, read_records
+from benchmarks.lib.integrity.probe import StackProbe
+from benchmarks.lib.integrity.records import RunRecords, records_at_the_end
 from benchmarks.lib.integrity.report import show_checks
 from benchmarks.lib.integrity.submitter import Submitter
 from benchmarks.lib.integrity.workload import TierLoad, workload
@@ -113,9 +113,7 @@ def run_outage(probe: StackProbe, outage: Outage, for_s: float) -> DrillRun:
         time.sleep(for_s)
     over_at = datetime.now(UTC)
     asking.join()
-    if not wait_until(lambda: count_active(probe, submitter) == 0, PATIENCE_S):
-        log_progress(f"not all jobs ended within {PATIENCE_S} s")
-    records = read_records(probe, submitter)
+    records = records_at_the_end(probe, submitter, PATIENCE_S)
     after = _pids(probe)
     return DrillRun(
         outage=outage,

@@ -66,6 +66,12 @@ def small_workers(checkpoint: Path, *, slots: int) -> Tables:
     return tables
 
 
+def write_small_workers(folder: Path, *, slots: int) -> Path:
+    """Write the fleet.toml of small workers, and their checkpoint, into a folder."""
+    checkpoint = tiny_checkpoint.save(folder / "checkpoint")
+    return write(small_workers(checkpoint, slots=slots), folder / "fleet.toml")
+
+
 def write(tables: Mapping[str, Any], path: Path) -> Path:
     """Write the file; raises FleetInvalid if Darkroom would refuse it."""
     text = text_of(tables)

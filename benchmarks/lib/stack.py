@@ -54,7 +54,7 @@ def running_stack(
     folder: Path,
     *,
     fleet_file: Path | None = None,
-    workers: int = 1,
+    workers: int | str = 1,
     without: Sequence[str] = (),
     wait_s: float = 120,
     kind: type[Stack] = Stack,

@@ -11,15 +11,15 @@ SIDE_PX = 64
 TEXT_WIDTH = 32
 
 
-def save(folder: Path) -> Path:
-    """Write the folder that diffusers would write; the same bytes every time."""
+def save(folder: Path, *, seed: int = 0) -> Path:
+    """Write the folder that diffusers would write; the same bytes for the same seed."""
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error"}  # before it is imported
     import torch
     from diffusers import DDIMScheduler, StableDiffusionPipeline
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     tokenizer = _tokenizer()
     unet = _unet()
     vae = _vae()

@@ -2,18 +2,15 @@
 
 import itertools
 import time
-from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from benchmarks.lib.statistics import percentile
+from benchmarks.reload.findings import Findings
 from engine.config import CheckpointSpec
 from engine.engine import Engine
 from engine.events import EngineEvent, Stepped
 from engine.handle import Handle
 from engine.request import ImageRequest
 
-QUIET = "quiet"
-RELOADING = "reloading"
 NUM_STEPS = 100
 
 
@@ -21,30 +18,12 @@ NUM_STEPS = 100
 class Extent:
     """How much is measured."""
 
-    rounds: int  # each a stretch without a load and one with a load and an unload
-    quiet_steps: int  # of the first
+    reloads: int
+    quiet_steps: int  # before the first, and after each
 
 
-FULL = Extent(rounds=6, quiet_steps=1500)
-QUICK = Extent(rounds=1, quiet_steps=600)
-
-
-@dataclass
-class Findings:
-    """What was measured. step_s: of each stretch, by phase."""
-
-    step_s: dict[str, list[list[float]]] = field(default_factory=lambda: defaultdict(list))
-    read_s: list[float] = field(default_factory=list)
-    warm_up_s: list[float] = field(default_factory=list)
-    unload_s: list[float] = field(default_factory=list)
-
-    def ratio(self, share: float) -> float:
-        """Return a percentile of the steps beside reloads ÷ that of the quiet ones."""
-        return self.step_percentile(RELOADING, share) / self.step_percentile(QUIET, share)
-
-    def step_percentile(self, phase: str, share: float) -> float:
-        """Return a percentile of all steps of a phase."""
-        return percentile(list(itertools.chain(*self.step_s[phase])), share)
+FULL = Extent(reloads=8, quiet_steps=1200)
+QUICK = Extent(reloads=2, quiet_steps=300)
 
 
 class Steps:
@@ -110,16 +89,21 @@ def measure(engine: Engine, own: CheckpointSpec, other: CheckpointSpec, extent: 
     findings = Findings()
     steps = Steps(engine, own)
     steps.wait_for(50)
-    for _ in range(extent.rounds):
+
+    def be_quiet() -> None:
         steps.take()
         steps.wait_for(extent.quiet_steps)
-        findings.step_s[QUIET].append(steps.take())
+        findings.quiet_s.append(steps.take())
+
+    be_quiet()
+    for _ in range(extent.reloads):
         times = engine.load(other).result()
         unloading_at = time.perf_counter()
         engine.unload(other.name).result()
-        findings.step_s[RELOADING].append(steps.take())
+        findings.unload_s.append(time.perf_counter() - unloading_at)
+        findings.reloading_s.append(steps.take())
         findings.read_s.append(times.read_s)
         findings.warm_up_s.append(times.warm_up_s)
-        findings.unload_s.append(time.perf_counter() - unloading_at)
+        be_quiet()
     steps.close()
     return findings

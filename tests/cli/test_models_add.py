@@ -103,9 +103,10 @@ def test_a_folder_becomes_a_model_with_pictures_a_curve_and_a_copy_of_the_file(p
 def test_print_shows_the_table_and_does_nothing(place):
     before = place.fleet_file.read_bytes()
 
-    done = place.run("add", "sd1.5", POCKET, "--print")
+    done = place.run("add", "sd1.5", POCKET, "--print", "--size", "64x64", "--size", "32x64")
 
     table = tomllib.loads(done.stdout)["models"]["sd1.5"]
+    assert table["sizes"] == ["64x64", "32x64"] == list(table["tiers"]["quality"]["bucket_rows"])
     assert table["versions"][0]["source"] == str(POCKET)
     assert place.fleet_file.read_bytes() == before
     assert place.files == ["my-fleet.toml", "weights"]
@@ -237,6 +238,7 @@ def test_a_file_that_somebody_edits_meanwhile_is_not_overwritten(place, monkeypa
         (["dall-e-3", POCKET], "'dall-e-3' is taken"),
         (["org/model", POCKET], "a name has letters, digits"),
         (["new", POCKET, "--pool", "gpu"], "'gpu' is none of local"),
+        (["new", POCKET, "--size", "60x64"], "'60x64': both sides must be multiples of 8"),
         (["new", "s3://bucket/x"], "is not there yet"),
     ],
 )

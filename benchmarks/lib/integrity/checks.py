@@ -198,7 +198,7 @@ def orphans(probe: StackProbe, run: RunRecords) -> int:
 
 def full_load(probe: StackProbe) -> int:
     """Return how many images fill every slot of every worker."""
-    return len(probe.workers) * next(iter(probe.fleet.pools.values())).slots
+    return sum(probe.pool_of(process).slots for process in probe.workers)
 
 
 def load_checks(probe: StackProbe, run: RunRecords) -> list[Check]:

@@ -1,13 +1,24 @@
 """What a run cost: attempts, denoise steps, and what was done twice."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from benchmarks.lib.integrity.checks import Check
 from benchmarks.lib.integrity.probe import Row
 from benchmarks.lib.integrity.records import RunRecords
 
 RETURNED = ("preempted", "returned")  # outcomes of attempts that gave the job back in good order
+
+
+def loss_figures(run: RunRecords, checks: Sequence[Check]) -> dict[str, int]:
+    """Count the jobs, and what came to harm."""
+    return {
+        "jobs": len(run.jobs),
+        "lost": len(run.jobs) - len(run.succeeded()) + run.lost(),
+        "doubled": run.doubled(),
+        "wrong": sum(len(check.violations) for check in checks),
+    }
 
 
 def work_figures(run: RunRecords) -> dict[str, Any]:

@@ -19,12 +19,14 @@ from sqlalchemy.exc import SQLAlchemyError
 from benchmarks.lib.stack import environment, running_stack, temporary_folder
 from darkroom_client import Client, Retries
 from edges.objectstore import ObjectStore
-from fleet.processes import name_of_worker
+from fleet.processes import name_of_worker, pools_served, worker_processes
 from fleet.stack import Stack
 from models import api_keys, tenants
 from models.database import make_engine, transaction
 from policy import queues
-from policy.fleet import Fleet, parse_fleet
+from policy.fleet import Fleet, Pool, parse_fleet
+from policy.limits import DEFAULT_SCOPES, NAMES_VERSIONS
+from policy.workers import workers_by_pool
 from settings import StoreSettings, WorkerSettings
 
 Row = dict[str, Any]
@@ -49,13 +51,19 @@ class StackProbe:
             StoreSettings.model_validate({name.lower(): value for name, value in self.env.items()})
         )
         self.queues = queues.all_queues(fleet)
+        counts = workers_by_pool(str(stack.workers), pools_served(fleet, self.env))
+        self._places = worker_processes(fleet, counts)
         self._database = make_engine(self.env["MIGRATION_DATABASE_URL"], pool_size=4)
         self._application = make_engine(self.env["DATABASE_URL"], pool_size=2)
 
     @property
     def workers(self) -> list[str]:
         """Return the process names of the workers."""
-        return [f"worker-{number}" for number in range(1, int(self.stack.workers) + 1)]
+        return list(self._places)
+
+    def pool_of(self, process: str) -> Pool:
+        """Return the pool whose worker this process is."""
+        return self.fleet.pools[self._places[process][0]]
 
     def sql(self, query: str, **values: Any) -> list[Row]:
         """Ask the database as its owner. Raises SQLAlchemyError while it is away."""
@@ -67,14 +75,20 @@ class StackProbe:
         return bool(self.sql(_HAS_COLUMN, table=table, column=column))
 
     def new_tenant(self, name: str) -> tuple[str, Client]:
-        """Make a tenant; return its id and a client with its key.
+        """Make a tenant; return its id and a client with its key, which may name versions.
 
         The client never tries again: who uses it counts what was unknown, and asks again itself.
         """
         with transaction(self._application) as session:
             tenant = tenants.create(session, name=name)
             pepper = self.env["API_KEY_PEPPER"]
-            _, key = api_keys.issue(session, tenant_id=tenant.id, name=name, pepper=pepper)
+            _, key = api_keys.issue(
+                session,
+                tenant_id=tenant.id,
+                name=name,
+                pepper=pepper,
+                scopes=(*DEFAULT_SCOPES, NAMES_VERSIONS),
+            )
         client = Client(self.env["DARKROOM_URL"], key, retries=Retries(attempts=1))
         return str(tenant.id), client
 
@@ -99,7 +113,7 @@ class StackProbe:
 
     def worker_name(self, process: str) -> str:
         """Return what the worker of this process calls itself."""
-        return name_of_worker(next(iter(self.fleet.pools)), int(process.rpartition("-")[2]))
+        return name_of_worker(*self._places[process])
 
     def process_of(self, worker: str) -> str:
         """Return the process of this stack whose worker has this name; the name if none has."""
@@ -132,20 +146,20 @@ def hears_notices() -> bool:
 def probed_stack(
     write_fleet_file: Callable[[Path], Path],
     *,
-    workers: int,
-    variables: Mapping[str, str],
-    wait_s: float,
+    workers: int | str,
     keep: Callable[[], bool],
+    variables: Mapping[str, str] | None = None,
+    wait_s: float = 300,
     kind: type[Stack] = Stack,
 ) -> Iterator[StackProbe]:
     """Start a stack in a folder of its own; stop it in any case.
 
-    write_fleet_file: writes fleet.toml into the folder it is given and says where.  variables:
-    settings of every process.  keep: asked in the end, whether the folder shall stay.  kind: of
-    stack.
+    write_fleet_file: writes fleet.toml into the folder it is given and says where.  workers: as for
+    `Stack`.  variables: settings of every process.  keep: asked in the end, whether the folder
+    shall stay.  kind: of stack.
     """
     with temporary_folder(keep) as folder:
-        settings = {"LOG_LEVEL": "INFO", "DEVICE": "cpu", **variables}
+        settings = {"LOG_LEVEL": "INFO", "DEVICE": "cpu", **(variables or {})}
         if hears_notices():
             (folder / "notices").mkdir()
             settings[NOTICES] = f"file:{folder}/notices/{{worker}}"

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from benchmarks.lib.integrity.probe import Row, StackProbe
+from benchmarks.lib.integrity.probe import Row, StackProbe, wait_until
 from benchmarks.lib.integrity.submitter import Submission, Submitter
 from benchmarks.lib.integrity.workload import marker_of
+from benchmarks.lib.progress import log_progress
 from policy.states import FINAL_STATES, JobState
 
 FINAL_EVENTS = [f"job:state:{state.value}" for state in FINAL_STATES]
@@ -73,6 +74,15 @@ class RunRecords:
 def count_active(probe: StackProbe, submitter: Submitter) -> int:
     """Count these tenants' jobs that are in no final state."""
     return int(probe.sql(_ACTIVE, tenants=submitter.tenant_ids)[0]["n"])
+
+
+def records_at_the_end(
+    probe: StackProbe, submitter: Submitter, within_s: float = 600
+) -> RunRecords:
+    """Wait until every job of these tenants has ended, and read what became of them."""
+    if not wait_until(lambda: count_active(probe, submitter) == 0, within_s):
+        log_progress(f"{submitter.label}: not all jobs ended within {within_s:g} s")
+    return read_records(probe, submitter)
 
 
 def read_records(probe: StackProbe, submitter: Submitter) -> RunRecords:

@@ -36,6 +36,7 @@ class Submission:
     # accepted: 202. found: in the list, after an unknown outcome. refused. nothing: it gave up
     heard: str = "nothing"
     unknown: int = 0  # times that the outcome was unknown
+    unavailable: int = 0  # times that the answer was 503
     retries: int = 0
     cancel: str | None = None  # canceled: so it was answered. late: it had ended. unanswered
 
@@ -106,6 +107,7 @@ class Submitter:
                     log_progress(f"{planned.marker} is refused: {error}")
                     return
                 submission.retries += 1
+                submission.unavailable += isinstance(error, ProblemError) and error.status == 503
                 time.sleep(_PAUSE_S)
                 if not _is_not_accepted(error):
                     submission.unknown += 1

@@ -1,7 +1,8 @@
 """What is asked for: jobs over all tiers and tenants. Same seed, same jobs."""
 
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,27 @@ def workload(
     return [
         _job(rng, number, at_s, tiers, cancel_share, most_images)
         for number, at_s in enumerate(instants)
+    ]
+
+
+def endless_workload(
+    *, seed: int, tiers: Sequence[TierLoad], most_images: int = 3, first: int = 0
+) -> Iterator[PlannedJob]:
+    """Plan jobs as long as they are wanted, none of which is canceled.
+
+    first: number of the first; markers of other workloads of a run must not be met.
+    """
+    rng = random.Random(f"workload {seed}")
+    for number in itertools.count(first):
+        yield _job(rng, number, 0.0, tiers, 0.0, most_images)
+
+
+def tiers_with(steps: tuple[int, int], *, without: str = "") -> list[TierLoad]:
+    """Return the usual shares of the tiers with other steps. without: a tier that has none."""
+    return [
+        TierLoad(tier=each.tier, share=each.share, steps=steps)
+        for each in TIERS
+        if each.tier != without
     ]
 
 
