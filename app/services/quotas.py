@@ -163,7 +163,7 @@ def _check_ever(limits: Limits, amount: Decimal, jobs: int) -> None:
     if exceeded is None:
         return
     if exceeded.stock == "jobs":
-        detail = f"are {jobs}; your tenant may have at most {exceeded.limit} unfinished ones"
+        detail = f"are {jobs}; your tenant may have at most {exceeded.limit} unfinished"
         raise invalid_param(InvalidParam("jobs", detail, {"max_items": int(exceeded.limit)}))
     if exceeded.limit == 0:
         raise Forbidden(f"Your tenant's quota of megapixel-steps per {exceeded.stock} is 0.")

@@ -334,8 +334,9 @@ def test_a_batch_takes_what_all_its_jobs_count_out_of_the_budget_or_nothing(limi
 
 
 def test_a_batch_that_comes_to_nothing_costs_no_budget(limited):
-    budget = {"megapixel_steps_per_minute": 0.006, "burst_megapixel_steps": 2.5 * COST}
-    client = limited(**budget, max_concurrent_jobs=1)
+    budget = {"megapixel_steps_per_minute": 0.006, "burst_megapixel_steps": 3.5 * COST}
+    client = limited(**budget, max_concurrent_jobs=2)
+    assert client.post("/v1/jobs", json=BODY).status_code == 202  # 2.5 are left
 
     for _ in range(2):
         assert_problem(client.post("/v1/jobs:batch", json=batch_of(2)), 429, "too-many-jobs")
