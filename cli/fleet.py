@@ -13,7 +13,7 @@ import click
 from cli import screen
 from cli.installation import Installation, NoInstallation, pass_installation
 from policy.fleet import Fleet, FleetInvalid, parse_fleet
-from policy.revisions import Fate, QueuedKind, changes, fate
+from policy.revisions import Fate, QueuedKind, changes, decide
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -227,12 +227,12 @@ def _fates(queued: Iterable[tuple[QueuedKind, int]], new: Fleet) -> list[str]:
     """Tell by model and version what becomes of the queued jobs that do not stay."""
     jobs: Counter[str] = Counter()
     for kind, count in queued:
-        decided, pool = fate(kind, new)
+        decision = decide(kind, new)
         what = f"queued jobs of model {kind.model}, version {kind.model_version}"
-        if decided is Fate.FAILS:
-            jobs[f"{what}: fail with model_gone"] += count
-        elif decided is Fate.MOVES:
-            jobs[f"{what}: move from pool {kind.pool} to {pool}"] += count
+        if decision.fate is Fate.FAILS:
+            jobs[f"{what}: fail with {decision.code}, {decision.detail}"] += count
+        elif decision.fate is Fate.MOVES:
+            jobs[f"{what}: move from pool {kind.pool} to {decision.pool}"] += count
     return [f"{count} {line}" for line, count in jobs.items()]
 
 

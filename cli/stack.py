@@ -104,7 +104,7 @@ def status(ctx: click.Context, installation: Installation) -> None:
 
 _WORKERS = """
 SELECT pool, worker, state, device, models, failed_models, problem, restarts, failed_starts,
-       fleet_revision, (SELECT max(number) FROM fleet_revisions) AS newest_revision,
+       fleet_revision, waits_for, (SELECT max(number) FROM fleet_revisions) AS newest_revision,
        to_char(started_at AT TIME ZONE 'UTC', 'MM-DD HH24:MI:SS') AS since
 FROM workers_now ORDER BY pool, worker
 """
@@ -163,7 +163,8 @@ def _revision(worker: Any) -> str | None:
     """
     if worker.fleet_revision in (None, worker.newest_revision):
         return worker.fleet_revision and str(worker.fleet_revision)
-    return f"{worker.fleet_revision}, behind {worker.newest_revision}"
+    wait = f", waits for {worker.waits_for}" if worker.waits_for else ""
+    return f"{worker.fleet_revision}, behind {worker.newest_revision}{wait}"
 
 
 def _worker_state(worker: Any) -> str:

@@ -159,6 +159,14 @@ class Engine:
         """
         return self._loop.turn_s
 
+    @property
+    def load_silent_s(self) -> float:
+        """Return the seconds since a load that brings weights to the device last moved.
+
+        0 without one. A load that does not move means that the device hangs, too.
+        """
+        return self._loop.load_silent_s
+
     # --- checkpoints come and go ---
 
     def load(self, spec: CheckpointSpec) -> Future[LoadTimes]:

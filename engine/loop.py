@@ -116,9 +116,17 @@ class DeviceLoop:
 
     @property
     def turn_s(self) -> float:
-        """Return the seconds that the turn in progress has taken; 0 between two turns."""
+        """Return the seconds that the turn in progress has taken; 0 between two turns.
+
+        A piece of a warm-up and an unload belong to the turn that they follow.
+        """
         began_at = self._turn_began_at
         return time.monotonic() - began_at if began_at is not None else 0.0
+
+    @property
+    def load_silent_s(self) -> float:
+        """Return the seconds since a load beside the turns last moved; 0 without one."""
+        return self._pace.silent_s
 
     def stats(self) -> dict[str, Any]:
         """Return plain numbers since the start: how images ended, and the other events they had."""
@@ -196,8 +204,8 @@ class DeviceLoop:
                 self._pace.begin_turn()
                 self._turn()
                 self._pace.end_turn()
-                self._turn_began_at = None
                 self.loads.go_on(is_busy=len(self._scheduler) > 0)
+                self._turn_began_at = None
         except BaseException as problem:
             log.exception("engine_died")
             shutdown_error = partial(EngineDied, f"the engine died: {problem!r}")

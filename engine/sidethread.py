@@ -47,6 +47,15 @@ class LoadPace:
         self._may_go_on.set()
         self._is_waiting = False  # has the loading thread stopped at a call?
         self._began_at = 0.0
+        self._moved_at: float | None = None  # on the monotonic clock; None without a load
+
+    # --- read by any thread ---
+
+    @property
+    def silent_s(self) -> float:
+        """Return the seconds since the loading thread's last call within `kept`; 0 outside."""
+        moved_at = self._moved_at
+        return time.monotonic() - moved_at if moved_at is not None else 0.0
 
     # --- from the device thread ---
 
@@ -72,11 +81,13 @@ class LoadPace:
         """
         is_collecting = gc.isenabled()
         gc.disable()
+        self._moved_at = time.monotonic()
         sys.setprofile(self._stop_in_turns)
         try:
             yield
         finally:
             sys.setprofile(None)
+            self._moved_at = None
             if is_collecting:
                 gc.enable()
 
@@ -86,6 +97,7 @@ class LoadPace:
             # It may hold a lock that the turn wants, such as that of logging: then both go on.
             self._may_go_on.wait(LONGEST_STOP_S)
             self._is_waiting = False
+        self._moved_at = time.monotonic()
 
 
 @contextmanager

@@ -7,10 +7,10 @@ Callers commit.
 
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session, defer, selectinload
@@ -240,12 +240,14 @@ def fail_past_deadline(session: Session, job_id: uuid.UUID) -> Job | None:
     return job
 
 
-def fail_gone(session: Session, job_id: uuid.UUID) -> Job | None:
-    """Fail a queued job whose model or version is no longer offered; None if it was taken."""
+def fail_gone(session: Session, job_id: uuid.UUID, *, code: FailureCode, detail: str) -> Job | None:
+    """Fail a queued job of which something is no longer offered; None if it was taken.
+
+    code, detail: what is not.
+    """
     job = _queued(session, job_id)
     if job is not None:
-        detail = f"model {job.model}, version {job.model_version}, is no longer offered"
-        _fail_queued(session, job, FailureCode.MODEL_GONE, detail)
+        _fail_queued(session, job, code, detail)
     return job
 
 
@@ -266,32 +268,37 @@ def move(session: Session, job_id: uuid.UUID, pool: str) -> Job | None:
     """Put a queued job into another pool, at the end of its tenant's line; None if it was taken."""
     job = _queued(session, job_id)
     if job is not None:
-        line_up = partial(
-            flows.line_up,
+        left = job.pool
+        enter_pool(session, job, pool)
+        note_pool_change(session, job, left=left, actor=SWEEPER)
+    return job
+
+
+def enter_pool(session: Session, job: Job, pool: str, *, release_tag: float | None = None) -> None:
+    """Have a job that is locked, and queued by now, wait in another pool.
+
+    release_tag: its start tag there; None: at the end of its tenant's line. The caller appends the
+    audit event.
+    """
+    job.pool = pool
+    job.pool_since = func.clock_timestamp()
+    job.announced_at = None
+    job.is_front = False
+    if release_tag is not None:
+        job.release_tag = release_tag
+    session.flush()  # the triggers `flows_count_…` count it there
+    if release_tag is None:
+        job.release_tag = flows.line_up(
             session,
             pool=pool,
             tier=job.tier,
             tenant_id=job.tenant_id,
             cost_s=job.predicted_s,
         )
-        change_pool(session, job, pool, line_up)
-    return job
 
 
-def change_pool(
-    session: Session, job: Job, pool: str, line_up: Callable[[], float], *, actor: str = SWEEPER
-) -> None:
-    """Have a queued job that is locked wait in another pool, with its audit event.
-
-    line_up: gives its start tag there, once the trigger `flows_count_rerouted` has counted it.
-    """
-    left = job.pool
-    job.pool = pool
-    job.pool_since = func.clock_timestamp()
-    job.announced_at = None
-    job.is_front = False
-    session.flush()
-    job.release_tag = line_up()
+def note_pool_change(session: Session, job: Job, *, left: str, actor: str) -> None:
+    """Append the audit event of a job that waits in another pool than `left` now."""
     audit.append(
         session,
         EventName.JOB_POOL_CHANGED,
@@ -299,7 +306,7 @@ def change_pool(
         actor=actor,
         job_id=job.id,
         left=left,
-        pool=pool,
+        pool=job.pool,
     )
 
 
@@ -314,12 +321,29 @@ def _queued(session: Session, job_id: uuid.UUID) -> Job | None:
     )
 
 
+class Route(NamedTuple):
+    """The pool for which a job is accepted, and by which revision of the fleet (None: a file)."""
+
+    pool: str
+    fleet_revision: int | None
+
+
+def _route_of(job: Job) -> Route:
+    return Route(job.pool, job.fleet_revision)
+
+
 def requeue_dead(
-    session: Session, job_id: uuid.UUID, *, start_within_s: float, actor: str
+    session: Session,
+    job_id: uuid.UUID,
+    *,
+    start_within_s: float,
+    actor: str,
+    route: Callable[[Job], Route] = _route_of,
 ) -> Job | None:
     """Accept a failed job's parameters again, as a new job: a final state stays final.
 
-    None if there is no such job. Raises JobAlreadyFinished when it was requeued before.
+    route: chooses the pool for it, and may raise; by default that of the failed job. None if there
+    is no such job. Raises JobAlreadyFinished when it was requeued before.
     """
     conditions = (Job.id == job_id, Job.state == JobState.FAILED, Job.erased_at.is_(None))
     query = select(Job).where(*conditions)
@@ -330,7 +354,7 @@ def requeue_dead(
         raise JobAlreadyFinished(dead)
     return accept(
         session,
-        _copy_of(dead, start_within_s),
+        _copy_of(dead, start_within_s, route(dead)),
         tenant_id=dead.tenant_id,
         api_key_id=dead.api_key_id,
         currency=dead.currency,
@@ -338,16 +362,16 @@ def requeue_dead(
     )
 
 
-def _copy_of(dead: Job, start_within_s: float) -> NewJob:
+def _copy_of(dead: Job, start_within_s: float, route: Route) -> NewJob:
     return NewJob(
-        params=params_of(dead),
+        params=replace(params_of(dead), pool=route.pool),
         start_within_s=start_within_s,
         run_within_s=dead.run_within_s,
         predicted_s=dead.predicted_s,
         megapixel_steps=dead.megapixel_steps,
         steps_per_image=dead.steps_per_image,
         tenant_metadata=dead.tenant_metadata,
-        fleet_revision=dead.fleet_revision,
+        fleet_revision=route.fleet_revision,
         requeue_of=dead.id,
     )
 

@@ -272,20 +272,32 @@ def _num_pending(session: Session, job: Job) -> int:
     return session.scalar(select(func.count()).where(*is_pending)) or 0
 
 
-def give_back(session: Session, lease: Lease, *, reason: str, lacks_inputs: bool = False) -> Job:
+def give_back(
+    session: Session,
+    lease: Lease,
+    *,
+    reason: str,
+    lacks_inputs: bool = False,
+    pool: str | None = None,
+) -> Job:
     """Return the job unharmed: the try does not count towards the cap. Raises LeaseLost.
 
     lacks_inputs: the pictures it starts from are not in the hand-off; it waits until they are
-    brought again.
+    brought again.  pool: another one, in which it is to wait, at the end of its tenant's line.
     """
     job = _held(session, lease)
     jobs.end_attempt(session, job, Outcome.RETURNED, error=reason)
     jobs.requeue(job)
     if lacks_inputs:
         inputs.lose(job)
+    left = job.pool
+    if pool is not None:  # with its state, in one UPDATE: it is counted in one flow alone
+        jobs.enter_pool(session, job, pool)
     audit.append_of_attempt(
         session, EventName.JOB_LEASE_RETURNED, job, actor=lease.worker, reason=reason
     )
+    if pool is not None:
+        jobs.note_pool_change(session, job, left=left, actor=lease.worker)
     return job
 
 

@@ -106,7 +106,8 @@ def _waiting_statement() -> Select[Any]:
 def _announced_statement() -> Select[Any]:
     """Make the query of announced jobs that waited too long; there are few, by the limits."""
     conditions = (*_may_move(), Job.announced_at.is_not(None), _waits_since() > _SINCE)
-    return select(*_COLUMNS).where(*conditions, _is_for(Job.tenant_id)).limit(MOST_LATE)
+    query: Select[Any] = select(*_COLUMNS).where(*conditions, _is_for(Job.tenant_id))
+    return query.limit(MOST_LATE)
 
 
 # Made once, for making them costs more than running them.
@@ -153,9 +154,19 @@ def late_jobs(
         "tenants": list(way.tenants),
     }
     waiting = session.execute(_WAITING, asked | {"without": list(without)})
-    late = [LateJob(*row) for row in waiting]
+    found = [(row, False) for row in waiting]
     if also_announced:
-        late += [LateJob(*row, is_announced=True) for row in session.execute(_ANNOUNCED, asked)]
+        found += [(row, True) for row in session.execute(_ANNOUNCED, asked)]
+    late = [
+        LateJob(
+            job_id=row.id,
+            tenant_id=row.tenant_id,
+            num_images=row.num_images,
+            release_tag=row.release_tag,
+            is_announced=is_announced,
+        )
+        for row, is_announced in found
+    ]
     return sorted(late, key=lambda job: (job.release_tag, job.job_id))
 
 
@@ -166,5 +177,7 @@ def move(session: Session, job_id: uuid.UUID, *, way: Overflow, actor: str) -> J
         return None
     clock = session.get(FairClock, (way.pool, job.tier))
     tag = job.release_tag if clock is None else clock.virtual_s
-    jobs.change_pool(session, job, way.pool, lambda: tag, actor=actor)
+    left = job.pool
+    jobs.enter_pool(session, job, way.pool, release_tag=tag)
+    jobs.note_pool_change(session, job, left=left, actor=actor)
     return job

@@ -9,7 +9,8 @@ import uuid
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import func, select, text
+from sqlalchemy import func, literal, select, text
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
 from models import audit
@@ -24,6 +25,11 @@ _ONE_AT_A_TIME = text("SELECT pg_advisory_xact_lock(hashtext('fleet_revisions'))
 
 # Whoever goes by a file of its own (FOLLOW_REVISIONS=false) answers for its jobs itself.
 _IS_QUEUED = (Job.state == JobState.QUEUED, Job.fleet_revision.is_not(None))
+
+
+_ADAPTERS = func.coalesce(  # their names
+    func.jsonb_path_query_array(Job.adapters, "$[*].name", type_=JSONB), literal([], JSONB)
+)
 
 
 class NoRevision(LookupError):
@@ -103,6 +109,10 @@ def queued_of(session: Session, kind: QueuedKind, *, most: int) -> list[uuid.UUI
         Job.model_version == kind.model_version,
         Job.tier == kind.tier,
         Tenant.name == kind.tenant,
+        Job.width_px == kind.width_px,
+        Job.height_px == kind.height_px,
+        Job.sampler == kind.sampler,
+        literal(list(kind.adapters), JSONB) == _ADAPTERS,
     )
     query = select(Job.id).join(Tenant, Tenant.id == Job.tenant_id).where(*conditions)
     return list(session.scalars(query.order_by(Job.id).limit(most)))
@@ -111,12 +121,37 @@ def queued_of(session: Session, kind: QueuedKind, *, most: int) -> list[uuid.UUI
 def kind_of(session: Session, job: Job) -> QueuedKind:
     """Say what of the fleet a job needs."""
     tenant = session.scalar(select(Tenant.name).where(Tenant.id == job.tenant_id)) or ""
-    return QueuedKind(job.pool, job.model, job.model_version, job.tier, tenant)
+    return QueuedKind(
+        pool=job.pool,
+        model=job.model,
+        model_version=job.model_version,
+        tier=job.tier,
+        tenant=tenant,
+        width_px=job.width_px,
+        height_px=job.height_px,
+        sampler=job.sampler,
+        adapters=tuple(adapter["name"] for adapter in job.adapters or ()),
+    )
 
 
 def queued_kinds(session: Session) -> dict[QueuedKind, int]:
     """Count the queued jobs of all revisions by what of the fleet they need."""
-    columns = (Job.pool, Job.model, Job.model_version, Job.tier, Tenant.name)
+    columns = (
+        Job.pool,
+        Job.model,
+        Job.model_version,
+        Job.tier,
+        Tenant.name,
+        Job.width_px,
+        Job.height_px,
+        Job.sampler,
+        _ADAPTERS.label("adapter_names"),
+    )
     query = select(*columns, func.count()).join(Tenant, Tenant.id == Job.tenant_id)
-    counted = query.where(*_IS_QUEUED).group_by(*columns)
-    return {QueuedKind(*kind): count for *kind, count in session.execute(counted)}
+    # By their places: Postgres takes two that are given the same values for two expressions.
+    places = [text(str(place)) for place in range(1, len(columns) + 1)]
+    counted = query.where(*_IS_QUEUED).group_by(*places)
+    return {
+        QueuedKind(*kind, adapters=tuple(adapters)): count
+        for *kind, adapters, count in session.execute(counted)
+    }

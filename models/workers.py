@@ -19,6 +19,7 @@ from policy.workers import LIVE, WorkerNow, WorkerState
 
 # Held until the end of the transaction, by whoever of a pool decides to leave.
 _ONE_LEAVES = text("SELECT pg_advisory_xact_lock(hashtext('leaves ' || :pool))")
+WAITS_FOR = "waits_for"  # of a worker's facts: another one, before it starts anew
 RETURNS_WITHIN = timedelta(seconds=180)  # a worker that starts anew
 FAILED_KEPT_FOR = 24  # times the silence after which other rows are removed
 
@@ -158,7 +159,7 @@ def heartbeat(
         "fleet_revision": revision,
     }
     if state in LIVE:
-        row |= {"failed_starts": 0, "problem": None}
+        row |= {"failed_starts": 0, "problem": None, "left_for_revision": None}
     # An insert, for the row of a worker that was silent for an hour is removed.
     written = session.execute(
         insert(Worker)
@@ -188,40 +189,55 @@ def leave(session: Session, name: str, instance: uuid.UUID | None = None) -> Non
     session.execute(delete(Worker).where(Worker.name == name, _is(instance)))
 
 
-def leave_for_a_moment(session: Session, name: str, instance: uuid.UUID | None = None) -> None:
-    """Note that the worker is started again at once: others of its pool wait until it is back."""
+def leave_for_a_moment(
+    session: Session, name: str, instance: uuid.UUID | None = None, *, revision: int
+) -> None:
+    """Note that the worker is started again at once: others of its pool wait until it is back.
+
+    revision: of the fleet, for which it starts anew.
+    """
+    gone = {"state": WorkerState.LEAVING, "slots": 0, "held": [], "left_for_revision": revision}
     session.execute(
         update(Worker)
         .where(Worker.name == name, _is(instance))
-        .values(state=WorkerState.LEAVING, slots=0, held=[], seen_at=func.clock_timestamp())
+        .values(**gone, seen_at=func.clock_timestamp())
     )
 
 
-def may_leave(session: Session, name: str, pool: str) -> bool:
-    """Tell whether no other worker of the pool leaves or loads, and note that this one leaves.
+class WorkerInTheWay(NamedTuple):
+    """The worker for which another one of its pool waits before it leaves."""
 
-    So that workers of a pool that have to start anew do so one after the other, and none does once
-    one of them has failed to start under the newest revision.
+    name: str
+    state: str
+
+
+def leave_in_turn(session: Session, name: str, pool: str) -> WorkerInTheWay | None:
+    """Note that this worker leaves, or return another one of the pool that leaves or loads.
+
+    So that workers of a pool that have to start anew do so one after the other, and none does while
+    one that left for the newest revision fails to start under it. One that fails for reasons of its
+    own is in nobody's way.
     """
     session.execute(_ONE_LEAVES, {"pool": pool})
     silent = func.make_interval(0, 0, 0, 0, 0, 0, Worker.silent_after_s)
     now = func.clock_timestamp()
-    newest = select(func.max(FleetRevision.applied_at)).scalar_subquery()
-    others = select(Worker.name).where(
+    newest = select(func.max(FleetRevision.number)).scalar_subquery()
+    others = select(Worker.name, Worker.state).where(
         Worker.pool == pool,
         Worker.name != name,
         or_(
             and_(Worker.state == WorkerState.LOADING, Worker.seen_at > now - silent),
             # Between its last word and the first of its successor torch is imported.
             and_(Worker.state == WorkerState.LEAVING, Worker.seen_at > now - RETURNS_WITHIN),
-            and_(Worker.state == WorkerState.FAILED, Worker.seen_at > newest),
+            and_(Worker.state == WorkerState.FAILED, Worker.left_for_revision == newest),
         ),
     )
-    if session.scalar(others.limit(1)) is not None:
-        return False
+    first = session.execute(others.order_by(Worker.name).limit(1)).one_or_none()
+    if first is not None:
+        return WorkerInTheWay(*first)
     leaving = update(Worker).where(Worker.name == name).values(state=WorkerState.LEAVING, slots=0)
     session.execute(leaving)
-    return True
+    return None
 
 
 def live(session: Session, *, silent_for_s: float) -> Sequence[Worker]:

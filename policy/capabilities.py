@@ -5,11 +5,14 @@ The engine describes each checkpoint that it has loaded, and checks requests by 
 here the engine renders. Of a checkpoint that no worker has loaded yet the catalogue alone decides,
 and of adapters that were not there when it was loaded.
 
-Of two workers that describe one version otherwise, the newest is believed: they differ while
+A description names what it is of, so that it does not outlive a version whose weights are others
+now. Of two workers that describe one version otherwise, the newest is believed: they differ while
 workers are replaced by those of another release or revision of the catalogue, and the newest is the
 one that stays.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -49,6 +52,7 @@ class Capabilities(_Value):
     """What may be asked of one checkpoint; the members are those of the engine's value."""
 
     format: int
+    source: str = ""  # of which it tells: `source_of`; "": of a worker that does not say
     family: str
     pictures: dict[str, Need]
     samplers: dict[str, SamplerLimits]
@@ -77,13 +81,24 @@ def read(value: Any) -> Capabilities | None:
     return found if found.format == FORMAT else None
 
 
-def of_version(known: Known, checkpoint: str, model: Model) -> Capabilities | None:
+def source_of(model: Model, version: str) -> str:
+    """Digest what a version is loaded from, and by which family; "" for one that is gone."""
+    for one in model.versions:
+        if one.id == version:
+            facts = [model.family, model.pipeline_class, one.source, one.sha256]
+            return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return ""
+
+
+def of_version(known: Known, checkpoint: str, model: Model, version: str) -> Capabilities | None:
     """Find what a checkpoint can do; None if no worker has loaded it yet.
 
-    A description of another family is of a model that had the name before.
+    A description of another family or source is of what had the name before.
     """
     able = known.get(checkpoint)
-    return able if able is not None and able.family == model.family else None
+    if able is None or able.family != model.family:
+        return None
+    return able if able.source in ("", source_of(model, version)) else None
 
 
 def check_fits(able: Capabilities, model: Model, job: Resolved, *, max_batch_rows: int) -> None:

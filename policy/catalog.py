@@ -71,7 +71,7 @@ def resolve(
 def capabilities_of(known: Known, model: Model, job: Resolved) -> Capabilities | None:
     """Find what the job's checkpoint can do; None if no worker has loaded it yet."""
     checkpoint = checkpoint_name(job.model, job.model_version)
-    return capabilities.of_version(known, checkpoint, model)
+    return capabilities.of_version(known, checkpoint, model, job.model_version)
 
 
 def _by_catalogue(

@@ -15,6 +15,7 @@ class FailureCode(StrEnum):
     ATTEMPTS_EXHAUSTED = "attempts_exhausted"  # the cap of attempts; the detail has the last error
     UNSUPPORTED = "unsupported"  # the engine cannot render this, on any worker
     MODEL_GONE = "model_gone"  # its model or version was taken out of the catalogue meanwhile
+    NO_LONGER_OFFERED = "no_longer_offered"  # so was its size, sampler or adapter
     NOT_FINITE = "not_finite"  # the network produced NaN or infinity
     OUT_OF_MEMORY = "out_of_memory"  # it does not fit into the device's memory, not even alone
     INPUT_GONE = "input_gone"  # a picture it starts from is not in the store
@@ -38,6 +39,7 @@ FAILURES = {
     FailureCode.ATTEMPTS_EXHAUSTED: Failure(is_ours=True, is_detail_told=False),
     FailureCode.UNSUPPORTED: Failure(is_ours=False, is_detail_told=True),
     FailureCode.MODEL_GONE: Failure(is_ours=False, is_detail_told=True),
+    FailureCode.NO_LONGER_OFFERED: Failure(is_ours=False, is_detail_told=True),
     FailureCode.NOT_FINITE: Failure(is_ours=False, is_detail_told=True),
     # Of a size and number of images that the catalogue offers.
     FailureCode.OUT_OF_MEMORY: Failure(is_ours=True, is_detail_told=True),

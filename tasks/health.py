@@ -1,8 +1,9 @@
 """Decide whether this worker is healthy. A sick one must leave before it fails the whole backlog.
 
 A turn of the engine that does not end means a device that hangs: its leases must not be renewed,
-and a warm shutdown would not end it. Unplanned errors of different jobs in a row, with no image
-between them, are the worker's fault and not the jobs'.
+and a warm shutdown would not end it. So does a load beside the turns that does not move. Unplanned
+errors of different jobs in a row, with no image between them, are the worker's fault and not the
+jobs'.
 """
 
 import os
@@ -68,7 +69,13 @@ class Health:
 
     def _run(self) -> None:
         while not self._stop.wait(LOOK_EVERY_S):
-            if (turn_s := self._engine.turn_s) > self._stuck_after_s:
-                log.critical("engine_stuck", turn_s=round(turn_s, 1))
+            turn_s = self._engine.turn_s
+            load_silent_s = self._engine.load_silent_s
+            if max(turn_s, load_silent_s) > self._stuck_after_s:
+                log.critical(
+                    "engine_stuck",
+                    turn_s=round(turn_s, 1),
+                    load_silent_s=round(load_silent_s, 1),
+                )
                 # A call that asks it to stop would not return. Its leases expire.
                 os._exit(EX_SOFTWARE)

@@ -87,8 +87,9 @@ class LeaseKeeper:
         self._has_name = True
         # Of the fleet that this worker goes by; None: of a file.
         self.revision: int | None = None
-        # The process is started again at once; until then its row says that it leaves.
-        self.is_to_return = False
+        # For which the process is started again at once; until then its row says that it leaves.
+        # None: it is not.
+        self.returns_for: int | None = None
         # Called when another process has taken the name.
         self.on_name_lost: Callable[[], None] = _nothing
         self._threads = [
@@ -224,8 +225,12 @@ class LeaseKeeper:
             log.info("sign_off_failed", reason=type(error).__name__)
 
     def _sign_off(self, session: Session) -> None:
-        leave = workers.leave_for_a_moment if self.is_to_return else workers.leave
-        leave(session, self.identity.name, self.identity.instance)
+        me = self.identity
+        if self.returns_for is None:
+            workers.leave(session, me.name, me.instance)
+        else:
+            revision = self.returns_for
+            workers.leave_for_a_moment(session, me.name, me.instance, revision=revision)
 
     def _take(self, session: Session, *, job_id: uuid.UUID) -> Lease | None:
         who = self.identity

@@ -20,7 +20,7 @@ from engine.engine import Engine
 from engine.errors import EngineStopped, LoadFailed, UnknownCheckpoint
 from models import workers
 from models.database import run_transaction
-from policy.current import CurrentFleet
+from policy.current import UNNUMBERED, CurrentFleet
 from policy.fleet import Fleet
 from settings import WorkerSettings, misfits
 from tasks import capabilities
@@ -77,6 +77,20 @@ class EngineRevisions:
         offered = fleet.checkpoints_in(pool) if pool in fleet.pools else frozenset()
         return offered - set(self._engine.checkpoints)
 
+    def numbers(self) -> tuple[int, int]:
+        """Return the revision that the engine goes by, and the newest that the worker knows of."""
+        return self._keeper.revision or UNNUMBERED, self._current.number
+
+    @property
+    def is_behind(self) -> bool:
+        """Tell whether the engine goes by an older revision than the worker knows of."""
+        engine, known = self.numbers()
+        return known > engine
+
+    def is_unheard_of(self, number: int) -> bool:
+        """Tell whether the worker is to follow this revision and does not know of it yet."""
+        return self._settings.follow_revisions and number > self._current.number
+
     def go_by(self, new: Fleet) -> bool:
         """Have the engine go by a new fleet, or begin to leave.
 
@@ -89,6 +103,7 @@ class EngineRevisions:
             self._engine.set_rank_shares(wanted.config.rank_shares)
             self._change(new, self._has.specs, wanted.specs)
             self._has = wanted
+            self._tell_of_wait(None)
             self._keeper.revision = self._current.number
         return True
 
@@ -110,9 +125,9 @@ class EngineRevisions:
             self._unload(name)
         for name in wanted.keys() - has.keys():
             self._load(fleet, wanted[name])
-        if has != wanted:
-            worker = self._keeper.identity.name
-            capabilities.publish(self._database, fleet, self._engine, worker=worker)
+        # Also where nothing changed here: workers of a revision before may have written since.
+        worker = self._keeper.identity.name
+        capabilities.publish(self._database, fleet, self._engine, worker=worker)
 
     def _load(self, fleet: Fleet, spec: CheckpointSpec) -> None:
         try:
@@ -157,8 +172,8 @@ class EngineRevisions:
             return True
         if not self._may_leave():
             return False
-        self._keeper.is_to_return = True
         number = self._current.number
+        self._keeper.returns_for = number
         within_s = self._settings.shutdown_notice_s
         self._leave(Notice("fleet", within_s, f"revision {number} is in force"))
         return True
@@ -166,9 +181,22 @@ class EngineRevisions:
     def _may_leave(self) -> bool:
         name, pool = self._keeper.identity.name, self._keeper.identity.pool
         try:
-            return run_transaction(
-                self._database, lambda session: workers.may_leave(session, name, pool)
+            other = run_transaction(
+                self._database, lambda session: workers.leave_in_turn(session, name, pool)
             )
         except SQLAlchemyError as error:
             log.info("start_anew_postponed", reason=type(error).__name__)
             return False
+        self._tell_of_wait(None if other is None else f"{other.name} ({other.state})")
+        return other is None
+
+    def _tell_of_wait(self, waits_for: str | None) -> None:
+        """Have the log and the next heartbeat say for which worker this one waits; None: none."""
+        me = self._keeper.identity
+        if waits_for == me.facts.get(workers.WAITS_FOR):
+            return
+        facts = {name: fact for name, fact in me.facts.items() if name != workers.WAITS_FOR}
+        if waits_for is not None:
+            log.info("start_anew_waits", number=self._current.number, waits_for=waits_for)
+            facts[workers.WAITS_FOR] = waits_for
+        self._keeper.identity = replace(me, facts=facts)

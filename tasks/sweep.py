@@ -52,7 +52,7 @@ from policy import gates, queues
 from policy.current import UNNUMBERED, CurrentFleet
 from policy.fleet import Fleet
 from policy.prediction import EtaRatios, learn_ratios
-from policy.revisions import Fate, QueuedKind, fate
+from policy.revisions import Decision, Fate, QueuedKind, decide
 from policy.states import FINAL_STATES
 from policy.webhooks import GIVE_UP_AFTER_S
 from policy.workers import WorkerNow, keeps_failing
@@ -257,7 +257,7 @@ class Sweeper:
                 self._count("lease_expired", job_id)
 
     def _fleet_changes(self) -> bool:
-        """Move or fail the queued jobs whose pool, model or version a new revision has not.
+        """Move or fail the queued jobs of which a new revision lacks something.
 
         Looks at the queue after each change, once more when every gateway has followed it, and
         whenever jobs wait in a pool that is gone: a worker that leaves puts its own back late.
@@ -296,32 +296,37 @@ class Sweeper:
         with transaction(self.database) as session:
             kinds = revisions.queued_kinds(session)
         for kind in kinds:
-            decided, pool = fate(kind, self.fleet)
-            if decided is not Fate.STAYS:
-                moved_to = pool if decided is Fate.MOVES else None
-                if not self._settle(kind, moved_to, until=until):
-                    return False
+            decision = decide(kind, self.fleet)
+            is_to_change = decision.fate is not Fate.STAYS
+            if is_to_change and not self._settle(kind, decision, until=until):
+                return False
         return True
 
-    def _settle(self, kind: QueuedKind, pool: str | None, *, until: float) -> bool:
-        """Move the queued jobs of this kind to `pool` (None: they fail); False: there are more."""
+    def _settle(self, kind: QueuedKind, decision: Decision, *, until: float) -> bool:
+        """Move or fail the queued jobs of this kind; False: there are more."""
         while time.monotonic() < until:
             self.on_turn()
             with transaction(self.database) as session:
                 job_ids = revisions.queued_of(session, kind, most=SETTLED_AT_ONCE)
-            settled = [job_id for job_id in job_ids if self._settle_job(job_id, kind, pool)]
+            settled = [job_id for job_id in job_ids if self._settle_job(job_id, decision)]
             if not settled:
                 return True
             log.warning(
-                "fleet_lost", pool=kind.pool, model=kind.model, moved_to=pool, jobs=len(settled)
+                "fleet_lost",
+                pool=kind.pool,
+                model=kind.model,
+                moved_to=decision.pool if decision.code is None else None,
+                code=decision.code,
+                jobs=len(settled),
             )
         return False
 
-    def _settle_job(self, job_id: uuid.UUID, kind: QueuedKind, pool: str | None) -> bool:
-        if pool is None:
-            change = partial(jobs.fail_gone, job_id=job_id)
+    def _settle_job(self, job_id: uuid.UUID, decision: Decision) -> bool:
+        if decision.code is not None:
+            code, detail = decision.code, decision.detail
+            change = partial(jobs.fail_gone, job_id=job_id, code=code, detail=detail)
         else:
-            change = partial(jobs.move, job_id=job_id, pool=pool)
+            change = partial(jobs.move, job_id=job_id, pool=decision.pool)
         return self.ended.run_ending(self.database, change) is not None
 
     def _deadlines(self) -> None:

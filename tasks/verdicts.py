@@ -2,7 +2,7 @@
 
 `OutOfDeviceMemory` is tried again, at last alone on the device. An error that no retry helps fails
 the job at once. An outage or the worker's own fault does not count as a try; an unplanned error
-does.
+does. A job that only a newer revision of the fleet offers waits until the worker follows that.
 """
 
 import time
@@ -31,15 +31,17 @@ from engine.errors import (
     UnknownCheckpoint,
     UnsupportedRequest,
 )
-from models import jobs, leases, revisions
+from models import leases, revisions
 from models.leases import Lease, LeaseLost
 from models.tables import Job
 from policy.current import CurrentFleet
 from policy.failures import FailureCode, is_our_fault
-from policy.revisions import Fate, fate
+from policy.revisions import Fate, decide
 from tasks.health import Health
 from tasks.held import HeldLease
 from tasks.inputs import InputGone, InputsMissing
+from tasks.lacking import LackingModels
+from tasks.revisions import EngineRevisions
 
 log = structlog.get_logger(__name__)
 
@@ -59,6 +61,8 @@ class Verdicts:
     ended: EndedJobs
     health: Health
     current: CurrentFleet
+    engine_revisions: EngineRevisions
+    lacking: LackingModels
     max_attempts: int
 
     def decide(self, held: HeldLease, error: BaseException) -> None:
@@ -76,11 +80,13 @@ class Verdicts:
         self, session: Session, *, held: HeldLease, error: BaseException, is_ours: bool
     ) -> Job:
         lease = held.lease
-        if isinstance(error, UnknownCheckpoint) and (job := self._hand_over(session, lease)):
-            return job
+        if isinstance(error, UnknownCheckpoint | UnsupportedRequest):
+            job = self._by_revisions(session, lease, error)
+            if job is not None:
+                return job
         code = failure_code(error, is_exclusive=held.is_exclusive)
         if code is not None:
-            return leases.fail(session, lease, code=code, detail=_detail(lease.job, error))
+            return leases.fail(session, lease, code=code, detail=str(error))
         was_stopped = isinstance(error, EngineStopped) and not isinstance(error, EngineDied)
         if is_ours or was_stopped or isinstance(error, AWAY):
             return leases.give_back(
@@ -95,24 +101,36 @@ class Verdicts:
             session, lease, detail=detail[:500], max_attempts=self.max_attempts
         )
 
-    def _hand_over(self, session: Session, lease: Lease) -> Job | None:
-        """Give the job to those that serve its model now; None if nobody does.
+    def _by_revisions(
+        self,
+        session: Session,
+        lease: Lease,
+        error: UnknownCheckpoint | UnsupportedRequest,
+    ) -> Job | None:
+        """Decide by the fleet in force what becomes of a job that the engine does not know.
 
-        The worker's engine and the fleet may be of two revisions.
+        The job, the engine, and the fleet that the worker knows may be of three revisions. None if
+        the request is at fault by itself.
         """
         job = lease.job
-        kind = revisions.kind_of(session, job)
-        decided, pool = fate(kind, self.current.fleet)
-        if decided is Fate.FAILS and not self._is_behind(session):
+        newest = max(job.fleet_revision or 0, revisions.newest_number(session))
+        if self.engine_revisions.is_unheard_of(newest):
+            return self._set_aside(session, lease)
+        decision = decide(revisions.kind_of(session, job), self.current.fleet)
+        if decision.code is not None:
+            return leases.fail(session, lease, code=decision.code, detail=decision.detail)
+        if self.engine_revisions.is_behind and decision.fate is Fate.STAYS:
+            return self._set_aside(session, lease)
+        if isinstance(error, UnsupportedRequest):
             return None
-        returned = leases.give_back(session, lease, reason="another worker serves its model")
-        if decided is Fate.MOVES:
-            jobs.move(session, job.id, pool)
-        return returned
+        pool = decision.pool if decision.fate is Fate.MOVES else None
+        reason = "another worker serves its model"
+        return leases.give_back(session, lease, reason=reason, pool=pool)
 
-    def _is_behind(self, session: Session) -> bool:
-        """Tell whether a newer revision than this worker's is in force: it may serve the model."""
-        return revisions.newest_number(session) > self.current.number
+    def _set_aside(self, session: Session, lease: Lease) -> Job:
+        """Have the job wait for a worker that goes by a newer revision, which may be this one."""
+        self.lacking.set_aside(lease.job_id)
+        return leases.give_back(session, lease, reason="a newer revision of the fleet has it")
 
 
 def _log(held: HeldLease, error: BaseException) -> None:
@@ -140,13 +158,6 @@ def failure_code(error: BaseException, *, is_exclusive: bool) -> FailureCode | N
         case OutOfDeviceMemory() if is_exclusive:
             return FailureCode.OUT_OF_MEMORY
     return None
-
-
-def _detail(job: Job, error: BaseException) -> str:
-    """Say why no retry helps; nothing of other models, which the tenant may not know of."""
-    if isinstance(error, UnknownCheckpoint):
-        return f"version {job.model_version} of model {job.model} is not offered any more"
-    return str(error)
 
 
 def is_unplanned(error: BaseException) -> bool:

@@ -109,7 +109,7 @@ def _model_view(fleet: Fleet, name: str, asker: Asker) -> schemas.Model:
 def _version_view(model_id: str, served: Model, version: ModelVersion) -> schemas.ModelVersion:
     """Show one version. served: the model as this version serves it."""
     checkpoint = checkpoint_name(model_id, version.id)
-    able = capabilities.of_version(runtime().abilities.known(), checkpoint, served)
+    able = capabilities.of_version(runtime().abilities.known(), checkpoint, served, version.id)
     return schemas.ModelVersion(
         id=version.id,
         traffic_weight=version.traffic_weight,

@@ -18,7 +18,7 @@ class CheckpointCapabilities(Base):
 
     model: Mapped[str] = mapped_column(primary_key=True)
     version: Mapped[str] = mapped_column(primary_key=True)
-    # As engine/capabilities.py writes it, and policy/capabilities.py reads it.
+    # As engine/capabilities.py writes it, and policy/capabilities.py reads it, with its source.
     described: Mapped[dict[str, Any]]
     worker: Mapped[str]  # its name
     published_at: Mapped[datetime] = mapped_column(server_default=NOW)
@@ -58,6 +58,8 @@ class Worker(Base):
     failed_starts: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     # Of the fleet that it goes by; None: of the file that it was started with.
     fleet_revision: Mapped[int | None]
+    # For which it ended, to start anew; None once it is back.
+    left_for_revision: Mapped[int | None]
     # Why the last start failed.
     problem: Mapped[str | None]
 

@@ -177,6 +177,7 @@ def _renderer(
 ) -> Renderer:
     broker = Broker(settings, current)
     release = Release(database, broker, current, worker_silence_s=settings.lease_ttl_s)
+    lacking = LackingModels(database, release, revisions.lacking, revisions.numbers)
     return Renderer(
         settings=settings,
         current=current,
@@ -189,12 +190,14 @@ def _renderer(
             ended=ended,
             health=health,
             current=current,
+            engine_revisions=revisions,
+            lacking=lacking,
             max_attempts=settings.max_attempts,
         ),
         database=database,
         broker=broker,
         release=release,
-        lacking=LackingModels(database, release, revisions.lacking),
+        lacking=lacking,
         handoff=ended.handoff,
         progress=progress,
         previews=Previews(progress),

@@ -212,6 +212,26 @@ def is_rendered(tenant: Tenant) -> Act:
     return act
 
 
+def is_handed_over(tenant: Tenant) -> Act:
+    """A worker gives a job to the pool that serves its model now."""
+    job_id, database = uuid.UUID(tenant.job), tenant.house.database.app
+    run_transaction(database, lambda session: jobs.move(session, job_id, "elsewhere"))
+
+    def act() -> tuple[int, dict]:
+        lease = run_transaction(
+            database,
+            lambda session: leases.take(
+                session, job_id, worker="gpu0@there", device="cpu", ttl_s=60, pool="elsewhere"
+            ),
+        )
+        if lease is not None:
+            told = {"reason": "another worker serves its model", "pool": "local"}
+            run_transaction(database, lambda session: leases.give_back(session, lease, **told))
+        return 200, {}
+
+    return act
+
+
 def is_told_to_be_gone(tenant: Tenant) -> Act:
     """A receiver answers 410; not the API's either."""
     delivery_id, database = uuid.UUID(tenant.delivery), tenant.house.database.app
@@ -255,6 +275,7 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "ask for the usage": call("GET", "/v1/usage"),
     "is rendered": is_rendered,
+    "is handed over": is_handed_over,
     "is told to be gone": is_told_to_be_gone,
 }
 PAIRS = list(itertools.combinations_with_replacement(OPERATIONS, 2))
@@ -369,8 +390,9 @@ def test_every_operation_that_is_raced_does_something(house, operation):
         (list(itertools.combinations_with_replacement(LIKELY, 2)), False),
         # what tenants have in common are the places in line
         ([("submit", other) for other in LIKELY] + [("submit with a picture",) * 2], True),
+        ([("is handed over", "submit")], False),
     ],
-    ids=["one tenant", "two tenants"],
+    ids=["one tenant", "two tenants", "a hand-over"],
 )
 def test_no_two_operations_deadlock_that_once_did(house, pairs, are_strangers):
     for first, second in pairs:

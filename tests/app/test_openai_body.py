@@ -409,7 +409,7 @@ OURS = (
     "run_deadline",
     "not_stored",
 )
-THEIRS = ("unsupported", "model_gone", "not_finite")
+THEIRS = ("unsupported", "model_gone", "no_longer_offered", "not_finite")
 
 
 def test_every_failure_is_somebody_s_fault():

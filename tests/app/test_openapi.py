@@ -625,6 +625,7 @@ def test_the_page_shows_the_operations(stack, tmp_path):
         "--no-sandbox",
         "--disable-dev-shm-usage",
         "--virtual-time-budget=8000",
+        f"--user-data-dir={tmp_path / 'profile'}",
     ]
     command += [
         "--window-size=1280,900",
@@ -632,7 +633,7 @@ def test_the_page_shows_the_operations(stack, tmp_path):
         f"{stack.env['DARKROOM_URL']}/docs",
     ]
 
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, check=True, capture_output=True)
 
     assert picture.stat().st_size > 30_000, json.dumps(picture.stat().st_size)
 

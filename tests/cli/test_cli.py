@@ -671,7 +671,7 @@ def test_a_dead_letter_is_requeued_once_as_a_new_job_of_the_same_parameters(stac
     owner = stack.env["MIGRATION_DATABASE_URL"]
     ask(
         owner,
-        "UPDATE jobs SET state = 'failed', failure_code = 'internal' WHERE id = %s",
+        "UPDATE jobs SET state = 'failed', failure_code = 'internal', pool = 'gone' WHERE id = %s",
         [failed.id],
     )
 
@@ -689,6 +689,17 @@ def test_a_dead_letter_is_requeued_once_as_a_new_job_of_the_same_parameters(stac
         [failed.id],
     )
     assert listed.rows == [("internal", new_id)]
+
+
+def test_requeue_refuses_a_job_of_a_version_that_is_not_offered_any_more(stack, client):
+    job = client.wait(client.create_job("a green star on black", tier="fast").id)
+    fail = "UPDATE jobs SET state = 'failed', model_version = '0' WHERE id = %s"
+    ask(stack.env["MIGRATION_DATABASE_URL"], fail, [job.id])
+
+    done = run(stack.data_dir, "requeue", job.id)
+
+    assert done.exit_code == 4
+    assert "model pocket, version 0, is no longer offered" in " ".join(done.stderr.split())
 
 
 def test_requeue_refuses_a_job_that_did_not_fail(stack, client):

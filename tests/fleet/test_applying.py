@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from sqlalchemy import text
 
 from cli.main import darkroom
-from fleet.stack import Stack
+from fleet.stack import FIRST_TENANT, Stack
 from models.database import make_engine
 from settings import REPO
 from tests.builders import until
@@ -83,8 +83,12 @@ def tiers(gateway: httpx.Client) -> set[str]:
     return {tier["id"] for tier in gateway.get("/v1/tiers").json()["data"]}
 
 
+def ended(gateway: httpx.Client, job_id: str) -> dict:
+    return gateway.get(f"/v1/jobs/{job_id}", headers={"Prefer": "wait=60"}).json()
+
+
 def finished(gateway: httpx.Client, job_id: str) -> dict:
-    job = gateway.get(f"/v1/jobs/{job_id}", headers={"Prefer": "wait=60"}).json()
+    job = ended(gateway, job_id)
     assert job["state"] == "succeeded", job
     return job
 
@@ -135,6 +139,59 @@ def test_a_model_joins_the_running_worker_and_leaves_it_again(operator, gateway)
 
     assert twin["images"][0]["pixels_sha256"] == pocket["images"][0]["pixels_sha256"]
     assert operator.pids() == pids, "no process started anew"
+
+
+SPARE = {"slots": 16, "max_batch_rows": 16, "scalable": True}  # nobody starts workers for it
+
+
+def waiting_in_spare(operator, gateway, *models: str) -> list[dict]:
+    """A job of each of these models, in a pool of the tenant's own that has no worker."""
+    own = {"models": list(models), "tenants": [FIRST_TENANT]}
+    operator.tables["pools"]["spare"] = SPARE | own
+    operator.apply()
+    until(
+        lambda: set(models) <= {each["id"] for each in gateway.get("/v1/models").json()["data"]},
+        within_s=FOLLOWS_WITHIN_S,
+        what="the gateway",
+    )
+    patient = JOB | {"tier": "batch"}
+    return [gateway.post("/v1/jobs", json=patient | {"model": model}).json() for model in models]
+
+
+def test_queued_jobs_of_what_is_removed_are_made_elsewhere_or_told_why_they_fail(
+    operator, gateway, sql_rows
+):
+    models = operator.tables["models"]
+    pocket = models["pocket"] | {"aliases": []}
+    [version] = pocket["versions"]
+    models["whole"] = dict(pocket)
+    models["parts"] = pocket | {
+        "versions": [version | {"traffic_weight": 0.0}, version | {"id": "2"}]
+    }
+    accepted = waiting_in_spare(operator, gateway, "pocket", "whole", "parts")
+    assert {job["state"] for job in accepted} == {"queued"}
+    moved, of_model, of_version = (job["id"] for job in accepted)
+
+    del models["whole"]
+    models["parts"] = pocket
+    operator.tables["pools"]["spare"]["models"].remove("whole")
+    operator.apply()
+    failed = [ended(gateway, job_id)["failure"] for job_id in (of_model, of_version)]
+    stays = gateway.get(f"/v1/jobs/{moved}").json()["state"]
+    del operator.tables["pools"]["spare"]
+    del models["parts"]
+    operator.apply()
+
+    assert [(failure["code"], failure["detail"]) for failure in failed] == [
+        ("model_gone", "model whole, version 1, is no longer offered"),
+        ("model_gone", "model parts, version 2, is no longer offered"),
+    ]
+    assert stays == "queued"
+    finished(gateway, moved)
+    [way] = sql_rows(
+        "SELECT facts FROM audit_log WHERE job_id = :id AND event = 'job:pool:changed'", id=moved
+    )
+    assert (way["facts"]["left"], way["facts"]["pool"]) == ("spare", "local")
 
 
 def test_a_fleet_with_an_error_is_refused_as_a_whole_by_its_key(operator):

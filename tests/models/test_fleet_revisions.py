@@ -7,6 +7,7 @@ from sqlalchemy.exc import DBAPIError
 from models import jobs, revisions
 from models.database import transaction
 from models.tables import Flow
+from policy.failures import FailureCode
 from policy.revisions import QueuedKind
 from tests.builders import a_job, a_lease, a_tenant, fleet_text
 from tests.models.conftest import a_database
@@ -94,15 +95,20 @@ def test_a_job_that_a_worker_has_neither_moves_nor_fails(own):
         lease = a_lease(session)
 
         assert jobs.move(session, lease.job_id, "there") is None
-        assert jobs.fail_gone(session, lease.job_id) is None
+        gone = {"code": FailureCode.MODEL_GONE, "detail": "it is gone"}
+        assert jobs.fail_gone(session, lease.job_id, **gone) is None
         session.rollback()
 
 
 def test_queued_jobs_are_counted_by_what_they_need_of_the_fleet(own):
     with transaction(own.app) as session:
         tenant = a_tenant(session)
-        job = a_job(session, tenant=tenant, pool="counted")
-        kind = QueuedKind("counted", job.model, job.model_version, job.tier, tenant.name)
+        uses = [{"name": name, "strength": 0.5} for name in ("ink", "gold")]
+        job = a_job(session, tenant=tenant, pool="counted", adapters=uses)
+        kind = revisions.kind_of(session, job)
+        assert kind == QueuedKind(
+            "counted", "pocket", "1", "fast", tenant.name, 128, 128, "ddim", ("ink", "gold")
+        )
         assert kind not in revisions.queued_kinds(session), "that of a process with its own file"
         job.fleet_revision = 1
         session.flush()

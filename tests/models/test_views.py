@@ -437,7 +437,7 @@ def workers_now(session, tenant) -> Rows:
     )
     times = {row.name: row.started_at for row in started}
     usual = {"pool": pool, "device": "cpu", "slots": 8, "restarts": 0, "failed_starts": 0}
-    empty = ("models", "failed_models", "problem", "host", "pid", "fleet_revision")
+    empty = ("models", "failed_models", "problem", "host", "pid", "fleet_revision", "waits_for")
     unknown = dict.fromkeys(empty)
     here = NEAR(Decimal(0), abs=Decimal(15))
     return [
@@ -474,6 +474,7 @@ def workers_now(session, tenant) -> Rows:
             "host": "there",
             "pid": 2,
             "fleet_revision": None,
+            "waits_for": None,
             "started_at": times[f"c@{pool}"],
             "silent_s": here,
         },

@@ -5,7 +5,7 @@ import uuid
 import pytest
 from sqlalchemy import text
 
-from models import workers
+from models import revisions, workers
 from models.workers import NewWorker
 from policy.workers import WorkerState
 from tests.builders import a_job
@@ -217,3 +217,55 @@ def test_worker_that_can_load_nothing_is_remembered_for_a_day(session, pool):
     silence(session, pool, 90_000)
     workers.forget_the_silent(session, silent_for_s=3600)
     assert row_of(session, new) is None
+
+
+def a_revision(session) -> int:
+    revision, _ = revisions.apply(session, f"# {uuid.uuid4()}", actor="tests")
+    return revision.number
+
+
+def turn_of_another(session, pool):
+    """What a worker is told that is ready and has to start anew."""
+    beat(session, pool, "other")
+    return workers.leave_in_turn(session, f"other@{pool}", pool)
+
+
+def test_worker_that_starts_anew_waits_for_one_that_leaves_and_while_that_loads(session, pool):
+    number = a_revision(session)
+    first = a_start(pool)
+    say(session, first)
+
+    assert workers.leave_in_turn(session, first.name, pool) is None
+    assert turn_of_another(session, pool) == (first.name, "leaving")
+    workers.leave_for_a_moment(session, first.name, first.instance, revision=number)
+    assert turn_of_another(session, pool) == (first.name, "leaving")
+    again = a_start(pool)
+    claim(session, again, gone=first.instance)
+    assert turn_of_another(session, pool) == (first.name, "loading")
+    say(session, again)
+    assert turn_of_another(session, pool) is None
+
+
+def test_worker_that_cannot_come_back_keeps_the_others_until_there_is_another_revision(
+    session, pool
+):
+    first = a_start(pool)
+    say(session, first)
+    workers.leave_for_a_moment(session, first.name, first.instance, revision=a_revision(session))
+    again = a_start(pool)
+    claim(session, again, gone=first.instance)
+    say(session, again, state=WorkerState.LOADING)
+    workers.fail(session, again.name, again.instance, "there is nothing to load")
+
+    assert turn_of_another(session, pool) == (first.name, "failed")
+    a_revision(session)
+    assert turn_of_another(session, pool) is None
+
+
+def test_worker_that_fails_for_reasons_of_its_own_keeps_nobody_waiting(session, pool):
+    a_revision(session)
+    broken = a_start(pool)
+    claim(session, broken)
+    workers.fail(session, broken.name, broken.instance, "its disk is gone")
+
+    assert turn_of_another(session, pool) is None

@@ -68,6 +68,17 @@ def test_capabilities_of_another_family_or_checkpoint_judge_nothing():
     assert resolve(a_fleet(), requested, default_seed=7, known=elsewhere)
 
 
+def test_capabilities_do_not_outlive_the_source_of_their_version():
+    before = capabilities.source_of(a_fleet().models["pocket"], "1")
+    able = an_ability(source=before, pictures=NO_PICTURES)
+    again = a_fleet({"models.pocket.versions.0.source": "pocket/again"})
+    listed = a_fleet({"models.pocket.versions.0.sha256": {"vae/config.json": "0" * 64}})
+
+    assert refusal_by(able, init_image=PICTURE) == ("init_image", [])
+    for fleet in (again, listed):
+        assert resolved_by(able, fleet=fleet, init_image=PICTURE)
+
+
 def test_capabilities_of_another_format_are_not_read_and_unknown_members_are_ignored():
     assert capabilities.read(PLAIN | {"format": capabilities.FORMAT + 1}) is None
     assert capabilities.read({"format": capabilities.FORMAT}) is None

@@ -15,9 +15,13 @@ from models.database import transaction
 from models.tables import Job
 from policy import queues
 from policy.current import CurrentFleet
+from policy.failures import FailureCode
 from tasks.sweep import Sweeper
 from tests.builders import GONE, a_fleet, a_job
 from tests.models.conftest import Database, a_database
+
+INK = {"source": "ink.safetensors", "sha256": "0" * 64}
+QUICK = {"tiers.quality.determinism": "best_effort"}  # needs no table of rows
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +69,35 @@ def test_a_queued_job_whose_model_is_gone_fails_and_its_tenant_is_told_why(own, 
     assert now(own, other).state == "queued"
 
 
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"models.pocket.sizes": ["128x128"]}, "size 128x192"),
+        ({"models.pocket.samplers": ["ddim"]}, "sampler euler"),
+        ({}, "adapter ink"),
+    ],
+    ids=["size", "sampler", "adapter"],
+)
+def test_a_queued_job_of_which_a_part_is_gone_fails_and_its_tenant_is_told_which(
+    own, holder, changes, what
+):
+    job = a_queued_job(
+        own, height_px=192, sampler="euler", adapters=[{"name": "ink", "strength": 1.0}]
+    )
+    other = a_queued_job(own)
+    tables = {"models.pocket.adapters.ink": INK, "models.pocket.tiers": {}, **QUICK}
+    if not changes:
+        del tables["models.pocket.adapters.ink"]
+
+    holder.replace(a_fleet(tables | changes), 2)
+    own._fleet_changes()
+
+    failed = now(own, job)
+    assert (failed.state, failed.failure_code) == ("failed", "no_longer_offered")
+    assert failed.failure_detail == f"{what} of model pocket is no longer offered"
+    assert now(own, other).state == "queued"
+
+
 def test_a_queued_job_moves_to_the_pool_that_serves_its_model_now(own, holder):
     job = a_queued_job(own, pool="gone", model="pocket")
 
@@ -86,7 +119,7 @@ def test_a_change_is_looked_at_when_it_comes_and_once_more_a_little_later(own, h
     assert now(own, late).state == "failed"
     assert now(own, ignored).state == "queued", "nobody looks at a backlog for no reason"
     with transaction(own.database) as session:
-        jobs.fail_gone(session, ignored.id)
+        jobs.fail_gone(session, ignored.id, code=FailureCode.MODEL_GONE, detail="it is gone")
 
 
 def test_jobs_of_a_removed_tier_are_released_to_the_queue_of_the_last_one(

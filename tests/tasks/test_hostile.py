@@ -2,6 +2,8 @@
 alone suffers.
 """
 
+import dataclasses
+import pydoc
 import threading
 import time
 from contextlib import ExitStack
@@ -216,6 +218,37 @@ def test_a_device_that_hangs_ends_its_worker(here, monkeypatch):
 
     assert exits[0] == 70
     assert here.engine.turn_s < 0.3
+
+
+@pytest.mark.parametrize(
+    "place", ["engine.loading.accelerate", "engine.loop.warm_up", "engine.loads.Loads._take_out"]
+)
+def test_a_device_that_hangs_as_a_checkpoint_comes_or_goes_ends_its_worker(
+    here, monkeypatch, place
+):
+    engine, goes_on, exits = here.engine, threading.Event(), []
+    [spec] = engine._checkpoints.specs.values()
+    monkeypatch.setattr("engine.loop.warm_up", lambda *_, **__: iter([None]))
+    does = pydoc.locate(place)
+    monkeypatch.setattr(place, lambda *args, **more: (goes_on.wait(60), does(*args, **more))[1])
+    monkeypatch.setattr(tasks.health, "LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr(tasks.health.os, "_exit", exits.append)
+    health = tasks.health.Health(engine, stuck_after_s=2.0, leave=here.notices.announce)
+
+    came = engine.load(dataclasses.replace(spec, name="second@1"))
+    if "_take_out" in place:
+        came.result(60)
+        gone = engine.unload("second@1")
+    until(lambda: exits, within_s=60, what="the end of the worker")
+    health.close()
+    goes_on.set()
+    came.result(60)
+    if "_take_out" not in place:
+        gone = engine.unload("second@1")
+    gone.result(60)
+
+    assert exits[0] == 70
+    assert engine.load_silent_s == 0
 
 
 def test_a_job_taken_while_the_worker_was_told_to_go_is_given_up_at_once(here):

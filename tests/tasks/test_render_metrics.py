@@ -56,12 +56,12 @@ def test_a_job_whose_model_is_gone_fails_with_a_code_of_its_own_and_names_no_oth
     rendered(here, job)
 
     row = here.row(job)
-    detail = "version 3 of model large is not offered any more"
+    detail = "model large, version 3, is no longer offered"
     assert (row.failure_code, row.failure_detail) == ("model_gone", detail)
 
 
 def test_an_error_is_counted_by_its_kind(here):
-    job = here.accept(sampler="nobody's")
+    job = here.accept(clip_skip=99)
 
     with increases() as grown:
         rendered(here, job)

@@ -119,7 +119,7 @@ def test_broker_that_is_away_keeps_no_worker_from_the_rest_of_its_job(here, monk
 
 
 def test_refusal_that_is_the_request_s_fault_is_one_line_and_no_traceback(here):
-    job = here.accept(sampler="nobody_s")
+    job = here.accept(clip_skip=99)
 
     with capture_logs() as logged:
         here.render(job).join(60)
@@ -127,5 +127,5 @@ def test_refusal_that_is_the_request_s_fault_is_one_line_and_no_traceback(here):
     assert here.row(job).failure_code == "unsupported"
     [refused] = [line for line in logged if line["event"] == "render_refused"]
     assert "exc_info" not in refused
-    assert refused["detail"].startswith("sampler: 'nobody_s'")
+    assert refused["detail"].startswith("clip_skip: 99")
     assert "render_failed" not in [line["event"] for line in logged]
