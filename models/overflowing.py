@@ -7,6 +7,7 @@ was accepted, so its tenant's flow in the other pool is not charged again.
 
 import uuid
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import (
@@ -103,11 +104,10 @@ def _waiting_statement() -> Select[Any]:
     )
 
 
-def _announced_statement() -> Select[Any]:
+def _announced_statement() -> Select[Any, Any, Any, Any]:
     """Make the query of announced jobs that waited too long; there are few, by the limits."""
     conditions = (*_may_move(), Job.announced_at.is_not(None), _waits_since() > _SINCE)
-    query: Select[Any] = select(*_COLUMNS).where(*conditions, _is_for(Job.tenant_id))
-    return query.limit(MOST_LATE)
+    return select(*_COLUMNS).where(*conditions, _is_for(Job.tenant_id)).limit(MOST_LATE)
 
 
 # Made once, for making them costs more than running them.
@@ -154,19 +154,10 @@ def late_jobs(
         "tenants": list(way.tenants),
     }
     waiting = session.execute(_WAITING, asked | {"without": list(without)})
-    found = [(row, False) for row in waiting]
+    late = [LateJob(*row) for row in waiting]
     if also_announced:
-        found += [(row, True) for row in session.execute(_ANNOUNCED, asked)]
-    late = [
-        LateJob(
-            job_id=row.id,
-            tenant_id=row.tenant_id,
-            num_images=row.num_images,
-            release_tag=row.release_tag,
-            is_announced=is_announced,
-        )
-        for row, is_announced in found
-    ]
+        announced = session.execute(_ANNOUNCED, asked)
+        late += [replace(LateJob(*row), is_announced=True) for row in announced]
     return sorted(late, key=lambda job: (job.release_tag, job.job_id))
 
 
