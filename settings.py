@@ -52,6 +52,7 @@ from pydantic_settings import (
 )
 
 from policy.fleet import Fleet, FleetInvalid, parse_fleet
+from policy.workers import class_problem
 
 REPO = Path(__file__).resolve().parent
 EX_CONFIG = 78  # sysexits.h: whoever supervises us knows that another start will not help
@@ -400,6 +401,8 @@ class WorkerSettings(Settings, DeviceSettings):
     """Hold a GPU worker's settings; its pool decides which models it holds."""
 
     worker_pool: str = "local"  # a pool of fleet.toml
+    # A capacity class of the pool; "": its only one, or none if it has none.
+    worker_class: str = ""
     worker_name: str = ""  # POOL-gpuN@host; the launcher sets it
     # Source of notices that the machine will be taken away: aws, gcp, azure or file:/PATH, in
     # which {worker} stands for the worker's name.
@@ -625,6 +628,13 @@ def misfits(settings: FleetSettings, fleet: Fleet) -> list[str]:
         problems.append(
             f"WORKER_POOL: is not a pool of fleet.toml; accepted: {', '.join(fleet.pools)}"
         )
+    elif isinstance(settings, WorkerSettings):
+        pool = fleet.pools[settings.worker_pool]
+        if problem := class_problem(pool, settings.worker_class):
+            accepted = ", ".join(pool.classes) or "none"
+            problems.append(
+                f"WORKER_CLASS: pool {settings.worker_pool!r}: {problem}; accepted: {accepted}"
+            )
     if isinstance(settings, Settings):
         for name, tier in fleet.tiers.items():
             if settings.handoff_ttl_s < tier.run_within_s:

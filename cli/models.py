@@ -72,6 +72,9 @@ def as_document(found: Inspection) -> dict[str, Any]:
     if found.kind == "folder":
         document["samplers"] = fitting_samplers(facts_of(found))
         document["weights_bytes"] = {name: found.weights_bytes(name) for name in PRECISIONS}
+        document["quantised_bytes"] = {
+            name: found.weights_bytes(name, is_quantised=True) for name in PRECISIONS
+        }
     return document
 
 
@@ -113,6 +116,9 @@ def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
         yield "samplers", ", ".join(fitting_samplers(facts_of(found)))
     memory = ", ".join(f"{in_bytes(found.weights_bytes(each))} as {each}" for each in PRECISIONS)
     yield "weights in memory", f"{memory}; images come on top"
+    if found.kind == "folder":
+        quantised = found.weights_bytes("bf16", is_quantised=True)
+        yield "quantised", f"{in_bytes(quantised)} as bf16 with int8 or float8"
 
 
 def _part_row(part: Part) -> tuple[object, ...]:

@@ -20,7 +20,7 @@ from fleet.stack import ProcessStatus, Stack
 )
 @click.option(
     "--workers",
-    metavar="NUMBER|POOL=NUMBER,…",
+    metavar="NUMBER|POOL[.CLASS]=NUMBER,…",
     default="1",
     show_default=True,
     help="Worker processes of each pool; a pool that is not named gets one. With WORKER_POOL in "
@@ -103,8 +103,9 @@ def status(ctx: click.Context, installation: Installation) -> None:
 
 
 _WORKERS = """
-SELECT pool, worker, state, device, models, failed_models, problem, restarts, failed_starts,
-       fleet_revision, waits_for, (SELECT max(number) FROM fleet_revisions) AS newest_revision,
+SELECT pool, capacity_class, worker, state, device, models, failed_models, problem, restarts,
+       failed_starts, fleet_revision, waits_for,
+       (SELECT max(number) FROM fleet_revisions) AS newest_revision,
        to_char(started_at AT TIME ZONE 'UTC', 'MM-DD HH24:MI:SS') AS since
 FROM workers_now ORDER BY pool, worker
 """
@@ -128,6 +129,7 @@ def _show_workers(stack: Stack) -> None:
         engine.dispose()
     columns = [
         "pool",
+        "class",
         "worker",
         "state",
         "device",
@@ -140,6 +142,7 @@ def _show_workers(stack: Stack) -> None:
     rows = [
         (
             worker.pool,
+            worker.capacity_class,
             worker.worker,
             _worker_state(worker),
             worker.device,

@@ -258,7 +258,7 @@ class LoadedCheckpoints(Mapping[str, LoadedCheckpoint]):
                 fork=fork,
                 speed={name: getattr(loaded.spec, name) for name in SPEED},
                 device_facts=self._device_facts,
-                family_facts=loaded.family.facts(),
+                family_facts=loaded.facts(),
             )
             if len(self._fingerprints) >= MAX_FINGERPRINTS:
                 self._fingerprints.clear()

@@ -59,6 +59,7 @@ class CheckpointSpec:
     path: str
     family: str = "sd"
     precision: str = "fp32"  # "fp32", "bf16" or "fp16"
+    quantize: str | None = None  # "int8" or "float8": weights of linear layers
     # "unet/config.json" -> hex digest; {} trusts the folder.
     sha256: Mapping[str, str] = field(default_factory=dict)
     sizes: tuple[tuple[int, int], ...]  # (width_px, height_px) that may be asked for

@@ -38,6 +38,18 @@ DTYPE_BITS = {
 # What an operator calls the types that weights have.
 DTYPE_NAMES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 DTYPE_NAMES |= {"F8_E4M3": "fp8", "F8_E5M2": "fp8"}
+# How the folders of networks begin whose linear layers can be quantised (engine/quantisation.py).
+QUANTISED_FOLDERS = ("unet", "transformer", "text_encoder", "prior", "controlnet")
+# Tables that are looked up: matrices in the file, and no linear layers.
+_TABLES = (
+    "token_embedding",
+    "position_embedding",
+    "class_embedding",
+    "embed_tokens",
+    "shared",
+    "relative_attention_bias",
+)
+_SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -105,3 +117,31 @@ def is_lfs_pointer(file: Path) -> bool:
 def _tensor(entry: Any) -> TensorHeader:
     begin, end = entry["data_offsets"]
     return TensorHeader(str(entry["dtype"]), tuple(map(int, entry["shape"])), int(end) - int(begin))
+
+
+def memory_bytes(
+    folder: str, tensors: Mapping[str, TensorHeader], *, value_bytes: int, how: str | None
+) -> int:
+    """Return the memory of the weights of one file in this folder.
+
+    value_bytes: of a number that is not quantised.
+    """
+    values = sum(tensor.num_values for tensor in tensors.values())
+    if how is None:
+        return values * value_bytes
+    linear = linear_weights(folder, tensors)
+    small = sum(tensor.num_values for tensor in linear)
+    scales = sum(tensor.shape[0] for tensor in linear)
+    return (values - small) * value_bytes + small + scales * _SCALE_BYTES
+
+
+def linear_weights(folder: str, tensors: Mapping[str, TensorHeader]) -> list[TensorHeader]:
+    """List the weights of a file in this folder that belong to layers which can be quantised."""
+    if not folder.startswith(QUANTISED_FOLDERS):
+        return []
+    found = []
+    for name, tensor in tensors.items():
+        *_, layer, kind = ("", *name.split("."))
+        if kind == "weight" and len(tensor.shape) == 2 and layer not in _TABLES:
+            found.append(tensor)
+    return found

@@ -25,7 +25,7 @@ from engine.folders import (
     unread_files,
     variant_of,
 )
-from engine.headers import DTYPE_NAMES, Header, TensorHeader, read_header
+from engine.headers import DTYPE_NAMES, Header, TensorHeader, linear_weights, read_header
 
 # Pipeline classes that a native family follows; every other is of family "pipeline".
 NATIVE_CLASSES = {
@@ -55,6 +55,7 @@ class Part:
     name: str
     kind: str  # the class that reads it; "" where nobody says
     num_values: int = 0  # of its weights
+    num_linear_values: int = 0  # of these, in layers that can be quantised
     dtypes: tuple[str, ...] = ()  # "fp16", the most frequent in front
     size_bytes: int = 0  # of all its files that are read
     num_shards: int = 0  # files of weights
@@ -106,9 +107,13 @@ class Inspection:
         parts = sorted(self.parts, key=lambda part: -part.num_values)
         return tuple(dict.fromkeys(dtype for part in parts for dtype in part.dtypes))
 
-    def weights_bytes(self, precision: str) -> int:
-        """Return the device memory of its weights as fp32, fp16 or bf16; images come on top."""
-        return self.num_values * (4 if precision == "fp32" else 2)
+    def weights_bytes(self, precision: str, *, is_quantised: bool = False) -> int:
+        """Return the device memory of its weights as fp32, fp16 or bf16; images come on top.
+
+        is_quantised: to 8 bits, where they can be; the scales are not counted.
+        """
+        small = sum(part.num_linear_values for part in self.parts) if is_quantised else 0
+        return (self.num_values - small) * (4 if precision == "fp32" else 2) + small
 
 
 def inspect(path: Path) -> Inspection:
@@ -265,17 +270,19 @@ def _network_part(folder: Path, name: str, kind: str) -> Part:
     """Add up the headers of a network's weights. Raises `CheckpointCorrupt`, naming the file."""
     files = read_files(folder)
     weights = [file for file in files if file.suffix == ".safetensors"]
-    tensors: list[TensorHeader] = []
+    named: dict[str, TensorHeader] = {}
     for file in weights:
         try:
-            tensors += read_header(file).tensors.values()
+            named |= read_header(file).tensors
         except CheckpointCorrupt as problem:
             raise CheckpointCorrupt(f"{name}/{file.name}", problem.problem) from problem
     unread = unread_files(folder)
+    tensors = list(named.values())
     return Part(
         name,
         kind,
         num_values=sum(tensor.num_values for tensor in tensors),
+        num_linear_values=sum(tensor.num_values for tensor in linear_weights(name, named)),
         dtypes=_dtypes(tensors),
         size_bytes=sum(file.stat().st_size for file in files),
         num_shards=len(weights),

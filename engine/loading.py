@@ -26,7 +26,8 @@ from engine.families import family_named
 from engine.families.contract import Family
 from engine.families.latent import LatentFamily
 from engine.folders import digest_of, files_read, hash_files, sha256_of
-from engine.headers import read_header
+from engine.headers import memory_bytes, read_header
+from engine.quantisation import check_quantisation, digest_of_quantised
 from engine.request import AdapterUse, ImageRequest
 from engine.sidethread import own_default_dtype
 
@@ -41,7 +42,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 class LoadedCheckpoint:
     """A checkpoint on the device.
 
-    `weights_digest` covers every file that was read, configs and tokenizer included.
+    `weights_digest` covers every file that was read, configs and tokenizer included, and how the
+    weights are quantised.
     """
 
     spec: CheckpointSpec
@@ -76,6 +78,11 @@ class LoadedCheckpoint:
             sizes=tuple(f"{width_px}x{height_px}" for width_px, height_px in self.spec.sizes),
             adapters={} if self.adapters is None else self.adapters.describe(),
         )
+
+    def facts(self) -> dict[str, Any]:
+        """Give what of its set-up can change a bit."""
+        quantised = {} if self.spec.quantize is None else {"quantize": self.spec.quantize}
+        return {**self.family.facts(), **quantised}
 
     def adapter_facts(self, request: ImageRequest) -> list[dict[str, Any]]:
         """Give the request's adapters by name, digest and strength: part of its fingerprint."""
@@ -131,6 +138,7 @@ def load_checkpoint(
         raise UnsupportedRequest(
             "precision", f"{spec.precision!r} is none of {', '.join(PRECISIONS)}"
         )
+    check_quantisation(spec.quantize, device.torch_device)
     path = Path(spec.path)
     family_class = family_named(spec.family)
     parts = family_class.folders(path)
@@ -145,7 +153,7 @@ def load_checkpoint(
         accelerate(family, spec, device)
         bank = _adapter_bank(spec, family, device)
     load_s = time.perf_counter() - started
-    digest = digest_of(found)
+    digest = digest_of_quantised(digest_of(found), spec.quantize)
     log.info(
         "checkpoint_loaded",
         extra={"checkpoint": spec.name, "weights_digest": digest, "load_s": load_s},
@@ -173,8 +181,13 @@ def _check_room(
         headers = [read_header(Path(spec.path) / name) for name in names]
     except CheckpointCorrupt:
         return  # said by whoever hashes the files, with the part that the file belongs to
-    values = sum(tensor.num_values for header in headers for tensor in header.tensors.values())
-    needed_bytes = values * PRECISIONS[spec.precision].itemsize + working_bytes
+    value_bytes = PRECISIONS[spec.precision].itemsize
+    needed_bytes = working_bytes + sum(
+        memory_bytes(
+            name.partition("/")[0], header.tensors, value_bytes=value_bytes, how=spec.quantize
+        )
+        for name, header in zip(names, headers, strict=True)
+    )
     if free_bytes is not None and needed_bytes > free_bytes:
         raise TooLittleMemory(needed_bytes, free_bytes)
 

@@ -18,7 +18,7 @@ from pydantic_settings import BaseSettings
 from fleet.addresses import as_handed_to
 from fleet.supervision import Program
 from policy.fleet import Fleet
-from policy.workers import worker_name
+from policy.workers import CLASS_MARK, worker_name
 from settings import (
     EX_CONFIG,
     REPO,
@@ -51,7 +51,8 @@ _FINISHES_IT = 50
 def programs(env: Mapping[str, str], fleet: Fleet, *, workers: Mapping[str, int]) -> list[Program]:
     """List what runs on top of the services.
 
-    env: the stack's own variables, which win over the caller's.  workers: how many each pool gets.
+    env: the stack's own variables, which win over the caller's.  workers: how many each pool or
+    capacity class gets.
     """
     gunicorn = ["gunicorn", "-c", "deploy/gunicorn.conf.py", "app.wsgi:application"]
     handed = {name: as_handed_to(name, env) for name in _KINDS}
@@ -73,18 +74,21 @@ def programs(env: Mapping[str, str], fleet: Fleet, *, workers: Mapping[str, int]
 
 
 def _workers(env: Mapping[str, str], fleet: Fleet, workers: Mapping[str, int]) -> Iterator[Program]:
-    for name, (pool, number) in worker_processes(fleet, workers).items():
-        yield _worker(name, _worker_environment(env, pool, number))
+    for name, (group, number) in worker_processes(fleet, workers).items():
+        yield _worker(name, _worker_environment(env, group, number))
 
 
 def worker_processes(fleet: Fleet, workers: Mapping[str, int]) -> dict[str, tuple[str, int]]:
-    """Name the workers' processes, each with its pool and its number there.
+    """Name the workers' processes, each with its pool or capacity class and its number there.
 
-    workers: how many each pool gets.
+    workers: how many there are, by pool or capacity class (policy.workers.class_key).
     """
     return {
-        f"worker-{pool}-{number}" if len(fleet.pools) > 1 else f"worker-{number}": (pool, number)
-        for pool, count in workers.items()
+        f"worker-{number}" if list(fleet.pools) == [group] else f"worker-{group}-{number}": (
+            group,
+            number,
+        )
+        for group, count in workers.items()
         for number in range(1, count + 1)
     }
 
@@ -149,17 +153,23 @@ def problems(programs: Sequence[Program]) -> list[str]:
     return list(found)
 
 
-def _worker_environment(env: Mapping[str, str], pool: str, number: int) -> dict[str, str]:
-    own = {"WORKER_POOL": pool, "WORKER_NAME": name_of_worker(pool, number)}
+def _worker_environment(env: Mapping[str, str], group: str, number: int) -> dict[str, str]:
+    pool, _, capacity_class = group.partition(CLASS_MARK)
+    own = {
+        "WORKER_POOL": pool,
+        "WORKER_CLASS": capacity_class,
+        "WORKER_NAME": name_of_worker(group, number),
+    }
     return _only({**env, **own}, WorkerSettings)
 
 
-def name_of_worker(pool: str, number: int) -> str:
+def name_of_worker(group: str, number: int) -> str:
     """Return what the stack's worker of that number calls itself.
 
-    With several GPUs each worker puts its device into the name.
+    group: its pool or capacity class.  With several GPUs each worker puts its device into
+    the name.
     """
-    return worker_name(pool, str(number), socket.gethostname())
+    return worker_name(group, str(number), socket.gethostname())
 
 
 def pools_served(fleet: Fleet, env: Mapping[str, str]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from fleet.supervision import ProcessStatus, Program, Supervisor
 from models import api_keys, revisions, tenants, workers
 from models.database import make_engine, transaction
 from policy.fleet import Fleet, FleetInvalid, parse_fleet
-from policy.workers import WorkerNow, WorkersInvalid, workers_by_pool
+from policy.workers import CLASS_MARK, WorkerNow, WorkersInvalid, workers_by_class
 from settings import EX_CONFIG, REPO, MigrationSettings
 
 __all__ = ["FIRST_TENANT", "ProcessStatus", "Stack", "StackError"]
@@ -50,7 +51,7 @@ class Stack:
         """Know where it is.
 
         fleet_file: None: the one that it was started with before, or the repository's.  workers:
-        of each pool, or as `policy.workers.workers_by_pool` reads it.
+        of each pool, or as `policy.workers.workers_by_class` reads it.
         """
         self.data_dir = data_dir.absolute()
         self.workers = workers
@@ -258,10 +259,12 @@ class Stack:
         return {**addresses.env(), **own}
 
     def _worker_counts(self, fleet: Fleet) -> dict[str, int]:
-        """Return how many workers each pool gets. Raises StackError."""
-        pools = processes.pools_served(fleet, self.env)
+        """Return how many workers each pool or capacity class gets. Raises StackError."""
+        served = processes.pools_served(fleet, self.env)
+        pools = {name: fleet.pool_or_retired(name) for name in served}
+        said = os.environ.get("WORKER_CLASS") or self.env.get("WORKER_CLASS") or ""
         try:
-            return workers_by_pool(str(self.workers), pools)
+            return workers_by_class(str(self.workers), pools, said=said)
         except WorkersInvalid as error:
             raise StackError(f"workers: {error}") from None
 
@@ -344,14 +347,17 @@ class Stack:
     def _wait_ready(self, deadline: float, counts: Mapping[str, int], number: int) -> None:
         """Wait for `/readyz`, and for every worker that we started.
 
-        counts: these, by pool. number: of the revision that they must go by.
+        counts: these, by pool or capacity class. number: of the revision that they must go by.
         """
+        by_pool: Counter[str] = Counter()
+        for group, count in counts.items():
+            by_pool[group.partition(CLASS_MARK)[0]] += count
         last = "the gateway does not answer"
 
         def probe() -> None:
             nonlocal last
             parts = gateway.get("/readyz").json()["parts"]
-            waiting = _unready_parts(parts, counts) or self._behind(number)
+            waiting = _unready_parts(parts, by_pool) or self._behind(number)
             if waiting:
                 last = "not ready: " + ", ".join(waiting)
                 raise ConnectionError(last)

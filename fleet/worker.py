@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fleet.gpus import NoUsableGpu, gpus_to_use
-from policy.workers import device_label, name_on_device, worker_name
+from policy.workers import class_key, device_label, name_on_device, worker_name
 from settings import EX_CONFIG, WorkerSettings, load, refuse
 
 SERVE = [sys.executable, "-m", "tasks.serve", "render"]
@@ -34,11 +34,12 @@ ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 def environments(settings: WorkerSettings, gpus: Sequence[str]) -> list[dict[str, str]]:
     """Give the variables of each GPU's process: its own device, a name and a port of its own."""
     host = socket.gethostname()
+    pool = class_key(settings.worker_pool, settings.worker_class)
     found = []
     for place, gpu in enumerate(gpus):
         label = device_label(gpu)
         if not settings.worker_name:
-            name = worker_name(settings.worker_pool, label, host)
+            name = worker_name(pool, label, host)
         elif len(gpus) == 1:
             name = settings.worker_name
         else:
@@ -61,8 +62,8 @@ def main() -> None:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if not gpus:
-        name = settings.worker_name
-        name = name or worker_name(settings.worker_pool, "cpu", socket.gethostname())
+        pool = class_key(settings.worker_pool, settings.worker_class)
+        name = settings.worker_name or worker_name(pool, "cpu", socket.gethostname())
         os.execve(SERVE[0], SERVE, os.environ | {"WORKER_NAME": name, "DEVICE": "cpu"})
     sys.exit(Launcher(environments(settings, gpus)).run())
 

@@ -20,7 +20,7 @@ from models.accepting import NewJob
 from models.audit_events import EventName
 from models.database import AFRESH
 from models.tables import Artifact, Attempt, Image, Job
-from policy.cost import price
+from policy.cost import pool_cost, price
 from policy.failures import FailureCode
 from policy.fleet import Fleet
 from policy.params import params_of
@@ -401,8 +401,8 @@ def store(
     if image.state != ImageState.HANDED_OFF or image.handed_off_attempt != attempt:
         return None
     row = _record_artifact(session, job, image, artifact)
-    job.cost = price(fleet, pool=job.pool, tier=job.tier, device_seconds=job.device_seconds)
     session.flush()
+    job.cost = price(fleet, tier=job.tier, cost=_device_cost(session, job, fleet))
     unstored = (Image.job_id == job_id, Image.state != ImageState.STORED)
     is_last = not session.scalar(select(func.count()).where(*unstored))
     if is_last:
@@ -427,6 +427,18 @@ def _record_artifact(
     image.artifact_id = row.id
     job.device_seconds += image.device_seconds
     return row
+
+
+def _device_cost(session: Session, job: Job, fleet: Fleet) -> Decimal:
+    """Add up what the stored images cost: by the terms of their workers, or as the pool says."""
+    is_untold = Image.device_cost.is_(None)
+    columns = (
+        func.coalesce(func.sum(Image.device_cost), 0),
+        func.coalesce(func.sum(Image.device_seconds).filter(is_untold), 0.0),
+    )
+    is_stored = (Image.job_id == job.id, Image.state == ImageState.STORED)
+    told, untold_s = session.execute(select(*columns).where(*is_stored)).one()
+    return Decimal(told) + pool_cost(fleet, job.pool, untold_s)
 
 
 def _append_stored(session: Session, row: Artifact, *, attempt: int, actor: str) -> None:

@@ -17,7 +17,8 @@ from models.tables import Job, LearntCost, LearntEta
 from policy.states import JobState
 
 MEMORY = 200  # images: a mean never weighs the past more than that, so it follows a change
-CostKey = tuple[str, str, int, int]  # pool, model, width_px, height_px
+# Pool and capacity class as policy.workers.class_key names them, model, width_px, height_px
+CostKey = tuple[str, str, int, int]
 
 _OBSERVE = text(
     """

@@ -13,7 +13,7 @@ consequences of lost commits cannot be detected.
 
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -26,8 +26,10 @@ from models.audit_events import EventName
 from models.database import AFRESH
 from models.tables import Attempt, Image, Job
 from policy import gates
+from policy.cost import device_cost
 from policy.failures import FailureCode
 from policy.states import ACTIVE_STATES, TAKEN_BACK, ImageState, JobState, Outcome
+from policy.workers import WorkerTerms
 
 OVERDUE_S = 30.0  # past its run deadline
 
@@ -108,6 +110,7 @@ def take(
     device: str,
     ttl_s: float,
     pool: str | None = None,
+    terms: WorkerTerms | None = None,
 ) -> Lease | None:
     """Give `worker` the job until the database's now + `ttl_s`.
 
@@ -117,7 +120,7 @@ def take(
     only hold slots.
 
     pool: the worker's. A job that went to another pool is not given, though its old message came;
-    None: of whatever pool it is.
+    None: of whatever pool it is.  terms: of the worker's device; None: nobody said.
     """
     statement = _take_statement(job_id, worker, ttl_s, pool)
     taken = session.execute(statement).one_or_none()
@@ -143,6 +146,7 @@ def take(
             worker=worker,
             device=device,
             outcome=Outcome.RUNNING,
+            **asdict(terms or WorkerTerms()),
         )
     )
     audit.append_of_attempt(session, EventName.JOB_LEASE_TAKEN, row, actor=worker)
@@ -241,12 +245,13 @@ def hand_off(
     image.handed_off_attempt = lease.attempt
     image.handed_off_at = func.clock_timestamp()
     image.steps_done = image.reached_step = rendered.num_steps
-    image.device_seconds += rendered.device_seconds
+    attempt = session.get_one(Attempt, (job.id, lease.attempt))
+    _charge(image, attempt, rendered.device_seconds)
     # What rendered it, where the catalogue was edited since the job was accepted.
     job.precision = rendered.fingerprint_facts.get("precision", job.precision)
     job.prompt_tokens = rendered.prompt_tokens
     job.truncated_tokens = rendered.truncated_tokens
-    _add_to_record(session.get_one(Attempt, (job.id, lease.attempt)), rendered)
+    _add_to_record(attempt, rendered)
     session.flush()
     if not _num_pending(session, job):
         job.state = JobState.STORING
@@ -264,6 +269,17 @@ def hand_off(
         session, EventName.JOB_IMAGE_HANDED_OFF, job, actor=lease.worker, **facts
     )
     return job
+
+
+def _charge(image: Image, attempt: Attempt, device_seconds: float) -> None:
+    """Add device time to an image, and what it costs by the terms of the attempt's worker."""
+    hourly = attempt.gpu_hour_price
+    if hourly is not None:
+        # What an attempt without terms has added before is taken to have cost as much.
+        known = image.device_cost
+        before = device_cost(image.device_seconds, hourly) if known is None else known
+        image.device_cost = before + device_cost(device_seconds, hourly)
+    image.device_seconds += device_seconds
 
 
 def _num_pending(session: Session, job: Job) -> int:
@@ -311,7 +327,7 @@ def preempt(
     job = _held(session, lease)
     attempt = session.get_one(Attempt, (job.id, lease.attempt))
     for image in left:
-        _keep_snapshot(session.get_one(Image, (job.id, image.index)), image)
+        _keep_snapshot(session.get_one(Image, (job.id, image.index)), attempt, image)
         attempt.device_seconds += image.device_seconds
     attempt.snapshot_bytes = sum(image.size_bytes for image in left)
     attempt.snapshot_store = store if left else None
@@ -332,12 +348,12 @@ def preempt(
     return job
 
 
-def _keep_snapshot(row: Image, left: LeftSnapshot) -> None:
+def _keep_snapshot(row: Image, attempt: Attempt, left: LeftSnapshot) -> None:
     row.snapshot_ref = left.snapshot_ref
     row.steps_done = left.steps_done
     row.reached_step = max(row.reached_step, left.steps_done)
     # Not wasted: the tenant pays for it once the image is finished from the snapshot.
-    row.device_seconds += left.device_seconds
+    _charge(row, attempt, left.device_seconds)
 
 
 def note_resumption(
@@ -360,6 +376,7 @@ def note_resumption(
         image.steps_done = image.reached_step = resumed[image.index]
         if not image.steps_done:
             image.device_seconds = 0.0
+            image.device_cost = None
             image.snapshot_ref = None
     if lost_steps:
         earlier = select(Attempt.outcome).where(
@@ -497,6 +514,7 @@ def _begin_again(image: Image) -> None:
     image.handed_off_attempt = None
     image.handed_off_at = None
     image.device_seconds = 0.0
+    image.device_cost = None
     image.steps_done = 0  # `reached_step` stays: those steps are done again
     image.hand_offs_lost += 1
 

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, and_, case, delete, func, or_, select, text, update
@@ -38,6 +39,7 @@ class NewWorker:
     host: str = ""
     pid: int = 0
     process: str = ""
+    capacity_class: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def _taking(new: NewWorker, *, silent_after_s: float, gone: uuid.UUID | None) ->
     )
     values = {
         "pool": new.pool,
+        "capacity_class": new.capacity_class,
         "device": new.device,
         "slots": 0,
         "facts": {},
@@ -138,6 +141,7 @@ def heartbeat(
     held: Sequence[str] | None = None,
     failed: Mapping[str, str] | None = None,
     revision: int | None = None,
+    capacity_class: str = "",
 ) -> bool:
     """Note that the worker is alive, now by the database's clock; False if its name is another's.
 
@@ -147,6 +151,7 @@ def heartbeat(
     """
     row = {
         "pool": pool,
+        "capacity_class": capacity_class,
         "device": device,
         "slots": slots,
         "facts": facts,
@@ -275,28 +280,34 @@ class Capacity(NamedTuple):
 
     slots: images that they can hold at once.  devices: workers that take jobs; a worker that is
     leaving has no slots any more.  held: the checkpoints that one of them serves at least; None:
-    all of the pool.
+    all of the pool.  slots_by_class: slots, by capacity class.
     """
 
     slots: int
     devices: int
     held: frozenset[str] | None = None
+    slots_by_class: Mapping[str, int] = MappingProxyType({})
 
 
 def capacity(session: Session, *, pool: str, silent_for_s: float) -> Capacity:
     """Add up the capacity of the workers heard of in the last `silent_for_s`."""
-    takes_jobs = Worker.slots > 0
     columns = (
-        func.coalesce(func.sum(Worker.slots), 0),
-        func.count().filter(takes_jobs),
-        func.bool_or(Worker.held.is_(None)).filter(takes_jobs),
+        Worker.capacity_class,
+        func.sum(Worker.slots),
+        func.count(),
+        func.bool_or(Worker.held.is_(None)),
         # As a rule all hold the same, and this is one line.
-        func.string_agg(func.array_to_string(Worker.held, " ").distinct(), "\n").filter(takes_jobs),
+        func.string_agg(func.array_to_string(Worker.held, " ").distinct(), "\n"),
     )
-    query = select(*columns).where(Worker.pool == pool, *_is_live(silent_for_s))
-    slots, devices, holds_all, held = session.execute(query).one()
-    is_known = devices and not holds_all
-    return Capacity(slots, devices, frozenset((held or "").split()) if is_known else None)
+    takes_jobs = (Worker.pool == pool, Worker.slots > 0, *_is_live(silent_for_s))
+    by_class = session.execute(
+        select(*columns).where(*takes_jobs).group_by(Worker.capacity_class)
+    ).all()
+    slots = {name: slots for name, slots, _, _, _ in by_class}
+    holds_all = any(holds_all for _, _, _, holds_all, _ in by_class) or not by_class
+    held = frozenset(name for *_, names in by_class for name in (names or "").split())
+    devices = sum(devices for _, _, devices, _, _ in by_class)
+    return Capacity(sum(slots.values()), devices, None if holds_all else held, slots)
 
 
 def forget_the_silent(session: Session, *, silent_for_s: float) -> None:

@@ -50,7 +50,8 @@ class PoolSnapshot:
     """A pool at one moment, as one tenant sees it.
 
     devices: that work.  queues: waiting jobs, by tier.  running: running jobs, by tier.
-    handoff_fill: 0 to 1.  own: the tenant's part of the queues, by tier.
+    handoff_fill: 0 to 1.  own: the tenant's part of the queues, by tier.  slots: of all devices
+    together; 0: as many on each as its pool says.
     """
 
     devices: int
@@ -59,6 +60,7 @@ class PoolSnapshot:
     handoff_fill: float = 0.0
     own: Mapping[str, TenantBacklog] = field(default_factory=dict)
     held: Collection[str] | None = None
+    slots: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,14 +109,14 @@ def queue_position(
     ahead_s += sum(
         work.cost_s for name, work in snapshot.running.items() if name in better or name == tier
     )
-    slots = fleet.pools[pool].slots
     devices = max(1, snapshot.devices)
+    slots = snapshot.slots / devices or float(fleet.pools[pool].slots)  # of one device
     images = num_images + sum(work.images for work in snapshot.running.values())
-    least_images = float(min(num_images, slots))
+    least_images = min(float(num_images), slots)
     return QueuePosition(
         ahead_s,
         round(jobs + added),
-        concurrent_images=min(float(slots), max(least_images, images / devices)),
+        concurrent_images=min(slots, max(least_images, images / devices)),
     )
 
 

@@ -35,6 +35,9 @@ Family = Literal["sd", "sdxl", "sd3", "flux", "pipeline", "plain"]
 # What a model is computed in.
 Precision = Literal["fp32", "bf16", "fp16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
+# Bits of the weights of linear layers; they are computed with in the model's precision.
+Quantisation = Literal["int8", "float8"]
+QUANTISATIONS: tuple[str, ...] = get_args(Quantisation)
 # Whose transformer can leave out later blocks.
 BLOCK_CACHE_FAMILIES: tuple[Family, ...] = ("sd3", "flux")
 # Arguments of its pipeline's call that a native family takes as options of the model.
@@ -176,6 +179,7 @@ class ModelVersion(_Table):
     source: str = Field(min_length=1)
     traffic_weight: float = Field(1.0, ge=0)
     precision: Precision | None = None
+    quantize: Quantisation | None = None  # None: no weight is
     licence: str | None = None
     options: dict[OptionName, OptionValue] | None = None
     sha256: dict[str, Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]] = Field(
@@ -245,6 +249,18 @@ class Model(_Table):
         return self.model_copy(update=own) if own else self
 
 
+Market = Literal["on_demand", "reserved", "spot"]  # how a device is rented
+
+
+class CapacityClass(_Table):
+    """Devices of one kind in a pool; None is what the pool says."""
+
+    market: Market | None = None
+    gpu_class: str | None = None
+    gpu_hour_price: float | None = Field(None, ge=0)
+    slots: int | None = Field(None, ge=1, le=1024)
+
+
 class Pool(_Table):
     """Models that live together on a worker; a failure domain."""
 
@@ -263,8 +279,24 @@ class Pool(_Table):
     # An autoscaler starts workers when jobs wait; without one and without a live worker jobs are
     # refused.
     scalable: bool = False
-    gpu_class: str = "any"
+    market: Market | None = None  # None: nobody said
+    # Words that the name of each worker's device must have; "any": it may be every device.
+    gpu_class: str = Field("any", min_length=1)
     gpu_hour_price: float = Field(0.0, ge=0)
+    classes: dict[Name, CapacityClass] = Field(default_factory=dict)
+
+    def class_of(self, said: str) -> str:
+        """Name the class of a worker that says this; "" if it says nothing and is of none.
+
+        One that says nothing is of the only class, if there is one only.
+        """
+        return said or (next(iter(self.classes)) if len(self.classes) == 1 else "")
+
+    def of_class(self, capacity_class: str) -> "Pool":
+        """Return the pool as a worker of this class has it; as it is for "" and a class gone."""
+        said = self.classes.get(capacity_class)
+        own = {} if said is None else said.model_dump(exclude_none=True)
+        return self.model_copy(update=own) if own else self
 
 
 # Stand-ins for entries that the catalogue no longer has, for jobs that were accepted under them.
@@ -513,11 +545,16 @@ def _contradictions_of_pool(fleet: Fleet, name: str, pool: Pool) -> list[str]:
             f" ({pool.max_batch_rows})"
         )
     problems += _too_few_rows(fleet, name, pool)
+    slots = {"slots": pool.slots} | {
+        f"classes.{capacity_class}.slots": pool.of_class(capacity_class).slots
+        for capacity_class in pool.classes
+    }
     problems += [
-        f"pools.{name}.slots: {pool.slots} is less than tiers.{tier_name}.max_images"
+        f"pools.{name}.{key}: {number} is less than tiers.{tier_name}.max_images"
         f" ({tier.max_images})"
+        for key, number in slots.items()
         for tier_name, tier in fleet.tiers.items()
-        if tier.max_images > pool.slots
+        if tier.max_images > number
     ]
     return problems
 

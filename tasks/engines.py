@@ -9,7 +9,7 @@ from engine.config import AdapterSpec, CheckpointSpec, EngineConfig
 from engine.engine import Engine
 from engine.errors import LoadFailure, LoadProblem
 from policy.fleet import Fleet, Model, ModelVersion, Pool, checkpoint_name, parse_size
-from settings import DeviceSettings
+from settings import DeviceSettings, WorkerSettings
 
 # Of one image, while somebody looks. A preview takes a millisecond, and quick images get some, too.
 PREVIEWS_PER_S = 10.0
@@ -42,6 +42,7 @@ def _checkpoint_spec(name: str, model: Model, version: ModelVersion, root: Path)
         path=str(root / version.source),
         family=model.family,
         precision=model.precision,
+        quantize=version.quantize,
         sha256=version.sha256,
         sizes=tuple(parse_size(size) for size in model.sizes),
         samplers=model.samplers,
@@ -97,11 +98,8 @@ def engine_config(
 
     may_lack_checkpoints: it starts without those that cannot be loaded.
     """
-    device = settings.device
-    if device == "auto":
-        device = "cuda:0" if torch.cuda.is_available() else "cpu"
     return EngineConfig(
-        device=device,
+        device=chosen_device(settings),
         num_threads=settings.torch_threads,
         max_inflight=pool.slots,
         max_batch_rows=pool.max_batch_rows,
@@ -113,6 +111,25 @@ def engine_config(
         previews_per_s=PREVIEWS_PER_S,
         may_lack_checkpoints=may_lack_checkpoints,
     )
+
+
+def chosen_device(settings: DeviceSettings) -> str:
+    """Return torch's name of the device that an engine runs on."""
+    if settings.device != "auto":
+        return settings.device
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def device_name(settings: DeviceSettings) -> str:
+    """Return the name of the device as its maker calls it; "cpu" for the CPU."""
+    device = chosen_device(settings)
+    return device if device == "cpu" else torch.cuda.get_device_name(device)
+
+
+def pool_of(settings: WorkerSettings, fleet: Fleet) -> Pool:
+    """Return the worker's pool as its capacity class has it. Raises KeyError if it is gone."""
+    pool = fleet.pools[settings.worker_pool]
+    return pool.of_class(pool.class_of(settings.worker_class))
 
 
 def _rank_shares(fleet: Fleet) -> dict[int, float]:

@@ -241,6 +241,7 @@ class LeaseKeeper:
             device=who.device,
             ttl_s=self._ttl_s,
             pool=who.pool,
+            terms=who.terms,
         )
 
     def _begins(self, max_attempts: int) -> bool:
@@ -331,6 +332,7 @@ class LeaseKeeper:
             session,
             name=who.name,
             pool=who.pool,
+            capacity_class=who.terms.capacity_class,
             device=who.device,
             slots=gates.offered_slots(who.slots, is_leaving=bool(self.leaving)),
             facts=who.facts,

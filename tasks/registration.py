@@ -24,7 +24,7 @@ from edges import processes
 from models import workers
 from models.database import run_transaction
 from models.workers import NameHolder, NewWorker
-from policy.workers import WorkerState, pause_before_start_s
+from policy.workers import WorkerState, WorkerTerms, pause_before_start_s
 
 log = structlog.get_logger(__name__)
 
@@ -48,6 +48,7 @@ class WorkerIdentity:
     device: str
     slots: int
     facts: dict[str, Any]
+    terms: WorkerTerms = field(default_factory=WorkerTerms)
     instance: uuid.UUID = field(default_factory=uuid.uuid4)
     held: tuple[str, ...] | None = None
     failed: Mapping[str, str] = field(default_factory=dict)
@@ -64,6 +65,7 @@ class NameClaim:
         self._new = NewWorker(
             name=identity.name,
             pool=identity.pool,
+            capacity_class=identity.terms.capacity_class,
             device=identity.device,
             instance=identity.instance,
             host=socket.gethostname(),
@@ -208,6 +210,7 @@ class Loading:
                 session,
                 name=me.name,
                 pool=me.pool,
+                capacity_class=me.terms.capacity_class,
                 device=me.device,
                 slots=0,
                 facts={},

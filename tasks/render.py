@@ -41,6 +41,7 @@ from policy.current import CurrentFleet
 from policy.fleet import Fleet, ModelTier, checkpoint_name
 from policy.params import PARAMS
 from policy.steps import image_steps, rows_taken
+from policy.workers import class_key
 from settings import Settings
 from tasks import verdicts
 from tasks.checkpoints import Checkpoints, EarlierAttempts
@@ -284,8 +285,14 @@ class Renderer:
         """Note what the image took, for the estimates of jobs to come."""
         model = self.fleet.model_or_retired(job.model).of_version(job.model_version)
         rows = rows_taken(model, guidance=job.guidance, negative_prompt=job.negative_prompt)
+        me = self.keeper.identity
         self.keeper.learn(
-            (job.pool, job.model, job.width_px, job.height_px),
+            (
+                class_key(me.pool, me.terms.capacity_class),
+                job.model,
+                job.width_px,
+                job.height_px,
+            ),
             row_steps=steps * rows,
             denoise_s=record.denoise_s,
             fixed_s=record.encode_s + record.decode_s,

@@ -22,9 +22,16 @@ from models import workers
 from models.database import run_transaction
 from policy.current import UNNUMBERED, CurrentFleet
 from policy.fleet import Fleet
+from policy.workers import terms_of
 from settings import WorkerSettings, misfits
 from tasks import capabilities
-from tasks.engines import checkpoint_specs, engine_config, failure_sentence, weights_of
+from tasks.engines import (
+    checkpoint_specs,
+    engine_config,
+    failure_sentence,
+    pool_of,
+    weights_of,
+)
 from tasks.keeper import LeaseKeeper
 
 log = structlog.get_logger(__name__)
@@ -40,9 +47,9 @@ class DescribedEngine:
 
 def described_engine(settings: WorkerSettings, fleet: Fleet) -> DescribedEngine | None:
     """Describe the engine of this worker under a fleet; None if the fleet lacks its pool."""
-    pool = fleet.pools.get(settings.worker_pool)
-    if pool is None:
+    if settings.worker_pool not in fleet.pools:
         return None
+    pool = pool_of(settings, fleet)
     specs = checkpoint_specs(fleet, pool.models, settings.checkpoint_root)
     config = engine_config(settings, fleet, pool, may_lack_checkpoints=True)
     return DescribedEngine(config, {spec.name: spec for spec in specs})
@@ -103,9 +110,16 @@ class EngineRevisions:
             self._engine.set_rank_shares(wanted.config.rank_shares)
             self._change(new, self._has.specs, wanted.specs)
             self._has = wanted
+            self._go_on_by_terms_of(new)
             self._tell_of_wait(None)
             self._keeper.revision = self._current.number
         return True
+
+    def _go_on_by_terms_of(self, fleet: Fleet) -> None:
+        """Have the attempts from now on go by the price and the market that the fleet says."""
+        pool = fleet.pools[self._settings.worker_pool]
+        terms = terms_of(pool, self._settings.worker_class)
+        self._keeper.identity = replace(self._keeper.identity, terms=terms)
 
     @staticmethod
     def _must_start_anew(has: DescribedEngine, wanted: DescribedEngine) -> bool:

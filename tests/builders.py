@@ -30,6 +30,7 @@ from models.tables import Job, Tenant
 from policy.catalog import resolve
 from policy.fleet import Fleet, parse_fleet
 from policy.params import NAMES, RequestedParams, Resolved
+from policy.workers import WorkerTerms
 from settings import AnySettings
 
 GONE = object()  # as the value of a change: the key is not in the file at all
@@ -274,6 +275,7 @@ def a_lease(
     *,
     worker: str = WORKER,
     ttl_s: float = 15,
+    terms: WorkerTerms | None = None,
     **params: Any,
 ) -> Lease:
     """A lease on `job`, or on a new one with `params`.
@@ -281,7 +283,7 @@ def a_lease(
     A negative `ttl_s` makes one that has run out.
     """
     job = job or a_job(session, **params)
-    lease = leases.take(session, job.id, worker=worker, device="cpu", ttl_s=ttl_s)
+    lease = leases.take(session, job.id, worker=worker, device="cpu", ttl_s=ttl_s, terms=terms)
     assert lease is not None
     return lease
 

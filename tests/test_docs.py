@@ -21,7 +21,7 @@ from cli.main import darkroom
 from fleet.stack import Stack
 from policy import warnings
 from policy.catalog import resolve
-from policy.cost import price
+from policy.cost import pool_cost, price
 from policy.failures import FailureCode
 from policy.fleet import Adapter, Fleet, Model, ModelTier, ModelVersion, Pool, Tier, parse_fleet
 from policy.limits import LIMITS, SCOPES
@@ -221,7 +221,7 @@ def test_the_error_that_the_api_page_shows_is_what_the_gateway_answers():
 def test_the_prices_that_the_page_on_cost_shows_are_those_of_the_shipped_file():
     page = text_of("docs/cost.md")
     shipped = parse_fleet(text_of("fleet.toml"))
-    amount = price(shipped, pool="local", tier="fast", device_seconds=0.5)
+    amount = price(shipped, tier="fast", cost=pool_cost(shipped, "local", 0.5))
     weights = ", ".join(f"{tier.price_weight} for `{name}`" for name, tier in shipped.tiers.items())
 
     assert f"= {amount} {shipped.currency}" in page

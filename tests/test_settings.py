@@ -30,6 +30,7 @@ from settings import (
     misfits,
     read,
 )
+from tests.builders import a_fleet
 from tests.documents import section, text_of
 
 ENOUGH = {
@@ -293,6 +294,32 @@ def test_settings_that_do_not_go_with_the_fleet_are_refused(environment):
     assert {line.partition(":")[0] for line in told[1:]} == {"HANDOFF_TTL_S"}
 
 
+@pytest.mark.parametrize(
+    ("said", "classes", "told"),
+    [
+        (
+            "sport",
+            {"spot": {}, "mine": {}},
+            "'sport' is not one of its capacity classes; accepted: spot, mine",
+        ),
+        ("", {"spot": {}, "mine": {}}, "a worker must say of which of its capacity classes it is"),
+        ("spot", {}, "'spot' is not one of its capacity classes; accepted: none"),
+        ("", {"spot": {}}, None),
+        ("spot", {"spot": {}, "mine": {}}, None),
+    ],
+)
+def test_class_that_the_worker_s_pool_has_not_is_refused(environment, said, classes, told):
+    environment.setenv("WORKER_CLASS", said)
+
+    problems = misfits(load(WorkerSettings), a_fleet({"pools.local.classes": classes}))
+
+    assert (
+        problems == []
+        if told is None
+        else problems[0].startswith(f"WORKER_CLASS: pool 'local': {told}")
+    )
+
+
 def test_a_secret_may_come_from_a_file(environment, tmp_path):
     secret = tmp_path / "pepper"
     secret.write_text("a pepper out of a file\n")
@@ -545,7 +572,7 @@ def as_shown(name: str, default: object) -> str:
         return words
     if default is PydanticUndefined:
         return "required"
-    if default in (None, "", ()):
+    if default in (None, "", (), {}):
         return "none"
     if isinstance(default, bool):
         return f"`{str(default).lower()}`"
@@ -564,7 +591,10 @@ def test_the_page_on_settings_shows_every_default():
 
 @pytest.mark.parametrize(("heading", "table"), [("## Tiers", Tier), ("## Pools", Pool)])
 def test_the_page_on_models_shows_the_defaults_of_tiers_and_pools(heading, table):
-    defaults = {name: field.default for name, field in table.model_fields.items()}
+    defaults = {
+        name: field.get_default(call_default_factory=True)
+        for name, field in table.model_fields.items()
+    }
 
     shown = shown_in(section("docs/models.md", heading), defaults)
 

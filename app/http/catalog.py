@@ -114,6 +114,7 @@ def _version_view(model_id: str, served: Model, version: ModelVersion) -> schema
         id=version.id,
         traffic_weight=version.traffic_weight,
         precision=served.precision,
+        quantize=version.quantize,
         licence=served.licence,
         capabilities=None if able is None else _capabilities_view(served, able),
     )

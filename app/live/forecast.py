@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Any
 
 from sqlalchemy import Engine
@@ -27,6 +28,7 @@ from models.inputs import MissingInputs
 from models.tables import Job
 from policy import admission, prediction
 from policy.admission import PoolSnapshot, QueuePosition, Refusal, RunningJobs, TenantBacklog
+from policy.cost import class_shares, device_cost, price
 from policy.current import CurrentFleet
 from policy.fleet import checkpoint_name
 from policy.params import Resolved, pictures_of
@@ -35,6 +37,7 @@ from policy.release import Outstanding, ReleaseHint, ReleaseLimits, release_hint
 from policy.routing import LivePool
 from policy.states import JobState
 from policy.steps import denoising_of, image_steps
+from policy.workers import class_key
 
 FRESH_FOR_S = 0.5
 LEARNT_FOR_S = 2.0
@@ -60,11 +63,13 @@ class QueuePlace:
 class JobForecast:
     """The estimate for a job at accept.
 
-    predicted_s: device seconds. eta_raw_s: the first guess of its end, from now. place: the queue
-    position that it would get. refusal: why to refuse it, if so.
+    predicted_s: device seconds. cost: what the tenant would pay for them. eta_raw_s: the first
+    guess of its end, from now. place: the queue position that it would get. refusal: why to refuse
+    it, if so.
     """
 
     predicted_s: float
+    cost: Decimal
     eta_raw_s: float
     place: QueuePlace
     refusal: Refusal | None
@@ -99,6 +104,7 @@ class _PoolState:
 
     devices: int
     slots: int
+    slots_by_class: Mapping[str, int]
     held: frozenset[str] | None
     flows: Mapping[tuple[str, uuid.UUID], FlowBacklog]
     queues: Mapping[str, TierQueue]
@@ -132,6 +138,7 @@ def _pool_state(
     return _PoolState(
         devices=capacity.devices,
         slots=capacity.slots,
+        slots_by_class=capacity.slots_by_class,
         held=capacity.held,
         flows={(flow.tier, flow.tenant_id): flow for flow in backlogs},
         queues={tier: TierQueue(map(_queued_flow, here)) for tier, here in by_tier.items()},
@@ -210,7 +217,7 @@ class QueueForecaster:
             tier: work for (pool, tier), work in (booked or {}).items() if pool == params.pool
         }
         snapshot = self._snapshot(state, tenant_id, pool_bookings)
-        job_device_s = self._predicted_s(params)
+        job_device_s, job_cost = self._predicted(params, state)
         lead_s = _lead_s(
             state, params.tier, tenant_id, pool_bookings.get(params.tier, BookedJobs())
         )
@@ -231,22 +238,37 @@ class QueueForecaster:
             draw=random.random(),
         )
         queue_place = QueuePlace(place.jobs_ahead, prediction.corrected(raw_s, ratios))
-        return JobForecast(job_device_s, raw_s, queue_place, refused)
+        return JobForecast(job_device_s, job_cost, raw_s, queue_place, refused)
 
     def live_pool(self, pool: str) -> LivePool:
         """Tell what the live workers of the pool serve, as it was at most `FRESH_FOR_S` ago."""
         state = self._pool_state(pool, needs_pictures=True)
         return LivePool(state.devices, state.held)
 
-    def _predicted_s(self, params: Resolved) -> float:
-        """Predict the device seconds of all images of the job."""
-        return prediction.predicted_s(
-            self._cost((params.pool, params.model, params.width_px, params.height_px)),
-            width_px=params.width_px,
-            height_px=params.height_px,
-            denoising=denoising_of(self._current.fleet, params),
-            num_images=params.num_images,
-        )
+    def _predicted(self, params: Resolved, state: _PoolState) -> tuple[float, Decimal]:
+        """Predict the device seconds of all images of the job, and their price.
+
+        Both are means over the capacity classes that may render it. A class of which nothing is
+        learnt yet counts as one of which something is.
+        """
+        fleet = self._current.fleet
+        pool = fleet.pools[params.pool]
+        shares = class_shares(pool, state.slots_by_class)
+        learnt = {name: self._cost(params, name) for name in [*shares, ""]}
+        any_class = next(filter(None, learnt.values()), None)
+        whole_s = 0.0
+        cost = Decimal(0)
+        for name, share in shares.items():
+            seconds = share * prediction.predicted_s(
+                learnt[name] or any_class,
+                width_px=params.width_px,
+                height_px=params.height_px,
+                denoising=denoising_of(fleet, params),
+                num_images=params.num_images,
+            )
+            whole_s += seconds
+            cost += device_cost(seconds, pool.of_class(name).gpu_hour_price)
+        return whole_s, price(fleet, tier=params.tier, cost=cost)
 
     def release_hint(
         self, params: Resolved, tenant_id: uuid.UUID
@@ -335,6 +357,7 @@ class QueueForecaster:
             handoff_fill=self._gauge.fill(),
             own=own,
             held=state.held,
+            slots=state.slots,
         )
 
     def _pool_state(self, pool: str, *, needs_pictures: bool) -> _PoolState:
@@ -385,7 +408,9 @@ class QueueForecaster:
                 return False
         return now - since >= PICTURES_LATE_S
 
-    def _cost(self, key: learning.CostKey) -> DeviceCost | None:
+    def _cost(self, params: Resolved, capacity_class: str) -> DeviceCost | None:
+        group = class_key(params.pool, capacity_class)
+        key = (group, params.model, params.width_px, params.height_px)
         return self._costs.get(key, lambda: self._read_cost(key))
 
     def _read_cost(self, key: learning.CostKey) -> DeviceCost | None:

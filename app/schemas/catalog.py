@@ -66,6 +66,9 @@ class ModelVersion:
     id: str
     traffic_weight: Annotated[float, says("Its share of new jobs, relative to the other versions.")]
     precision: Annotated[str, says("The number format that it computes in.")]
+    quantize: Annotated[
+        Literal["int8", "float8"] | None, says("How its weights are held; null: in `precision`.")
+    ]
     licence: Annotated[str, says("The licence of its weights.")]
     capabilities: Annotated[
         Capabilities | None, says("What may be asked of it; null until a worker has loaded it.")

@@ -12,7 +12,7 @@ from app.services import inputs, submit
 from app.services.inputs import Intake
 from app.services.submit import JobRequest
 from policy.admission import Refusal
-from policy.cost import megapixel_steps, price
+from policy.cost import megapixel_steps
 from policy.params import Resolved
 
 
@@ -47,14 +47,13 @@ def estimate(runtime: Runtime, caller: Caller, asked: JobRequest) -> Estimate:
         asked.start_within_s, fleet.tiers[resolved.tier].start_within_s
     )
     expected = runtime.forecaster.expect(resolved, caller.tenant_id)
-    device_s = expected.predicted_s
     return Estimate(
         params=resolved,
         start_within_s=deadline_s,
         warnings=runtime.expected_warnings(resolved),
         megapixel_steps=megapixel_steps(fleet, resolved),
-        device_s=device_s,
-        cost=price(fleet, pool=resolved.pool, tier=resolved.tier, device_seconds=device_s),
+        device_s=expected.predicted_s,
+        cost=expected.cost,
         currency=fleet.currency,
         place=expected.place,
         refusal=expected.refusal,

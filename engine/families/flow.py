@@ -83,7 +83,7 @@ class FlowFamily(LatentFamily):
         present = cls.folders(path)
         family = cls(
             networks={
-                folder: load_network(network_class, path, folder, dtype, device)
+                folder: load_network(network_class, path, folder, dtype, device, spec.quantize)
                 for folder, network_class in cls.NETWORKS.items()
                 if folder in present
             },

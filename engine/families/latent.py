@@ -27,6 +27,7 @@ from engine.families.inpainting import check_pixels
 from engine.folders import check_weights, variant_of
 from engine.inflight import InFlight
 from engine.previews import Projector, clean_latents, fit
+from engine.quantisation import quantise
 from engine.request import Fork, ImageRequest, Option
 from engine.samplers import step_arguments
 from engine.samplerstate import load_generator, load_sampler, save_generator, save_sampler
@@ -378,9 +379,14 @@ def _check_fork(fork: Fork, request: ImageRequest) -> None:
 
 
 def load_network(
-    network_class: Any, path: Path, folder: str, dtype: torch.dtype, device: torch.device
+    network_class: Any,
+    path: Path,
+    folder: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: str | None = None,
 ) -> Any:
-    """Read one network of diffusers or transformers, frozen and in eval mode.
+    """Read one network of diffusers or transformers, frozen, in eval mode, and quantised if asked.
 
     Raises `CheckpointCorrupt` rather than fill a missing tensor by chance. The weights become ours
     alone: safetensors maps the file, and a file rewritten in place would change running weights.
@@ -391,6 +397,7 @@ def load_network(
     network = _read_whole(network_class, path, folder, options)
     network.requires_grad_(False)
     network.eval()
+    quantise(network, folder, quantize)  # before the move, which then takes less memory
     network.to(device)
     if device.type == "cpu":  # moved to a GPU they are ours already
         for tensor in [*network.parameters(), *network.buffers()]:

@@ -78,8 +78,10 @@ class StableDiffusion(LatentFamily):
         path = Path(spec.path)
         return cls(
             tokenizer=load_tokenizer(CLIPTokenizer, path, "tokenizer"),
-            text_encoder=load_network(CLIPTextModel, path, "text_encoder", dtype, device),
-            unet=load_unet(path, dtype, device, additions=None),
+            text_encoder=load_network(
+                CLIPTextModel, path, "text_encoder", dtype, device, spec.quantize
+            ),
+            unet=load_unet(path, dtype, device, spec.quantize, additions=None),
             vae=load_network(AutoencoderKL, path, "vae", dtype, device),
             sampler_config=_repaired(load_sampler_config(path)),
             device=device,
@@ -313,13 +315,18 @@ class StableDiffusion(LatentFamily):
 
 
 def load_unet(
-    path: Path, dtype: torch.dtype, device: torch.device, *, additions: str | None
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: str | None,
+    *,
+    additions: str | None,
 ) -> Any:
     """Read a UNet that takes text and, under the name diffusers gives them, these `additions`.
 
     Raises `CheckpointCorrupt` for others.
     """
-    unet = load_network(UNet2DConditionModel, path, "unet", dtype, device)
+    unet = load_network(UNet2DConditionModel, path, "unet", dtype, device, quantize)
     if unet.config.time_cond_proj_dim is not None:
         raise CheckpointCorrupt(
             "unet/config.json", "takes an embedded guidance scale, which is not served"

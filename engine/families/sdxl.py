@@ -58,15 +58,17 @@ class StableDiffusionXL(StableDiffusion):
         cls, spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.device
     ) -> StableDiffusionXL:
         path = Path(spec.path)
-        unet = load_unet(path, dtype, device, additions="text_time")
+        unet = load_unet(path, dtype, device, spec.quantize, additions="text_time")
         text_encoder_2 = load_network(
-            CLIPTextModelWithProjection, path, "text_encoder_2", dtype, device
+            CLIPTextModelWithProjection, path, "text_encoder_2", dtype, device, spec.quantize
         )
         _check_told(unet, text_encoder_2)
         return cls(
             tokenizer=load_tokenizer(CLIPTokenizer, path, "tokenizer"),
             tokenizer_2=load_tokenizer(CLIPTokenizer, path, "tokenizer_2"),
-            text_encoder=load_network(CLIPTextModel, path, "text_encoder", dtype, device),
+            text_encoder=load_network(
+                CLIPTextModel, path, "text_encoder", dtype, device, spec.quantize
+            ),
             text_encoder_2=text_encoder_2,
             unet=unet,
             vae=_upcast(load_network(AutoencoderKL, path, "vae", dtype, device)),

@@ -44,6 +44,7 @@ class LearntCost(Base):
 
     __tablename__ = "learnt_costs"
 
+    # With its capacity class, for devices differ: "sdxl.spot".
     pool: Mapped[str] = mapped_column(primary_key=True)
     model: Mapped[str] = mapped_column(primary_key=True)
     width_px: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)

@@ -5,7 +5,15 @@ from datetime import date, datetime
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, UniqueConstraint, text
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    ForeignKey,
+    Index,
+    Numeric,
+    UniqueConstraint,
+    text,
+)
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
@@ -250,6 +258,8 @@ class Image(Base):
     # How often its pixels were lost before they were stored.
     hand_offs_lost: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     device_seconds: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
+    # What these cost, by the terms of the workers that spent them; None: as its pool says.
+    device_cost: Mapped[Decimal | None] = mapped_column(Numeric(24, 12))
     artifact_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("artifacts.id"))
 
     job: Mapped[Job] = relationship(lazy="raise", back_populates="images")
@@ -279,6 +289,11 @@ class Attempt(Base):
     attempt: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     worker: Mapped[str]
     device: Mapped[str]
+    # Terms of the device at that time: policy.workers.WorkerTerms.
+    capacity_class: Mapped[str] = mapped_column(server_default=text("''"), default="")
+    market: Mapped[str | None]
+    gpu_class: Mapped[str | None]
+    gpu_hour_price: Mapped[float | None]
     started_at: Mapped[datetime] = mapped_column(server_default=NOW)
     ended_at: Mapped[datetime | None]
     outcome: Mapped[str]

@@ -31,6 +31,8 @@ class Worker(Base):
 
     name: Mapped[str] = mapped_column(primary_key=True)
     pool: Mapped[str]
+    # Of its pool; "": of none.
+    capacity_class: Mapped[str] = mapped_column(server_default=text("''"), default="")
     device: Mapped[str]
     slots: Mapped[int] = mapped_column()
     started_at: Mapped[datetime] = mapped_column(server_default=NOW)

@@ -20,7 +20,14 @@ from dispatch.release import Release
 from edges import telemetry
 from edges.broker import Broker, make_celery
 from edges.handoff import Gauge
-from edges.notices import Notice, NoticeSource, NoticeWatch, SignalNotices, sources_from
+from edges.notices import (
+    FileNotices,
+    Notice,
+    NoticeSource,
+    NoticeWatch,
+    SignalNotices,
+    sources_from,
+)
 from edges.progress import CANCELS, WATCHES, Listener, ProgressWriter
 from edges.snapshots import Snapshots
 from engine.engine import Engine
@@ -30,11 +37,17 @@ from models.database import make_engine
 from policy import connections, gates, queues, tiers
 from policy.current import CurrentFleet, current
 from policy.fleet import Fleet
-from policy.workers import device_label, worker_name
+from policy.workers import class_key, device_label, is_of_gpu_class, terms_of, worker_name
 from settings import EX_CONFIG, WorkerSettings, refuse
 from tasks import capabilities
 from tasks.checkpoints import Checkpoints
-from tasks.engines import engine_config, failure_sentence, weights_of
+from tasks.engines import (
+    chosen_device,
+    device_name,
+    failure_sentence,
+    pool_of,
+    weights_of,
+)
 from tasks.health import EX_SOFTWARE, Health
 from tasks.inputs import InputPictures
 from tasks.keeper import LeaseKeeper
@@ -213,7 +226,8 @@ def _identity(
         name=name_of(settings),
         pool=settings.worker_pool,
         device=engine.config.device,
-        slots=fleet.pools[settings.worker_pool].slots,
+        slots=pool_of(settings, fleet).slots,
+        terms=terms_of(fleet.pools[settings.worker_pool], settings.worker_class),
         facts={
             "load_s": round(engine.load_s, 3),
             "weights": weights_of(engine),
@@ -253,7 +267,8 @@ def name_of(settings: WorkerSettings) -> str:
         return settings.worker_name
     gpu = settings.cuda_visible_devices if settings.device != "cpu" else None
     label = device_label(gpu) if gpu and "," not in gpu else settings.device.replace(":", "")
-    return worker_name(settings.worker_pool, label, socket.gethostname())
+    pool = class_key(settings.worker_pool, settings.worker_class)
+    return worker_name(pool, label, socket.gethostname())
 
 
 def images_by_job(
@@ -283,12 +298,13 @@ def serve(settings: WorkerSettings, current: CurrentFleet) -> NoReturn:
     os.environ["MKL_CBWR"] = "AUTO,STRICT"
     # Until Celery's own handler is there; loading takes a while.
     signal.signal(signal.SIGTERM, _raise_end)
-    sources = _notice_sources(settings)
+    fleet = current.fleet
+    _check_device(settings, fleet)
+    sources = _notice_sources(settings, fleet)
     try:
         wait_while_a_notice_stands(sources)
     except _ToldToEnd:
         _end_at_once(0)
-    fleet = current.fleet
     loading = _loading(settings, fleet)
     try:
         loading.start(on_taken=_refuse_at_once)
@@ -350,12 +366,12 @@ def _refuse_at_once(*lines: str) -> NoReturn:
 
 
 def _loading(settings: WorkerSettings, fleet: Fleet) -> Loading:
-    pool = fleet.pools[settings.worker_pool]
     identity = WorkerIdentity(
         name=name_of(settings),
         pool=settings.worker_pool,
-        device=engine_config(settings, fleet, pool).device,
+        device=chosen_device(settings),
         slots=0,
+        terms=terms_of(fleet.pools[settings.worker_pool], settings.worker_class),
         facts={},
     )
     return Loading(
@@ -389,7 +405,7 @@ def _take_jobs(parts: WorkerParts, sources: Sequence[NoticeSource]) -> int:
     port = telemetry.serve_metrics(settings.metrics_port, settings.metrics_host, tries=PORTS_TRIED)
     parts.keeper.identity.facts["metrics_port"] = port
     telemetry.watch_engine(parts.engine.stats)
-    threads = tiers.most_jobs(fleet, fleet.pools[pool].slots) + SPARE_THREADS
+    threads = tiers.most_jobs(fleet, pool_of(settings, fleet).slots) + SPARE_THREADS
     name = parts.keeper.identity.name
     status = 0
     try:
@@ -440,12 +456,35 @@ def _start_engine(settings: WorkerSettings, fleet: Fleet) -> Engine:
     return engine
 
 
-def _notice_sources(settings: WorkerSettings) -> list[NoticeSource]:
-    name = name_of(settings)
+def _check_device(settings: WorkerSettings, fleet: Fleet) -> None:
+    """End the process if its device is not of the class that its pool is made of."""
+    gpu_class = pool_of(settings, fleet).gpu_class
+    name = device_name(settings)
+    if not is_of_gpu_class(gpu_class, name):
+        refuse(
+            [
+                f"fleet.toml: pools.{settings.worker_pool}: gpu_class {gpu_class!r} is not in the"
+                f" name of this worker's device, {name!r}: correct it, or say by WORKER_CLASS of"
+                " which class the worker is"
+            ]
+        )
+
+
+def _notice_sources(settings: WorkerSettings, fleet: Fleet) -> list[NoticeSource]:
+    """Make the sources of notices; machines that are not rented on the spot market get none.
+
+    An operator's file is watched on every machine.
+    """
+    market = pool_of(settings, fleet).market
     try:
-        return sources_from(settings.preemption_notices.replace("{worker}", name))
+        sources = sources_from(settings.preemption_notices.replace("{worker}", name_of(settings)))
     except ValueError as error:
         refuse([f"settings: PREEMPTION_NOTICES: {error}"])
+    if market == "spot" and not sources:
+        log.warning("spot_worker_without_notices", pool=settings.worker_pool)
+    return [
+        source for source in sources if market in (None, "spot") or isinstance(source, FileNotices)
+    ]
 
 
 def _end_process() -> None:

@@ -45,6 +45,7 @@ def test_a_model_tells_what_it_accepts(api):
     }
     [version] = model["versions"]
     assert (version["id"], version["precision"], version["licence"]) == ("1", "fp32", "Apache-2.0")
+    assert version["quantize"] is None
     assert model["output_formats"] == ["png", "webp", "jpeg"]
     assert model == api.get("/v1/models/pocket").json()
 

@@ -2,6 +2,9 @@
 
 import pytest
 
+from models import learning, workers
+from models.database import transaction
+from models.learning import ImageTimings
 from tests.app.moments import of_this_moment
 from tests.app.problem import assert_problem
 
@@ -81,6 +84,31 @@ def test_with_more_before_it_the_wait_is_longer(a_house):
         of_this_moment(lambda: tenant.send(URL, BODY)).json["queue"]["eta_p50_s"]
         > before["eta_p50_s"]
     )
+
+
+def test_estimate_is_the_mean_of_the_classes_that_may_render_the_job(a_house, stack_database):
+    classes = {"spot": {"gpu_hour_price": 3600.0}, "mine": {"gpu_hour_price": 36000.0}}
+    house = a_house({"pools.POOL.classes": classes, "tiers.quality.price_weight": 1.0})
+    with transaction(stack_database) as session:
+        for name, slots in (("spot", 6), ("mine", 2)):
+            workers.heartbeat(
+                session,
+                name=f"{name}@{house.pool}",
+                pool=house.pool,
+                capacity_class=name,
+                device="cpu",
+                slots=slots,
+                facts={},
+            )
+            # One second a step on the spot market, two on the others.
+            taken = ImageTimings(images=1, row_steps=1.0, denoise_s=1.0 if slots == 6 else 2.0)
+            learning.observe(session, {(f"{house.pool}.{name}", "pocket", 128, 128): taken})
+
+    body = BODY | {"tier": "quality", "size": "128x128", "steps": 10, "guidance": 1.0, "n": 1}
+    cost = house.tenant().send(URL, body).json["cost"]
+
+    assert cost["gpu_seconds"] == pytest.approx(0.75 * 10 + 0.25 * 20)
+    assert float(cost["amount"]) == pytest.approx(0.75 * 10 + 0.25 * 20 * 10)
 
 
 @pytest.mark.parametrize("asked", [{}, {"seed": None}, {"seed": -1}])

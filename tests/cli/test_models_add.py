@@ -103,11 +103,13 @@ def test_a_folder_becomes_a_model_with_pictures_a_curve_and_a_copy_of_the_file(p
 def test_print_shows_the_table_and_does_nothing(place):
     before = place.fleet_file.read_bytes()
 
-    done = place.run("add", "sd1.5", POCKET, "--print", "--size", "64x64", "--size", "32x64")
+    said = ("--size", "64x64", "--size", "32x64", "--quantize", "int8")
+    done = place.run("add", "sd1.5", POCKET, "--print", *said)
 
     table = tomllib.loads(done.stdout)["models"]["sd1.5"]
     assert table["sizes"] == ["64x64", "32x64"] == list(table["tiers"]["quality"]["bucket_rows"])
     assert table["versions"][0]["source"] == str(POCKET)
+    assert table["versions"][0]["quantize"] == "int8"
     assert place.fleet_file.read_bytes() == before
     assert place.files == ["my-fleet.toml", "weights"]
 

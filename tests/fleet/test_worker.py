@@ -130,6 +130,7 @@ def test_each_gpu_has_a_port_for_metrics_of_its_own(tmp_path):
         ({}, ["2", "3"], ["edit-gpu2@HOST", "edit-gpu3@HOST"]),
         ({}, ["GPU-8F6E2A1C-0000-4000-8000-0123456789AB"], ["edit-gpu-8f6e2a1c@HOST"]),
         ({}, ["MIG-GPU-8f6e2a1c/1/0"], ["edit-mig-gpu-8f6e2a1c-1-0@HOST"]),
+        ({"worker_class": "spot"}, ["2"], ["edit.spot-gpu2@HOST"]),
         ({"worker_name": "mine@here"}, ["2"], ["mine@here"]),
         ({"worker_name": "mine@here"}, ["0", "2"], ["mine-gpu0@here", "mine-gpu2@here"]),
     ],
@@ -137,7 +138,7 @@ def test_each_gpu_has_a_port_for_metrics_of_its_own(tmp_path):
 def test_launcher_names_workers_by_pool_device_and_host_unless_it_is_told_a_name(
     settings, gpus, names
 ):
-    unset = {"worker_name": "", "worker_pool": "edit", "metrics_port": 0}
+    unset = {"worker_name": "", "worker_pool": "edit", "worker_class": "", "metrics_port": 0}
     given = SimpleNamespace(**unset | settings)
 
     found = [each["WORKER_NAME"] for each in worker.environments(given, gpus)]
@@ -146,7 +147,7 @@ def test_launcher_names_workers_by_pool_device_and_host_unless_it_is_told_a_name
 
 
 def test_launchers_that_divide_the_gpus_of_a_host_share_no_name_and_no_port():
-    given = SimpleNamespace(worker_name="", worker_pool="local", metrics_port=9400)
+    given = SimpleNamespace(worker_name="", worker_pool="local", worker_class="", metrics_port=9400)
 
     first = worker.environments(given, ["0", "1"])
     second = worker.environments(given, ["2", "3"])

@@ -437,6 +437,7 @@ def workers_now(session, tenant) -> Rows:
     )
     times = {row.name: row.started_at for row in started}
     usual = {"pool": pool, "device": "cpu", "slots": 8, "restarts": 0, "failed_starts": 0}
+    usual |= {"capacity_class": ""}
     empty = ("models", "failed_models", "problem", "host", "pid", "fleet_revision", "waits_for")
     unknown = dict.fromkeys(empty)
     here = NEAR(Decimal(0), abs=Decimal(15))

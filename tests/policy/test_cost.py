@@ -6,8 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policy.cost import megapixel_steps, price
+from policy.cost import megapixel_steps, pool_cost, price
 from tests.builders import a_fleet, resolved
+
+
+def paid(fleet, *, pool="local", tier, device_seconds):
+    return price(fleet, tier=tier, cost=pool_cost(fleet, pool, device_seconds))
 
 
 @pytest.mark.parametrize(
@@ -25,16 +29,16 @@ from tests.builders import a_fleet, resolved
 def test_the_price_is_device_time_at_the_pool_s_hour_and_the_tier_s_weight(
     tier, device_seconds, amount
 ):
-    assert str(price(a_fleet(), pool="local", tier=tier, device_seconds=device_seconds)) == amount
+    assert str(paid(a_fleet(), tier=tier, device_seconds=device_seconds)) == amount
 
 
 def test_a_pool_without_a_price_costs_nothing():
-    assert price(a_fleet(), pool="big", tier="fast", device_seconds=3600) == 0
+    assert paid(a_fleet(), pool="big", tier="fast", device_seconds=3600) == 0
 
 
 @given(st.floats(0, 1e6))
 def test_a_price_fits_its_column_and_is_within_half_a_millionth(device_seconds):
-    amount = price(a_fleet(), pool="local", tier="fast", device_seconds=device_seconds)
+    amount = paid(a_fleet(), tier="fast", device_seconds=device_seconds)
 
     assert amount == amount.quantize(Decimal("0.000001"))
     assert abs(float(amount) - device_seconds * 2.4 / 3600) <= 0.51e-6
@@ -63,7 +67,7 @@ def test_a_price_is_rounded_half_up_and_never_to_even():
     a_millionth_s = 3600 / 1.2 / 1_000_000
 
     rounded = [
-        str(price(a_fleet(), pool="local", tier="quality", device_seconds=n / 2 * a_millionth_s))
+        str(paid(a_fleet(), tier="quality", device_seconds=n / 2 * a_millionth_s))
         for n in (1, 3, 5)
     ]
 
@@ -71,8 +75,8 @@ def test_a_price_is_rounded_half_up_and_never_to_even():
 
 
 def test_a_tier_and_a_pool_that_the_catalogue_no_longer_has_weigh_one_and_cost_nothing():
-    assert str(price(a_fleet(), pool="local", tier="gone", device_seconds=3600)) == "1.200000"
-    assert price(a_fleet(), pool="gone", tier="fast", device_seconds=3600) == 0
+    assert str(paid(a_fleet(), tier="gone", device_seconds=3600)) == "1.200000"
+    assert paid(a_fleet(), pool="gone", tier="fast", device_seconds=3600) == 0
 
 
 def test_a_model_that_the_catalogue_no_longer_has_counts_with_factor_one():

@@ -54,6 +54,7 @@ def test_a_default_that_is_not_said_is_the_first_of_the_file():
         ("models.pocket.created_at", "yesterday"),
         ("models.pocket.max_guidance", float("nan")),
         ("models.pocket.versions", []),
+        ("models.pocket.versions.0.quantize", "int3"),
         ("models.pocket.versions.0.sha256", {"unet.safetensors": "abc"}),
         ("models.pocket.versions.0.traffic_weight", -1.0),
         ("models.pocket.adapters.ink", {"source": "ink.safetensors"}),
@@ -68,6 +69,9 @@ def test_a_default_that_is_not_said_is_the_first_of_the_file():
         ("pools.local.slots", 0),
         ("pools.local.models", []),
         ("pools.local.gpu_hour_price", -0.01),
+        ("pools.local.classes.spot.gpu_hour_price", -0.01),
+        ("pools.local.classes.spot.market", "auction"),
+        ("pools.local.gpu_class", ""),
         ("currency", "euros"),
     ],
 )
@@ -101,6 +105,11 @@ def test_a_wrong_value_is_named_by_its_key(key, value):
             {"pools.local.row_buckets": [4, 2]},
             "pools.local.row_buckets",
             "ascending numbers from 1 to max_batch_rows (16)",
+        ),
+        (
+            {"pools.local.classes": {"spot": {"slots": 3}}},
+            "pools.local.classes.spot.slots",
+            "3 is less than tiers.",
         ),
         ({"pools.local.row_buckets": [4, 32]}, "pools.local.row_buckets", "ascending numbers"),
         (

@@ -2,6 +2,7 @@
 
 import pytest
 
+from policy.fleet import Pool
 from policy.workers import (
     CRASH_LOOP_AFTER,
     WorkerNow,
@@ -10,9 +11,11 @@ from policy.workers import (
     keeps_failing,
     pause_before_start_s,
     unheld,
-    workers_by_pool,
+    workers_by_class,
 )
 from tests.builders import a_fleet
+
+POOLS = {name: Pool(models=("a",), slots=1, max_batch_rows=1) for name in ("local", "edit")}
 
 
 def a_worker(state=WorkerState.READY, **facts) -> WorkerNow:
@@ -74,7 +77,7 @@ def test_checkpoints_of_a_pool_are_all_versions_of_its_models():
     ],
 )
 def test_number_of_workers_is_of_each_pool_unless_a_pool_is_named(wish, counts):
-    assert workers_by_pool(wish, ["local", "edit"]) == counts
+    assert workers_by_class(wish, POOLS) == counts
 
 
 @pytest.mark.parametrize(
@@ -89,4 +92,4 @@ def test_number_of_workers_is_of_each_pool_unless_a_pool_is_named(wish, counts):
 )
 def test_number_of_workers_that_cannot_be_understood_is_refused_with_what_is_accepted(wish, told):
     with pytest.raises(WorkersInvalid, match=told):
-        workers_by_pool(wish, ["local", "edit"])
+        workers_by_class(wish, POOLS)

@@ -26,7 +26,7 @@ from models.database import make_engine, transaction
 from policy import queues
 from policy.fleet import Fleet, Pool, parse_fleet
 from policy.limits import DEFAULT_SCOPES, NAMES_VERSIONS
-from policy.workers import workers_by_pool
+from policy.workers import workers_by_class
 from settings import StoreSettings, WorkerSettings
 
 Row = dict[str, Any]
@@ -51,7 +51,8 @@ class StackProbe:
             StoreSettings.model_validate({name.lower(): value for name, value in self.env.items()})
         )
         self.queues = queues.all_queues(fleet)
-        counts = workers_by_pool(str(stack.workers), pools_served(fleet, self.env))
+        pools = {name: fleet.pool_or_retired(name) for name in pools_served(fleet, self.env)}
+        counts = workers_by_class(str(stack.workers), pools)
         self._places = worker_processes(fleet, counts)
         self._database = make_engine(self.env["MIGRATION_DATABASE_URL"], pool_size=4)
         self._application = make_engine(self.env["DATABASE_URL"], pool_size=2)

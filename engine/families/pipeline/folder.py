@@ -42,7 +42,7 @@ def load_pipeline(spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.dev
     pipeline_class = _pipeline_class(spec.pipeline_class or index.get("_class_name"))
     taken = inspect.signature(pipeline_class.__init__).parameters
     given: dict[str, Any] = {
-        name: load_network(kind, path, name, dtype, device)
+        name: load_network(kind, path, name, dtype, device, spec.quantize)
         for name, kind in _components(index).items()
         if name in taken and issubclass(kind, nn.Module)
     }
