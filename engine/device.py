@@ -182,8 +182,9 @@ class Device:
             is_enabled = self.attention == "auto" or kernel in self.attention_order
             getattr(backends.cuda, f"enable_{KERNEL_NAMES[kernel]}_sdp")(is_enabled)
         if self.attention != "auto":
-            order = [SDPBackend.__members__[BACKENDS[kernel]] for kernel in self.attention_order]
-            torch._C._set_sdp_priority_order([int(backend) for backend in order])
+            members: Any = SDPBackend.__members__
+            order = [int(members[BACKENDS[kernel]]) for kernel in self.attention_order]
+            torch._C._set_sdp_priority_order(order)
         if self.is_cuda:
             cuda.set_device(self.torch_device)
             backends.cudnn.benchmark = False  # else the kernel depends on what ran first

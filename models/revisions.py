@@ -152,6 +152,6 @@ def queued_kinds(session: Session) -> dict[QueuedKind, int]:
     places = [text(str(place)) for place in range(1, len(columns) + 1)]
     counted = query.where(*_IS_QUEUED).group_by(*places)
     return {
-        QueuedKind(*kind, adapters=tuple(adapters)): count
+        QueuedKind._make([*kind, tuple(adapters)]): count
         for *kind, adapters, count in session.execute(counted)
     }

@@ -125,7 +125,7 @@ class Edits(Disturbance):
 
         def all_follow() -> bool:
             here = self._probe.sql(rows, number=number)[0]["n"]
-            return here == everybody and self._probe.sql(behind, number=number)[0]["n"] == 0
+            return bool(here == everybody and self._probe.sql(behind, number=number)[0]["n"] == 0)
 
         if not wait_until(all_follow, WORKERS_WITHIN_S, every_s=0.2):
             raise TimeoutError(f"not all workers went by revision {number}")

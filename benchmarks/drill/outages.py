@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import psycopg2  # type: ignore[import-untyped]
@@ -196,7 +197,7 @@ class RedisServer:
 
     @contextlib.contextmanager
     def _set(self, name: str, value: str) -> Iterator[None]:
-        before = self._redis.config_get(name)[name]
+        before = str(self._redis.config_get(name)[name])
         self._redis.config_set(name, value)
         try:
             yield
@@ -208,7 +209,8 @@ class RedisServer:
             self._redis.client_kill_filter(_type=kind, skipme=True)
 
     def _do(self, *command: str) -> None:
-        self._redis.execute_command(*command)
+        execute: Any = self._redis.execute_command  # not annotated
+        execute(*command)
 
 
 class Postgres:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import psycopg2.pool
 import redis
-from flask import Flask, jsonify, request
+from flask import Flask, Response, jsonify, request
 
 TABLE = """
 CREATE TABLE bare (
@@ -44,7 +44,7 @@ def make_application() -> Flask:
     )  # psycopg2's pool raises when it is empty; a server waits
 
     @app.post("/v1/jobs")
-    def create():
+    def create() -> tuple[Response, int]:
         body = request.get_json()
         job_id = str(uuid.uuid4())
         with turn:
@@ -58,7 +58,7 @@ def make_application() -> Flask:
         return jsonify(id=job_id), 202
 
     @app.get("/healthz")
-    def health():
+    def health() -> Response:
         return jsonify(status="ok")
 
     return app

@@ -63,4 +63,4 @@ def _with_streams(setup: Setup, seconds: float, findings: Findings) -> None:
 
 def median_of(figures: list[Figures], name: str) -> float:
     """Return the median of one figure over all rounds."""
-    return statistics.median(figure[name] for figure in figures)
+    return float(statistics.median(figure[name] for figure in figures))

@@ -79,10 +79,10 @@ def _vae(widths: tuple[int, ...], *, layers: int, groups: int, **more: Any) -> d
     }
 
 
-_FULL_VAE = {"widths": (128, 256, 512, 512), "layers": 2, "groups": 32}
-_SMALL_VAE = {"widths": (32, 32, 64, 64), "layers": 1, "groups": 16}
+_FULL_VAE: dict[str, Any] = {"widths": (128, 256, 512, 512), "layers": 2, "groups": 32}
+_SMALL_VAE: dict[str, Any] = {"widths": (32, 32, 64, 64), "layers": 1, "groups": 16}
 _TINY_VAE = {"widths": (8, 8, 8, 8), "layers": 1, "groups": 4}
-_SHIFTED = {"use_quant_conv": False, "use_post_quant_conv": False}
+_SHIFTED: dict[str, Any] = {"use_quant_conv": False, "use_post_quant_conv": False}
 
 
 def _unet(

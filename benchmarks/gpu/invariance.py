@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,9 +85,8 @@ def _kernel_for_heads(stepper: Stepper) -> str:
 
     The plain one where the pinned one cannot.
     """
-    heads = torch.randn(
-        2, 4, 256, 64, device=stepper.device.torch_device, dtype=stepper.loaded.family.dtype
-    )
+    family: Any = stepper.loaded.family
+    heads = torch.randn(2, 4, 256, 64, device=stepper.device.torch_device, dtype=family.dtype)
     return str(SDPBackend(torch._fused_sdp_choice(heads, heads, heads)).name).lower()
 
 

@@ -202,6 +202,7 @@ class _DrawnFlow(_Drawn, FlowFamily):
             vae=networks["vae"],
             sampler_config=scheduler,
             device=device,
+            options=spec.options,
         )
 
 

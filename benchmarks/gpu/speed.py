@@ -117,7 +117,8 @@ class _SpeedCells:
 
         Over networks of its own: they are changed in place.
         """
-        spec = replace(self._spec, **changes)
+        changed: dict[str, Any] = dict(changes)
+        spec = replace(self._spec, **changed)
         images = max(2, self._model.alone_images // 2)
         with _own_networks():
             return self._ours(spec, images)[0]
@@ -163,7 +164,8 @@ class _SpeedCells:
         def render(seed: int, **changes: Any) -> Pixels:
             generator = torch.Generator("cpu").manual_seed(seed)
             pixels = pipe(**arguments | changes, generator=generator).images[0]
-            return (pixels * 255).round().astype(np.uint8)
+            finished: Pixels = (pixels * 255).round().astype(np.uint8)
+            return finished
 
         with _unpinned_kernels():
             started = time.perf_counter()

@@ -8,6 +8,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Iterator
+from typing import IO
 from urllib.parse import urlsplit
 
 # One of each kind that Redis documents for a server, a cluster or a client that is not in its usual
@@ -129,7 +130,7 @@ class RefusingProxy:
             one.close()
 
 
-def _command(stream) -> bytes:  # type: ignore[no-untyped-def]
+def _command(stream: IO[bytes]) -> bytes:
     """Read the next command as it was sent, an array of bulk strings; b"" at the end."""
     head = stream.readline()
     if not head.startswith(b"*"):

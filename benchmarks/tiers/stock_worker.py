@@ -21,7 +21,7 @@ from typing import Any
 import redis
 from celery import Celery
 from celery.signals import worker_ready
-from kombu import Queue
+from kombu.entity import Queue
 
 from engine.request import ImageRequest
 

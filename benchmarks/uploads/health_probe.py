@@ -19,7 +19,12 @@ GIVE_UP_S = 60.0
 def main() -> int:
     """Ask until standard input ends."""
     over = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
+
+    def wait_for_the_end() -> None:
+        sys.stdin.read()
+        over.set()
+
+    threading.Thread(target=wait_for_the_end, daemon=True).start()
     took_ms: list[float] = []
     with httpx.Client(base_url=sys.argv[1], timeout=GIVE_UP_S, trust_env=False) as client:
         while not over.is_set():

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -164,7 +165,7 @@ def expire_visibility_timeouts(probe: StackProbe) -> int:
     """
     now = time.time()
     unacked = probe.broker.zrangebyscore("unacked_index", 0, now - _WAS_TAKEN_BEFORE_S)
-    overdue = dict.fromkeys(unacked, now - _VISIBILITY_S)
+    overdue: dict[Any, float] = dict.fromkeys(unacked, now - _VISIBILITY_S)
     if overdue:
         probe.broker.zadd("unacked_index", overdue, xx=True)
     return len(overdue)

@@ -64,7 +64,7 @@ class RunRecords:
         stored_twice = sum(
             len(self.artifacts.get(job["id"], ())) > job["num_images"] for job in self.jobs
         )
-        return ended_twice + stored_twice
+        return int(ended_twice + stored_twice)
 
     def submission_of(self, job: Row) -> Submission | None:
         """Return how this job was asked for."""

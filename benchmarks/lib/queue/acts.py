@@ -4,7 +4,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import text
@@ -15,6 +15,7 @@ from benchmarks.lib.queue.database import A_DAY_S, POOL, SLOTS, TIER, WORKER, Qu
 from models import jobs, leases, listing, releasing, workers
 from models.database import transaction
 from models.listing import JobFilter
+from policy.current import CurrentFleet
 from policy.failures import FailureCode
 from policy.release import ReleaseLimits
 
@@ -121,9 +122,10 @@ def _page(
     """Return what reads a page of the bulk tenant's jobs."""
 
     def page(queue: Queue, session: Session) -> None:
-        job_filter = (
-            JobFilter(before=queue.deep, state=state) if is_deep else JobFilter(state=state)
-        )
+        job_filter = JobFilter(state=state)
+        if is_deep:
+            assert queue.deep is not None
+            job_filter = replace(job_filter, before=queue.deep)
         found = listing.page(session, job_filter, tenant_id=queue.bulk, limit=PAGE).jobs
         if len(found) != rows:
             raise SystemExit(f"a page of {len(found)} jobs where {rows} were expected")
@@ -140,7 +142,7 @@ def _forecast(queue: Queue, _: Session) -> None:
     refresher = ThreadPoolExecutor(max_workers=1)  # that nobody asks for anything
     forecaster = QueueForecaster(
         queue.app,
-        queue.fleet,
+        CurrentFleet(queue.fleet),
         queue.gauge,
         queue.sweeper.release.limits,
         refresher,

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from sqlalchemy import Engine, create_engine, make_url, select, text
 from sqlalchemy.orm import Session
@@ -14,6 +15,7 @@ import migrations
 from benchmarks.lib.queue import statements
 from edges.handoff import Gauge
 from models import jobs, releasing, tenants
+from models.accepting import NewJob
 from models.database import transaction
 from models.tables import Job
 from policy.catalog import resolve
@@ -61,7 +63,7 @@ class Queue:
 
     def accept(self, session: Session) -> Job:
         """Accept another job of the bulk tenant."""
-        new_job = jobs.NewJob(
+        new_job = NewJob(
             params=self.params,
             start_within_s=A_DAY_S,
             run_within_s=600.0,
@@ -185,7 +187,8 @@ def _settings(env: Mapping[str, str], name: str, number: int) -> Settings:
         "database_url": _with_database(env["DATABASE_URL"], name),
         "broker_url": _with_database(env["BROKER_URL"], str(number)),
     }
-    return Settings(**(shared | own))
+    values: dict[str, Any] = shared | own
+    return Settings(**values)
 
 
 def _load(owner: Engine, rows: int, ids: Sequence[uuid.UUID], tiers: Sequence[str]) -> None:
