@@ -412,6 +412,30 @@ def test_a_stack_starts_workers_for_every_pool_each_under_a_name_of_its_own(tmp_
     }
 
 
+def test_stack_starts_workers_of_the_capacity_classes_that_are_named(tmp_path):
+    file = tmp_path / "classes.toml"
+    classes = "[pools.local.classes.spot]\nslots = 20\n[pools.local.classes.mine]\n"
+    file.write_text(f"{(REPO / 'fleet.toml').read_text()}\n{classes}")
+    stack = Stack(tmp_path / "data", fleet_file=file, workers="local.spot=2,local.mine=1")
+    fleet = stack._fleet()
+
+    programs = processes.programs(
+        Addresses.fresh().env(), fleet, workers=stack._worker_counts(fleet)
+    )
+
+    named = {
+        program.name: [program.environment[name] for name in ("WORKER_CLASS", "WORKER_NAME")]
+        for program in programs
+        if program.name.startswith("worker")
+    }
+    host = socket.gethostname()
+    assert named == {
+        "worker-local.spot-1": ["spot", f"local.spot-1@{host}"],
+        "worker-local.spot-2": ["spot", f"local.spot-2@{host}"],
+        "worker-local.mine-1": ["mine", f"local.mine-1@{host}"],
+    }
+
+
 @pytest.mark.parametrize("place", ["the caller's environment", "the stack's file"])
 def test_a_stack_serves_one_pool_alone_where_worker_pool_names_it(tmp_path, monkeypatch, place):
     file = a_fleet_with_a_second_pool(tmp_path)

@@ -27,3 +27,15 @@ def test_a_dotted_model_and_version_name_one_checkpoint():
     [spec] = checkpoint_specs(a_fleet(text), ["pocket"], Path("/srv"))
 
     assert spec.name == "pocket@3.5"
+
+
+def test_version_is_loaded_as_it_says_that_its_weights_are_quantised():
+    small = {"id": "small", "source": "a", "quantize": "int8"}
+    text = {"models.pocket.versions": [{"id": "1", "source": "a"}, small]}
+
+    specs = checkpoint_specs(a_fleet(text), ["pocket"], Path("/srv"))
+
+    assert [(spec.name, spec.quantize) for spec in specs] == [
+        ("pocket@1", None),
+        ("pocket@small", "int8"),
+    ]
