@@ -151,7 +151,7 @@ def open_runtime(settings: GatewaySettings, fleet: Fleet | CurrentFleet) -> Runt
         ),
         outbound=Outbound(settings.outbound_allowed_networks),
         keyring=keyring,
-        abilities=Abilities(aside, refresher),
+        abilities=Abilities(aside, refresher, worker_silence_s=settings.lease_ttl_s),
         rates=Rates(settings.handoff_url),
         budgets=Budgets(settings.handoff_url),
         links=LinkSigner(settings.api_key_pepper.get_secret_value(), ttl_s=settings.presign_ttl_s),

@@ -4,7 +4,7 @@ import getpass
 import os
 import socket
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,8 @@ import click
 
 from cli import screen
 from cli.installation import Installation, NoInstallation, pass_installation
-from policy.fleet import Fleet, FleetInvalid, parse_fleet
+from policy.fleet import Fleet, FleetInvalid, checkpoint_name, parse_fleet
+from policy.residency import too_large
 from policy.revisions import Fate, QueuedKind, changes, decide
 
 if TYPE_CHECKING:
@@ -156,24 +157,62 @@ def _user() -> str:
 
 def _read(installation: Installation, file: Path | None) -> tuple[str, Fleet]:
     """Read and check the file. Raises click.ClickException, with one line per wrong key."""
-    from settings import FleetSettings, load
+    from settings import DeviceSettings, load
 
+    settings = load(DeviceSettings).model_copy(update=installation.remembered())
     if file is None:
-        settings = load(FleetSettings).model_copy(update=installation.remembered())
         file = settings.fleet_file
     try:
         content = file.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise click.ClickException(f"{file} cannot be read: {error}") from None
-    return content, _parsed(file.name, content)
+    found = _parsed(file.name, content)
+    if problems := _too_large(found, settings.checkpoint_root):
+        raise _refusal(file.name, problems)
+    return content, found
+
+
+def _too_large(fleet: Fleet, root: Path) -> list[str]:
+    """Tell which versions a pool's budget does not hold; of those alone whose files are here."""
+    problems = []
+    for name, pool in fleet.pools.items():
+        if pool.device_memory_gb is None:
+            continue
+        sizes = {}
+        for model, version in fleet.versions_in(name):
+            found = fleet.models[model].version(version)
+            precision = fleet.models[model].of_version(version).precision
+            sizes[checkpoint_name(model, version)] = _weights_bytes(
+                root / found.source, precision, is_quantised=found.quantize is not None
+            )
+        problems += too_large(name, pool, sizes)
+    return problems
+
+
+def _weights_bytes(path: Path, precision: str, *, is_quantised: bool) -> int:
+    """Tell the memory of a checkpoint's weights by its files' headers; 0 where they are not here.
+
+    What is wrong with them is for `darkroom models verify` to say.
+    """
+    from engine.errors import CheckpointCorrupt
+    from engine.inspection import inspect
+
+    try:
+        return inspect(path).weights_bytes(precision, is_quantised=is_quantised)
+    except CheckpointCorrupt:
+        return 0
 
 
 def _parsed(name: str, content: str) -> Fleet:
     try:
         return parse_fleet(content)
     except FleetInvalid as error:
-        lines = "\n".join(f"{name}: {problem}" for problem in error.problems)
-        raise click.ClickException(f"nothing was changed\n{lines}") from None
+        raise _refusal(name, error.problems) from None
+
+
+def _refusal(name: str, problems: Sequence[str]) -> click.ClickException:
+    lines = "\n".join(f"{name}: {problem}" for problem in problems)
+    return click.ClickException(f"nothing was changed\n{lines}")
 
 
 def _show_changes(old: "FleetRevision", new: Fleet) -> None:

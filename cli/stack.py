@@ -103,8 +103,8 @@ def status(ctx: click.Context, installation: Installation) -> None:
 
 
 _WORKERS = """
-SELECT pool, capacity_class, worker, state, device, models, failed_models, problem, restarts,
-       failed_starts, fleet_revision, waits_for,
+SELECT pool, capacity_class, worker, state, device, models, loaded, failed_models, problem,
+       restarts, failed_starts, fleet_revision, waits_for,
        (SELECT max(number) FROM fleet_revisions) AS newest_revision,
        to_char(started_at AT TIME ZONE 'UTC', 'MM-DD HH24:MI:SS') AS since
 FROM workers_now ORDER BY pool, worker
@@ -112,7 +112,7 @@ FROM workers_now ORDER BY pool, worker
 
 
 def _show_workers(stack: Stack) -> None:
-    """Print the workers by pool, with what they serve and what they cannot load; then why."""
+    """Print the workers by pool, with what they have loaded, can and cannot load; then why not."""
     from sqlalchemy import text
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -133,7 +133,8 @@ def _show_workers(stack: Stack) -> None:
         "worker",
         "state",
         "device",
-        "serves",
+        "loaded",
+        "loads when asked",
         "cannot load",
         "fleet",
         "restarts",
@@ -146,7 +147,8 @@ def _show_workers(stack: Stack) -> None:
             worker.worker,
             _worker_state(worker),
             worker.device,
-            worker.models,
+            worker.loaded,
+            _not_loaded(worker),
             worker.failed_models,
             _revision(worker),
             worker.restarts,
@@ -157,6 +159,12 @@ def _show_workers(stack: Stack) -> None:
     screen.out().print(screen.table(columns, rows, numbers=["restarts"]))
     for problem in dict.fromkeys(worker.problem for worker in workers if worker.problem):
         screen.complain(problem)
+
+
+def _not_loaded(worker: Any) -> str:
+    """Name what the worker serves and has not in its device's memory."""
+    loaded = (worker.loaded or "").split()
+    return " ".join(name for name in (worker.models or "").split() if name not in loaded)
 
 
 def _revision(worker: Any) -> str | None:

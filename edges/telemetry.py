@@ -64,6 +64,19 @@ IMAGES_RENDERED = Counter("darkroom_images_rendered_total", "Images handed off",
 DEVICE_SECONDS = Counter(
     "darkroom_device_seconds_total", "Device time of rendered images", ["tier", "model"]
 )
+# A load from a disk takes up to minutes.
+LOAD_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
+LOAD_SECONDS = Histogram(
+    "darkroom_model_load_seconds",
+    "Time of each phase in which a model comes into a device's memory or leaves it",
+    ["phase"],
+    buckets=LOAD_BUCKETS_S,
+)
+LOAD_WAIT_SECONDS = Histogram(
+    "darkroom_model_wait_seconds",
+    "Time that jobs held by a worker waited for their model to be loaded",
+    buckets=LOAD_BUCKETS_S,
+)
 TEXTS_UNREAD = Counter(
     "darkroom_texts_unread_total",
     "Jobs with a text of which the model did not read all",

@@ -34,6 +34,8 @@ class EngineConfig:
     max_encodes_between_steps: int = 4  # so that newcomers never stall the others for long
     conditioning_cache_bytes: int = 256 * 1024 * 1024
     latent_cache_bytes: int = 64 * 1024 * 1024  # latents kept for forks
+    # Host memory for copies of weights that left the device and may return.
+    host_copy_bytes: int = 0
     warm_up_repeats: int = 1  # measurements of each bucket of which no curve is known
     previews_per_s: float = 2.0  # of one image, at most
     # What `./darkroom calibrate` measured; "": everything is measured at warm-up.

@@ -169,26 +169,35 @@ class Engine:
 
     # --- checkpoints come and go ---
 
-    def load(self, spec: CheckpointSpec) -> Future[LoadTimes]:
+    def load(self, spec: CheckpointSpec, *, is_awaited: bool = False) -> Future[LoadTimes]:
         """Load one more checkpoint while the others render; no step waits for it.
 
         When the future has its result, the checkpoint is served. It raises `LoadFailed`, which
         names checkpoint, folder and reason, or `EngineStopped`. One that is loaded already has to
-        be unloaded first, so give versions names of their own.
+        be unloaded first, so give versions names of their own.  is_awaited: images wait for it, so
+        it is warmed up sooner, for a few steps of the others that take longer.
         """
         if not self._inbox.is_accepting:
             raise EngineStopped("the engine is not running")
-        return self._loop.loads.load(spec)
+        return self._loop.loads.load(spec, is_awaited=is_awaited)
 
-    def unload(self, checkpoint: str, *, at_once: bool = False) -> Future[None]:
+    def unload(
+        self, checkpoint: str, *, at_once: bool = False, may_return: bool = False
+    ) -> Future[None]:
         """Serve a checkpoint no more: from now on `submit` raises `UnknownCheckpoint` for it.
 
         Its images in flight are finished first.  at_once: they end with `UnknownCheckpoint`; who
         wants their snapshots withdraws them before. When the future has its result, weights,
-        adapters and all that was remembered are gone. Raises `UnknownCheckpoint`.
+        adapters and all that was remembered are gone.  may_return: what was measured stays, and a
+        later load of the same files has no warm-up; `forget` ends that. Raises `UnknownCheckpoint`.
         """
         end_images = partial(self._loop.end_images_of, checkpoint) if at_once else None
-        return self._loop.loads.unload(checkpoint, at_once=end_images)
+        loads = self._loop.loads
+        return loads.unload(checkpoint, at_once=end_images, may_return=may_return)
+
+    def forget(self, checkpoint: str) -> None:
+        """Drop what is kept of a checkpoint that is unloaded and will not return."""
+        self._inbox.post(partial(self._loop.loads.forget, checkpoint))
 
     def set_rank_shares(self, rank_shares: Mapping[int, float]) -> None:
         """Owe ranks these parts of the device's seconds from the next step boundary on.
@@ -383,6 +392,14 @@ class Engine:
     def warm_up_s(self) -> float:
         """Return the seconds that warming up all checkpoints took."""
         return self._loop.warm_up_s
+
+    def weights_bytes(self, checkpoint: str) -> int:
+        """Return the device memory of a checkpoint's weights. Raises `UnknownCheckpoint`."""
+        return self._checkpoints.find(checkpoint).weights_bytes
+
+    def read_s(self, checkpoint: str) -> float:
+        """Return the seconds that reading a checkpoint took. Raises `UnknownCheckpoint`."""
+        return self._checkpoints.find(checkpoint).load_s
 
     def capabilities(self, checkpoint: str) -> Capabilities:
         """Tell what may be asked of this checkpoint. Raises `UnknownCheckpoint`."""

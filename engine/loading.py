@@ -142,7 +142,7 @@ def load_checkpoint(
     path = Path(spec.path)
     family_class = family_named(spec.family)
     parts = family_class.folders(path)
-    _check_room(spec, files_read(path, parts), device, working_bytes)
+    _check_room(spec, device, working_bytes)
     found = hash_files(path, parts)
     _verify(path, dict(spec.sha256), found)
     _quiet_progress_bars()
@@ -151,7 +151,7 @@ def load_checkpoint(
         family = family_class.load(spec, dtype=dtype, device=device.torch_device)
         _check_guidance(spec, family)
         accelerate(family, spec, device)
-        bank = _adapter_bank(spec, family, device)
+        bank = adapter_bank(spec, family, device)
     load_s = time.perf_counter() - started
     digest = digest_of_quantised(digest_of(found), spec.quantize)
     log.info(
@@ -168,26 +168,34 @@ def load_checkpoint(
     )
 
 
-def _check_room(
-    spec: CheckpointSpec, files: Sequence[str], device: Device, working_bytes: int
-) -> None:
-    """Raise `TooLittleMemory` where the weights do not fit beside those that are loaded.
+def expected_weights_bytes(spec: CheckpointSpec) -> int:
+    """Tell the device memory of a checkpoint's weights by its files' headers; nothing is loaded.
 
-    Adapters' slots are not counted.
+    Adapters' slots are not counted. Raises `CheckpointCorrupt`, and `UnsupportedRequest` for a
+    family that there is not.
     """
-    free_bytes = device.free_bytes()
-    names = [name for name in files if name.endswith(".safetensors")]
+    path = Path(spec.path)
+    files = files_read(path, family_named(spec.family).folders(path))
+    value_bytes = PRECISIONS[spec.precision].itemsize
+    return sum(
+        memory_bytes(
+            name.partition("/")[0],
+            read_header(path / name).tensors,
+            value_bytes=value_bytes,
+            how=spec.quantize,
+        )
+        for name in files
+        if name.endswith(".safetensors")
+    )
+
+
+def _check_room(spec: CheckpointSpec, device: Device, working_bytes: int) -> None:
+    """Raise `TooLittleMemory` where the weights do not fit beside those that are loaded."""
     try:
-        headers = [read_header(Path(spec.path) / name) for name in names]
+        needed_bytes = expected_weights_bytes(spec) + working_bytes
     except CheckpointCorrupt:
         return  # said by whoever hashes the files, with the part that the file belongs to
-    value_bytes = PRECISIONS[spec.precision].itemsize
-    needed_bytes = working_bytes + sum(
-        memory_bytes(
-            name.partition("/")[0], header.tensors, value_bytes=value_bytes, how=spec.quantize
-        )
-        for name, header in zip(names, headers, strict=True)
-    )
+    free_bytes = device.free_bytes()
     if free_bytes is not None and needed_bytes > free_bytes:
         raise TooLittleMemory(needed_bytes, free_bytes)
 
@@ -206,7 +214,8 @@ def _check_guidance(spec: CheckpointSpec, family: Family) -> None:
         )
 
 
-def _adapter_bank(spec: CheckpointSpec, family: Family, device: Device) -> AdapterBank | None:
+def adapter_bank(spec: CheckpointSpec, family: Family, device: Device) -> AdapterBank | None:
+    """Give a family's networks slots for the spec's adapters; None if it has none."""
     if not spec.adapters:
         return None
     return AdapterBank(

@@ -46,6 +46,7 @@ from engine.events import (
     Started,
     Stepped,
 )
+from engine.hostcopies import HostCopies
 from engine.inbox import Inbox
 from engine.inflight import InFlight, RenderState
 from engine.keptlatents import KeptLatents, StepLatents
@@ -103,7 +104,9 @@ class DeviceLoop:
             pace=self._pace,
             warm_up=partial(self._warm_up, is_brief=True),
             on_change=self._note_change,
+            forget=self._forget,
             working_bytes=costs.working_bytes,
+            copies=HostCopies(config.host_copy_bytes),
         )
         self._memory_bytes: int | None = None  # of the device; None: nobody divides it
         self._pending_decodes: deque[tuple[Decode, PendingDecode]] = deque()  # as launched
@@ -158,7 +161,7 @@ class DeviceLoop:
                 self._checkpoints.serve(name)
         self._checkpoints.check_any_is_loaded()
         self._memory_bytes = self._device.memory_budget_bytes()
-        self._note_change(None)
+        self._note_change()
         self.warm_up_s = time.perf_counter() - started
 
     def _warm_up(self, spec: CheckpointSpec, *, is_brief: bool = False) -> Iterator[None]:
@@ -179,15 +182,17 @@ class DeviceLoop:
             is_brief=is_brief,
         )
 
-    def _note_change(self, gone: LoadedCheckpoint | None) -> None:
-        """Go by the checkpoints that are held now, and forget all about one that is gone."""
-        if gone is not None:
-            name = gone.spec.name
-            self._runner.forget(name)
-            self._scheduler.forget(name)
-            self._costs.forget(name)
-            self._conditioning.forget(gone.conditioning_prefix)
-            self._kept_latents.forget(gone.weights_digest)
+    def _forget(self, gone: LoadedCheckpoint) -> None:
+        """Drop all that was measured and remembered of a checkpoint."""
+        name = gone.spec.name
+        self._scheduler.forget(name)
+        self._costs.forget(name)
+        self._conditioning.forget(gone.conditioning_prefix)
+        self._kept_latents.forget(gone.weights_digest)
+
+    def _note_change(self) -> None:
+        """Go by the checkpoints that are held now."""
+        self._runner.keep_only(self._checkpoints.held)
         held = self._checkpoints.held.values()
         self._scheduler.max_adapters = min((one.spec.adapter_slots for one in held), default=1)
         if self._memory_bytes is not None:

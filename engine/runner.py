@@ -4,7 +4,7 @@ It does not choose who advances (`scheduler.py`) nor what is said about it (`eng
 runs on the engine's thread.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -154,9 +154,10 @@ class Runner:
         projector = self._projectors.get(name)
         return None if clean is None or projector is None else projector.project(clean)
 
-    def forget(self, checkpoint: str) -> None:
-        """Let go of what is remembered of a checkpoint that is taken out."""
-        self._projectors.pop(checkpoint, None)
+    def keep_only(self, held: Collection[str]) -> None:
+        """Let go of what is remembered of checkpoints that are not held any more."""
+        for name in self._projectors.keys() - set(held):
+            del self._projectors[name]
 
     def release(self, image: InFlight) -> None:
         """Let go of all that the image holds on the device.

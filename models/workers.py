@@ -11,11 +11,12 @@ from datetime import datetime, timedelta
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, and_, case, delete, func, or_, select, text, update
+from sqlalchemy import ColumnElement, and_, any_, case, delete, func, or_, select, text, update
 from sqlalchemy.dialects.postgresql import Insert, insert
 from sqlalchemy.orm import Session
 
-from models.tables import FleetRevision, Worker
+from models.tables import FleetRevision, Job, Worker
+from policy.states import JobState
 from policy.workers import LIVE, WorkerNow, WorkerState
 
 # Held until the end of the transaction, by whoever of a pool decides to leave.
@@ -110,6 +111,7 @@ def _taking(new: NewWorker, *, silent_after_s: float, gone: uuid.UUID | None) ->
         "pid": new.pid,
         "process": new.process,
         "held": [],
+        "loaded": [],
         "failed": {},
         "silent_after_s": silent_after_s,
     }
@@ -139,6 +141,7 @@ def heartbeat(
     instance: uuid.UUID | None = None,
     state: WorkerState = WorkerState.READY,
     held: Sequence[str] | None = None,
+    loaded: Sequence[str] | None = None,
     failed: Mapping[str, str] | None = None,
     revision: int | None = None,
     capacity_class: str = "",
@@ -146,8 +149,9 @@ def heartbeat(
     """Note that the worker is alive, now by the database's clock; False if its name is another's.
 
     silent_after_s: without a heartbeat for so long it counts as gone.  instance: of the process, as
-    it claimed the name.  held: checkpoints that it serves; None: all of its pool.  failed: why it
-    does not serve others.  revision: of the fleet that it goes by; None: of a file.
+    it claimed the name.  held: checkpoints that it serves; None: all of its pool.  loaded: those of
+    them in its device's memory; None: all.  failed: why it does not serve others.  revision: of the
+    fleet that it goes by; None: of a file.
     """
     row = {
         "pool": pool,
@@ -160,6 +164,7 @@ def heartbeat(
         "instance": instance,
         "state": state,
         "held": None if held is None else list(held),
+        "loaded": None if loaded is None else list(loaded),
         "failed": dict(failed or {}),
         "fleet_revision": revision,
     }
@@ -201,7 +206,13 @@ def leave_for_a_moment(
 
     revision: of the fleet, for which it starts anew.
     """
-    gone = {"state": WorkerState.LEAVING, "slots": 0, "held": [], "left_for_revision": revision}
+    gone = {
+        "state": WorkerState.LEAVING,
+        "slots": 0,
+        "held": [],
+        "loaded": [],
+        "left_for_revision": revision,
+    }
     session.execute(
         update(Worker)
         .where(Worker.name == name, _is(instance))
@@ -273,6 +284,33 @@ def weights_of(session: Session, checkpoint: str, *, silent_for_s: float) -> set
     digest = Worker.facts["weights"][checkpoint].astext
     query = select(digest).where(digest.is_not(None), *_is_live(silent_for_s)).distinct()
     return {found for found in session.scalars(query) if found}
+
+
+def loaded_checkpoints(session: Session, *, silent_for_s: float) -> frozenset[str]:
+    """Name the checkpoints that are in the memory of a live worker's device."""
+    loaded = func.unnest(func.coalesce(Worker.loaded, Worker.held))
+    query = select(loaded).where(*_is_live(silent_for_s)).distinct()
+    return frozenset(session.scalars(query))
+
+
+def has_free_holder(
+    session: Session, checkpoint: str, *, pool: str, but: str, silent_for_s: float
+) -> bool:
+    """Tell whether a live worker of the pool has the checkpoint loaded, and slots free.
+
+    but: the name of the one that is not asked for.
+    """
+    running = select(func.coalesce(func.sum(Job.num_images), 0)).where(
+        Job.pool == pool, Job.state == JobState.RUNNING, Job.worker == Worker.name
+    )
+    holders = select(Worker.name).where(
+        Worker.pool == pool,
+        Worker.name != but,
+        any_(func.coalesce(Worker.loaded, Worker.held)) == checkpoint,
+        Worker.slots > running.scalar_subquery(),
+        *_is_live(silent_for_s),
+    )
+    return session.scalar(holders.limit(1)) is not None
 
 
 class Capacity(NamedTuple):

@@ -170,7 +170,7 @@ class ModelTier(_Table):
 
 
 class ModelVersion(_Table):
-    """One set of weights. `traffic_weight` 0: it is loaded, but gets only jobs that name it.
+    """One set of weights. `traffic_weight` 0: it is loaded when a job names it.
 
     precision, licence, options: None where they are the model's.
     """
@@ -235,6 +235,10 @@ class Model(_Table):
         """Map the id of each version to the model with what that version says of its own."""
         return {version.id: self._with(version) for version in self.versions}
 
+    def version(self, version_id: str) -> ModelVersion:
+        """Find one of its versions. Raises StopIteration where it has none of that id."""
+        return next(version for version in self.versions if version.id == version_id)
+
     def of_version(self, version: str) -> "Model":
         """Return the model as this version serves it; as it is if the version is gone."""
         return self.as_served.get(version, self)
@@ -275,6 +279,14 @@ class Pool(_Table):
     # Sizes of best-effort forwards, ascending; (): exactly the rows there are.
     row_buckets: tuple[int, ...] = ()
     attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
+    # Which of its models are in a device's memory: all of them, or those used last that fit.
+    residency: Literal["all", "lru"] = "all"
+    # With lru: memory for weights; None: most of what the device has free. A CPU needs a number.
+    device_memory_gb: float | None = Field(None, gt=0)
+    # With lru on a GPU: host memory for copies of weights that left the device.
+    host_memory_gb: float = Field(0.0, ge=0)
+    # With lru: a job waits so long for its model before one that others need gives way.
+    swap_after_s: float = Field(10.0, ge=0)
     warm_floor: int = Field(0, ge=0)
     # An autoscaler starts workers when jobs wait; without one and without a live worker jobs are
     # refused.
@@ -545,6 +557,12 @@ def _contradictions_of_pool(fleet: Fleet, name: str, pool: Pool) -> list[str]:
             f" ({pool.max_batch_rows})"
         )
     problems += _too_few_rows(fleet, name, pool)
+    if pool.residency == "all":
+        problems += [
+            f"pools.{name}.{key}: means something with residency 'lru' alone"
+            for key in ("device_memory_gb", "host_memory_gb", "swap_after_s")
+            if key in pool.model_fields_set
+        ]
     slots = {"slots": pool.slots} | {
         f"classes.{capacity_class}.slots": pool.of_class(capacity_class).slots
         for capacity_class in pool.classes

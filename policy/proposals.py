@@ -34,6 +34,10 @@ SIZES = {
     768: ("768x768", "576x1024", "1024x576"),
     1024: ("1024x1024", "832x1216", "1216x832"),
 }
+# FLUX Kontext makes so many pixels in the shape that is asked for, unless options say otherwise.
+KONTEXT = "FluxKontextPipeline"
+KONTEXT_PX = 1024 * 1024
+KONTEXT_SIZES = ("1024x1024", "832x1248", "1248x832")
 FEW_STEPS = 4
 # Steps without which a network that is not distilled leaves noise; tiers may ask for fewer.
 STEPS: dict[str, int] = {"sd": 20, "sdxl": 25, "sd3": 28, "flux": 28, "pipeline": 28, "plain": 28}
@@ -60,7 +64,7 @@ GUIDANCE: dict[str, Guidance] = {
     "plain": Guidance(4.0, 20.0),
 }
 GUIDANCE_OF_PIPELINES = {
-    "FluxKontextPipeline": Guidance(2.5, 10.0),
+    KONTEXT: Guidance(2.5, 10.0),
     "StableDiffusionInstructPix2PixPipeline": Guidance(7.5, 20.0),
     "StableDiffusionControlNetPipeline": Guidance(7.5, 20.0),
     "StableDiffusionXLControlNetPipeline": Guidance(5.0, 15.0),
@@ -111,6 +115,8 @@ def propose(
     }
     if facts.family == "flux" and not facts.guidance_distilled:
         table["guidance_distilled"] = False
+    if options := _options(facts, table["sizes"]):
+        table["options"] = options
     tiers = {name: _tier_table(facts, fleet, pool, name, table) for name in fleet.tiers}
     table["tiers"] = {name: own for name, own in tiers.items() if own}
     table["versions"] = [dict(version)]
@@ -137,7 +143,17 @@ def _guidance(facts: CheckpointFacts) -> Guidance:
     return GUIDANCE_OF_PIPELINES.get(facts.pipeline_class, GUIDANCE[facts.family])
 
 
+def _options(facts: CheckpointFacts, sizes: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments without which the pipeline would make other sizes than the first."""
+    pixels = math.prod(parse_size(sizes[0]))
+    if facts.pipeline_class != KONTEXT or pixels == KONTEXT_PX:
+        return {}
+    return {"max_area": pixels, "_auto_resize": False}
+
+
 def _sizes(facts: CheckpointFacts) -> list[str]:
+    if facts.pipeline_class == KONTEXT:
+        return list(KONTEXT_SIZES)
     side = facts.native_side_px or 1024
     return list(SIZES.get(side, (f"{side}x{side}",)))
 

@@ -1,14 +1,16 @@
 """Make an engine's configuration from fleet.toml: its checkpoints, and what each accepts."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from engine.config import AdapterSpec, CheckpointSpec, EngineConfig
-from engine.engine import Engine
-from engine.errors import LoadFailure, LoadProblem
+from engine.errors import CheckpointCorrupt, LoadFailure, LoadProblem, UnsupportedRequest
+from engine.loading import expected_weights_bytes
 from policy.fleet import Fleet, Model, ModelVersion, Pool, checkpoint_name, parse_size
+from policy.residency import GB, ResidencyRule, problems_on_a_cpu, rule_of
 from settings import DeviceSettings, WorkerSettings
 
 # Of one image, while somebody looks. A preview takes a millisecond, and quick images get some, too.
@@ -67,11 +69,6 @@ def _adapter_specs(model: Model, root: Path) -> tuple[AdapterSpec, ...]:
     )
 
 
-def weights_of(engine: Engine) -> dict[str, str]:
-    """Give the digest of the weights of each checkpoint that the engine serves, for replays."""
-    return {name: engine.fingerprint(name).facts["weights"] for name in engine.checkpoints}
-
-
 def failure_sentence(fleet: Fleet, failure: LoadFailure, root: Path) -> str:
     """Say which version of which model cannot be loaded, from where, why, and what helps."""
     model, version, source = next(
@@ -106,6 +103,7 @@ def engine_config(
         row_buckets=pool.row_buckets,
         rank_shares=_rank_shares(fleet),
         attention=pool.attention,
+        host_copy_bytes=int(pool.host_memory_gb * GB),
         curves_folder=str(settings.curves_folder or ""),
         warm_up_repeats=warm_up_repeats,
         previews_per_s=PREVIEWS_PER_S,
@@ -130,6 +128,35 @@ def pool_of(settings: WorkerSettings, fleet: Fleet) -> Pool:
     """Return the worker's pool as its capacity class has it. Raises KeyError if it is gone."""
     pool = fleet.pools[settings.worker_pool]
     return pool.of_class(pool.class_of(settings.worker_class))
+
+
+def residency_rule(settings: DeviceSettings, pool: Pool) -> ResidencyRule:
+    """Tell how much of the pool's weights this device holds at once."""
+    device = chosen_device(settings)
+    gpu_bytes = 0
+    if device != "cpu" and pool.residency == "lru":
+        gpu_bytes = torch.cuda.get_device_properties(device).total_memory
+    return rule_of(pool, gpu_bytes=gpu_bytes)
+
+
+def device_misfits(settings: WorkerSettings, fleet: Fleet) -> list[str]:
+    """Describe what fleet.toml asks of the worker's pool that its device cannot do."""
+    pool = fleet.pools.get(settings.worker_pool)
+    if pool is None or chosen_device(settings) != "cpu":
+        return []
+    return problems_on_a_cpu(settings.worker_pool, pool)
+
+
+def sizes_of(specs: Iterable[CheckpointSpec]) -> dict[str, int]:
+    """Tell the bytes of each checkpoint's weights; without those whose files cannot be read.
+
+    Why they cannot, their load says.
+    """
+    sizes = {}
+    for spec in specs:
+        with suppress(CheckpointCorrupt, UnsupportedRequest):
+            sizes[spec.name] = expected_weights_bytes(spec)
+    return sizes
 
 
 def _rank_shares(fleet: Fleet) -> dict[int, float]:

@@ -340,6 +340,7 @@ class LeaseKeeper:
             instance=who.instance,
             state=WorkerState.LEAVING if self.leaving else WorkerState.READY,
             held=who.held,
+            loaded=who.loaded,
             failed=who.failed,
             revision=self.revision,
         )

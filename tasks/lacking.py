@@ -1,10 +1,13 @@
-"""Put back jobs that this worker does not serve: another worker of the pool may.
+"""Put back jobs that another worker of the pool is to have.
 
-These are jobs of models that it lacks, and jobs that it was given before it follows the revision of
-the fleet that they need. A queue is a pool's and a tier's, so such jobs come here as well. Their
-announcement is withdrawn, and they are announced again where a live worker serves their model; if
-none does, they wait in Postgres. The pause before that grows with each time that a job comes, or an
-idle worker would have it again and again while those that serve it are busy.
+These are jobs of models that this one lacks, and jobs that it was given before it follows the
+revision of the fleet that they need. A queue is a pool's and a tier's, so such jobs come here as
+well. Their announcement is withdrawn, and they are announced again where a live worker serves their
+model; if none does, they wait in Postgres. The pause before that grows with each time that a job
+comes, or an idle worker would have it again and again while those that serve it are busy.
+
+A model that is served here but not loaded is left to a worker that has it and is free, a few times:
+less than a second. Then it is loaded here.
 """
 
 import time
@@ -15,10 +18,12 @@ from collections.abc import Callable
 from sqlalchemy import Engine as Database
 
 from dispatch.release import Release
-from models import jobs
+from models import jobs, workers
 from models.database import transaction
 from models.tables import Job
 from policy.fleet import checkpoint_name
+from policy.residency import LEFT_TO_HOLDERS
+from tasks.residency import Residency
 
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 2.0
@@ -26,22 +31,32 @@ REMEMBERED = 1000  # jobs
 
 
 class LackingModels:
-    """Knows which checkpoints of its pool this worker does not serve now, and which jobs."""
+    """Knows which checkpoints of its pool are not at this worker's hand now, and which jobs."""
 
     def __init__(
         self,
         database: Database,
         release: Release,
+        residency: Residency,
+        *,
         lacking: Callable[[], frozenset[str]],
         revisions: Callable[[], tuple[int, int]],
+        worker: str,
+        worker_silence_s: float,
     ) -> None:
-        """Know where to look. lacking: names the checkpoints.  revisions: that the worker goes by;
-        what is set aside is tried again once they are others.
+        """Know where to look.
+
+        lacking: names the checkpoints that are not served here.  revisions: that the worker goes
+        by; what is set aside is tried again once they are others.  worker: the name of this one.
+        worker_silence_s: another one not heard of for so long counts as gone.
         """
         self._database = database
         self._release = release
+        self._residency = residency
         self._lacking = lacking
         self._revisions = revisions
+        self._worker = worker
+        self._worker_silence_s = worker_silence_s
         self._came: Counter[uuid.UUID] = Counter()
         self._set_aside: dict[uuid.UUID, tuple[int, int]] = {}
 
@@ -52,8 +67,8 @@ class LackingModels:
         self._set_aside[job_id] = self._revisions()
 
     def puts_back(self, job_id: uuid.UUID) -> bool:
-        """Put the job back if it is not served here; tell whether it was."""
-        if not (self._is_set_aside(job_id) or self._lacks_model_of(job_id)):
+        """Put the job back if another worker is to have it; tell whether it was."""
+        if not (self._is_set_aside(job_id) or self._is_others(job_id)):
             return False
         if len(self._came) >= REMEMBERED:
             self._came.clear()
@@ -65,10 +80,20 @@ class LackingModels:
     def _is_set_aside(self, job_id: uuid.UUID) -> bool:
         return self._set_aside.get(job_id) == self._revisions()
 
-    def _lacks_model_of(self, job_id: uuid.UUID) -> bool:
-        lacking = self._lacking()
-        if not lacking:
+    def _is_others(self, job_id: uuid.UUID) -> bool:
+        """Tell whether the job's model is not served here, or loaded by a worker that is free."""
+        lacking, absent = self._lacking(), self._residency.absent
+        if not lacking | absent:
             return False
         with transaction(self._database) as session:
             job = session.get(Job, job_id, options=jobs.WITHOUT_TEXTS)
-        return job is not None and checkpoint_name(job.model, job.model_version) in lacking
+            checkpoint = checkpoint_name(job.model, job.model_version) if job is not None else ""
+            if job is None or checkpoint not in absent:
+                return checkpoint in lacking
+            return self._came[job_id] < LEFT_TO_HOLDERS and workers.has_free_holder(
+                session,
+                checkpoint,
+                pool=job.pool,
+                but=self._worker,
+                silent_for_s=self._worker_silence_s,
+            )

@@ -41,6 +41,7 @@ class WorkerIdentity:
     """Describe the worker, as every heartbeat does.
 
     held, failed: the checkpoints that it serves, and why it does not serve others; None: all.
+    loaded: those that are in its device's memory now.
     """
 
     name: str
@@ -51,6 +52,7 @@ class WorkerIdentity:
     terms: WorkerTerms = field(default_factory=WorkerTerms)
     instance: uuid.UUID = field(default_factory=uuid.uuid4)
     held: tuple[str, ...] | None = None
+    loaded: tuple[str, ...] | None = None
     failed: Mapping[str, str] = field(default_factory=dict)
 
 

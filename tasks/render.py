@@ -51,6 +51,7 @@ from tasks.inputs import InputPictures
 from tasks.keeper import EXCLUSIVE_FROM, LeaseKeeper
 from tasks.lacking import LackingModels
 from tasks.previews import Previews
+from tasks.residency import Residency
 from tasks.verdicts import Verdicts, persist
 from tasks.work import End, ImageEnding, RenderResult, RenderWork, TextsUnread
 
@@ -64,6 +65,7 @@ class Renderer:
     settings: Settings
     current: CurrentFleet
     keeper: LeaseKeeper
+    residency: Residency
     checkpoints: Checkpoints
     inputs: InputPictures
     health: Health
@@ -137,7 +139,20 @@ class Renderer:
             self._note_waste(work)
 
     def _attempt(self, work: RenderWork) -> RenderResult:
-        """Render and hand on every pending image; say how that ended, whatever happened."""
+        """Render and hand on every pending image; say how that ended, whatever happened.
+
+        It begins once the job's model is in the device's memory, and keeps it there.
+        """
+        job = work.lease.job
+        checkpoint = checkpoint_name(job.model, job.model_version)
+        with self.residency.using(checkpoint, work.wake) as use:
+            while not use.is_ready and not work.held.is_released:
+                work.wait()
+            return self._attempt_with_model(work)
+
+    def _attempt_with_model(self, work: RenderWork) -> RenderResult:
+        if work.held.is_released:
+            return _release_of(work.held)
         try:
             earlier = self._submit(work)
             if work.held.is_released:

@@ -17,32 +17,46 @@ from sqlalchemy.exc import SQLAlchemyError
 from edges.notices import Notice
 from engine.config import CheckpointSpec, EngineConfig
 from engine.engine import Engine
-from engine.errors import EngineStopped, LoadFailed, UnknownCheckpoint
+from engine.errors import EngineStopped
 from models import workers
 from models.database import run_transaction
 from policy.current import UNNUMBERED, CurrentFleet
 from policy.fleet import Fleet
+from policy.residency import ResidencyRule, drawn_first, that_fit
 from policy.workers import terms_of
 from settings import WorkerSettings, misfits
 from tasks import capabilities
 from tasks.engines import (
     checkpoint_specs,
+    device_misfits,
     engine_config,
-    failure_sentence,
     pool_of,
-    weights_of,
+    residency_rule,
+    sizes_of,
 )
 from tasks.keeper import LeaseKeeper
+from tasks.residency import Residency
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class DescribedEngine:
-    """What the engine of a worker is under a fleet: its configuration and its checkpoints."""
+    """What the engine of a worker is under a fleet: its configuration and its checkpoints.
+
+    drawn: those that jobs come to unasked, those with most traffic in front.
+    """
 
     config: EngineConfig
+    rule: ResidencyRule
     specs: Mapping[str, CheckpointSpec]
+    drawn: tuple[str, ...]
+
+    def first_loaded(self) -> list[CheckpointSpec]:
+        """List the checkpoints that the engine starts with."""
+        sizes = sizes_of(self.specs.values())
+        names = that_fit(self.drawn, sizes, taken_bytes=0, rule=self.rule)
+        return [spec for name, spec in self.specs.items() if name in names]
 
 
 def described_engine(settings: WorkerSettings, fleet: Fleet) -> DescribedEngine | None:
@@ -51,8 +65,12 @@ def described_engine(settings: WorkerSettings, fleet: Fleet) -> DescribedEngine 
         return None
     pool = pool_of(settings, fleet)
     specs = checkpoint_specs(fleet, pool.models, settings.checkpoint_root)
-    config = engine_config(settings, fleet, pool, may_lack_checkpoints=True)
-    return DescribedEngine(config, {spec.name: spec for spec in specs})
+    return DescribedEngine(
+        config=engine_config(settings, fleet, pool, may_lack_checkpoints=True),
+        rule=residency_rule(settings, pool),
+        specs={spec.name: spec for spec in specs},
+        drawn=drawn_first(fleet, settings.worker_pool),
+    )
 
 
 class EngineRevisions:
@@ -63,6 +81,7 @@ class EngineRevisions:
         settings: WorkerSettings,
         current: CurrentFleet,
         engine: Engine,
+        residency: Residency,
         keeper: LeaseKeeper,
         database: Database,
         *,
@@ -72,6 +91,7 @@ class EngineRevisions:
         self._settings = settings
         self._current = current
         self._engine = engine
+        self._residency = residency
         self._keeper = keeper
         self._database = database
         self._leave = leave
@@ -82,7 +102,7 @@ class EngineRevisions:
         fleet = self._current.fleet
         pool = self._settings.worker_pool
         offered = fleet.checkpoints_in(pool) if pool in fleet.pools else frozenset()
-        return offered - set(self._engine.checkpoints)
+        return offered - self._residency.serves
 
     def numbers(self) -> tuple[int, int]:
         """Return the revision that the engine goes by, and the newest that the worker knows of."""
@@ -108,7 +128,10 @@ class EngineRevisions:
             return self._starts_anew(new)
         with suppress(EngineStopped):  # the worker ends; its successor reads the newest revision
             self._engine.set_rank_shares(wanted.config.rank_shares)
-            self._change(new, self._has.specs, wanted.specs)
+            self._residency.go_by(wanted.specs, wanted.drawn)
+            # Also where nothing changed here: workers of a revision before may have written since.
+            worker = self._keeper.identity.name
+            capabilities.publish(self._database, new, self._engine, worker=worker)
             self._has = wanted
             self._go_on_by_terms_of(new)
             self._tell_of_wait(None)
@@ -130,56 +153,12 @@ class EngineRevisions:
         both = has.specs.keys() & wanted.specs.keys()
         is_changed = any(has.specs[name] != wanted.specs[name] for name in both)
         same_shares = replace(wanted.config, rank_shares=has.config.rank_shares)
-        return is_changed or same_shares != has.config
-
-    def _change(
-        self, fleet: Fleet, has: Mapping[str, CheckpointSpec], wanted: Mapping[str, CheckpointSpec]
-    ) -> None:
-        for name in has.keys() - wanted.keys():
-            self._unload(name)
-        for name in wanted.keys() - has.keys():
-            self._load(fleet, wanted[name])
-        # Also where nothing changed here: workers of a revision before may have written since.
-        worker = self._keeper.identity.name
-        capabilities.publish(self._database, fleet, self._engine, worker=worker)
-
-    def _load(self, fleet: Fleet, spec: CheckpointSpec) -> None:
-        try:
-            times = self._engine.load(spec).result()
-        except LoadFailed as error:
-            sentence = failure_sentence(fleet, error.failure, self._settings.checkpoint_root)
-            log.error("model_not_served", pool=self._settings.worker_pool, problem=sentence)
-            self._tell({**self._keeper.identity.failed, spec.name: sentence})
-            return
-        log.info(
-            "checkpoint_joined",
-            checkpoint=spec.name,
-            read_s=round(times.read_s, 3),
-            warm_up_s=round(times.warm_up_s, 3),
-        )
-        self._tell(self._keeper.identity.failed)
-
-    def _unload(self, name: str) -> None:
-        with suppress(UnknownCheckpoint):  # it could not be loaded
-            self._engine.unload(name).result()
-            log.info("checkpoint_left", checkpoint=name)
-        failed = self._keeper.identity.failed
-        self._tell({each: why for each, why in failed.items() if each != name})
-
-    def _tell(self, failed: Mapping[str, str]) -> None:
-        """Have the next heartbeat say what is served, and why the rest is not."""
-        me = self._keeper.identity
-        self._keeper.identity = replace(
-            me,
-            held=self._engine.checkpoints,
-            failed=failed,
-            facts=me.facts | {"weights": weights_of(self._engine)},
-        )
+        return is_changed or (same_shares, wanted.rule) != (has.config, has.rule)
 
     def _starts_anew(self, new: Fleet) -> bool:
         if self._keeper.leaving:
             return True
-        problems = misfits(self._settings, new)
+        problems = misfits(self._settings, new) + device_misfits(self._settings, new)
         if problems and self._settings.worker_pool in new.pools:
             # The successor would end at once: this one goes on as it is.
             log.error("fleet_not_followed", number=self._current.number, problems=problems)

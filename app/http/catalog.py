@@ -116,6 +116,7 @@ def _version_view(model_id: str, served: Model, version: ModelVersion) -> schema
         precision=served.precision,
         quantize=version.quantize,
         licence=served.licence,
+        loaded=checkpoint in runtime().abilities.loaded(),
         capabilities=None if able is None else _capabilities_view(served, able),
     )
 

@@ -70,6 +70,13 @@ class ModelVersion:
         Literal["int8", "float8"] | None, says("How its weights are held; null: in `precision`.")
     ]
     licence: Annotated[str, says("The licence of its weights.")]
+    loaded: Annotated[
+        bool,
+        says(
+            "Whether a live worker has it in its device's memory; if not, the first job for it"
+            " waits until it is loaded."
+        ),
+    ]
     capabilities: Annotated[
         Capabilities | None, says("What may be asked of it; null until a worker has loaded it.")
     ]

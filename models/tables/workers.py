@@ -52,6 +52,8 @@ class Worker(Base):
     process: Mapped[str | None]
     # Checkpoints that it serves, by name; None: all of its pool.
     held: Mapped[list[str] | None]
+    # Those of them that are in its device's memory; None: all.
+    loaded: Mapped[list[str] | None]
     # Why it does not serve others, by name.
     failed: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"), default=dict)
     # Under this name since the last that ended in good order, this one included.

@@ -6,9 +6,9 @@ import signal
 import socket
 import sys
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import structlog
@@ -31,7 +31,7 @@ from edges.notices import (
 from edges.progress import CANCELS, WATCHES, Listener, ProgressWriter
 from edges.snapshots import Snapshots
 from engine.engine import Engine
-from engine.errors import NothingLoaded
+from engine.errors import LoadFailure, NothingLoaded
 from fleet.consumer import TakenTask, tier_gate
 from models.database import make_engine
 from policy import connections, gates, queues, tiers
@@ -43,10 +43,10 @@ from tasks import capabilities
 from tasks.checkpoints import Checkpoints
 from tasks.engines import (
     chosen_device,
+    device_misfits,
     device_name,
     failure_sentence,
     pool_of,
-    weights_of,
 )
 from tasks.health import EX_SOFTWARE, Health
 from tasks.inputs import InputPictures
@@ -56,6 +56,7 @@ from tasks.preemption import Preemption, wait_while_a_notice_stands
 from tasks.previews import Previews
 from tasks.registration import Loading, NameTaken, WorkerIdentity
 from tasks.render import Renderer
+from tasks.residency import Residency
 from tasks.revisions import EngineRevisions, described_engine
 from tasks.roles.consuming import consume, register
 from tasks.roles.following import following
@@ -78,6 +79,7 @@ class WorkerParts:
     gauge: Gauge
     snapshots: Snapshots
     preemption: Preemption
+    residency: Residency
     revisions: EngineRevisions
     renderer: Renderer
 
@@ -89,11 +91,13 @@ class WorkerParts:
     def start(self) -> None:
         """Say that this worker is alive and begin to renew leases; returns once Postgres knows.
 
-        Its capabilities are published then, before it takes a job.
+        Its capabilities are published then, before it takes a job, and from now on models are
+        loaded that are asked for.
         """
         self.keeper.start(max_attempts=self.settings.max_attempts)
         name = self.keeper.identity.name
         capabilities.publish(self.renderer.database, self.fleet, self.engine, worker=name)
+        self.residency.start()
 
     def may_take(self, queue: str, taken: Sequence[TakenTask]) -> bool:
         """Decide whether the next message is taken from this queue.
@@ -120,6 +124,7 @@ class WorkerParts:
 
     def put_away(self) -> None:
         """Store snapshots and send progress that is left. The caller stops the engine."""
+        self.residency.close()
         self.renderer.checkpoints.close()
         self.renderer.progress.close()
 
@@ -142,15 +147,18 @@ def build(
     database = make_engine(settings.database_url, pool_size=connections.WORKER)
     ended = EndedJobs.connect(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
     followed = current(fleet)
-    identity = _identity(settings, followed, engine, instance or uuid.uuid4())
+    identity = _identity(settings, followed.fleet, engine, instance or uuid.uuid4())
     keeper = _keeper(settings, identity, database, ended)
     keeper.revision = followed.number or None
     gauge = Gauge(settings.handoff_url, trusted_for_s=gates.HANDOFF_SILENT_AFTER_S)
     preemption = Preemption(keeper, when_empty=when_empty)
     unfit = when_unfit or preemption.begin
     health = Health(engine, stuck_after_s=settings.engine_stuck_after_s, leave=unfit)
+    residency = _residency(settings, followed, engine, keeper, database, give_up=health.give_up)
     leave = preemption.begin
-    revisions = EngineRevisions(settings, followed, engine, keeper, database, leave=leave)
+    revisions = EngineRevisions(
+        settings, followed, engine, residency, keeper, database, leave=leave
+    )
     keeper.on_name_lost = lambda: health.give_up("another process has the name of this worker")
     renderer = _renderer(
         settings,
@@ -159,6 +167,7 @@ def build(
         ended,
         keeper=keeper,
         health=health,
+        residency=residency,
         revisions=revisions,
         checkpoints=Checkpoints(engine, ended.snapshots, ended.signals, fill=gauge.fill),
         progress=ProgressWriter(settings.handoff_url, fill=gauge.fill),
@@ -166,6 +175,7 @@ def build(
     return WorkerParts(
         settings=settings,
         current=followed,
+        residency=residency,
         revisions=revisions,
         engine=engine,
         keeper=keeper,
@@ -184,17 +194,27 @@ def _renderer(
     *,
     keeper: LeaseKeeper,
     health: Health,
+    residency: Residency,
     revisions: EngineRevisions,
     checkpoints: Checkpoints,
     progress: ProgressWriter,
 ) -> Renderer:
     broker = Broker(settings, current)
     release = Release(database, broker, current, worker_silence_s=settings.lease_ttl_s)
-    lacking = LackingModels(database, release, revisions.lacking, revisions.numbers)
+    lacking = LackingModels(
+        database,
+        release,
+        residency,
+        lacking=revisions.lacking,
+        revisions=revisions.numbers,
+        worker=keeper.identity.name,
+        worker_silence_s=settings.lease_ttl_s,
+    )
     return Renderer(
         settings=settings,
         current=current,
         keeper=keeper,
+        residency=residency,
         checkpoints=checkpoints,
         inputs=InputPictures(inputs=ended.inputs),
         health=health,
@@ -219,29 +239,67 @@ def _renderer(
 
 
 def _identity(
-    settings: WorkerSettings, current: CurrentFleet, engine: Engine, instance: uuid.UUID
+    settings: WorkerSettings, fleet: Fleet, engine: Engine, instance: uuid.UUID
 ) -> WorkerIdentity:
-    fleet = current.fleet
+    """Describe the worker; `_tell` adds its checkpoints."""
     return WorkerIdentity(
         name=name_of(settings),
         pool=settings.worker_pool,
         device=engine.config.device,
         slots=pool_of(settings, fleet).slots,
         terms=terms_of(fleet.pools[settings.worker_pool], settings.worker_class),
-        facts={
-            "load_s": round(engine.load_s, 3),
-            "weights": weights_of(engine),
-        },
+        facts={"load_s": round(engine.load_s, 3)},
         instance=instance,
-        held=engine.checkpoints,
-        failed=_sentences(settings, fleet, engine),
     )
 
 
-def _sentences(settings: WorkerSettings, fleet: Fleet, engine: Engine) -> Mapping[str, str]:
-    """Say, by checkpoint, why the engine does not serve it."""
-    root = settings.checkpoint_root
-    return {each.checkpoint: failure_sentence(fleet, each, root) for each in engine.failures}
+def _residency(
+    settings: WorkerSettings,
+    current: CurrentFleet,
+    engine: Engine,
+    keeper: LeaseKeeper,
+    database: Database,
+    *,
+    give_up: Callable[[str], None],
+) -> Residency:
+    """Make the residency of a worker that tells in its row what it serves."""
+
+    def explain(failure: LoadFailure) -> str:
+        return failure_sentence(current.fleet, failure, settings.checkpoint_root)
+
+    described_once: dict[str, str] = {}  # digests
+
+    def on_change(residency: Residency) -> None:
+        _tell(keeper, residency)
+        if residency.weights.items() - described_once.items():
+            name = keeper.identity.name
+            capabilities.publish(database, current.fleet, engine, worker=name)
+            described_once.update(residency.weights)
+
+    described = described_engine(settings, current.fleet)
+    assert described is not None, "the settings were checked against the fleet"
+    residency = Residency(
+        engine,
+        described.specs,
+        described.rule,
+        explain=explain,
+        on_change=on_change,
+        give_up=give_up,
+    )
+    _tell(keeper, residency)
+    return residency
+
+
+def _tell(keeper: LeaseKeeper, residency: Residency) -> None:
+    """Have the next heartbeat say what is served and loaded, and why the rest is not."""
+    me = keeper.identity
+    keeper.identity = replace(
+        me,
+        held=tuple(sorted(residency.serves)),
+        loaded=residency.loaded,
+        failed=dict(residency.failed),
+        facts=me.facts | {"weights": dict(residency.weights)},
+    )
 
 
 def _keeper(
@@ -443,21 +501,21 @@ def _log_ready(parts: WorkerParts) -> None:
 
 
 def _start_engine(settings: WorkerSettings, fleet: Fleet) -> Engine:
-    """Start the engine with every version of every model of the pool, loaded and warm.
+    """Start the engine with the versions of the pool's models that it begins with, loaded and warm.
 
     Those that cannot be loaded are left out. Raises NothingLoaded if that is all of them.
     """
     described = described_engine(settings, fleet)
     assert described is not None, "the settings were checked against the fleet"
-    engine = Engine(described.config, list(described.specs.values()))
+    engine = Engine(described.config, described.first_loaded())
     engine.start()
-    for sentence in _sentences(settings, fleet, engine).values():
-        log.error("model_not_served", pool=settings.worker_pool, problem=sentence)
     return engine
 
 
 def _check_device(settings: WorkerSettings, fleet: Fleet) -> None:
-    """End the process if its device is not of the class that its pool is made of."""
+    """End the process if its device is not of its pool's class, or cannot do what that asks."""
+    if problems := device_misfits(settings, fleet):
+        refuse([f"fleet.toml: {problem}" for problem in problems])
     gpu_class = pool_of(settings, fleet).gpu_class
     name = device_name(settings)
     if not is_of_gpu_class(gpu_class, name):

@@ -43,6 +43,7 @@ def test_a_model_shows_what_its_worker_says_of_each_version(api):
 
     [version] = model["versions"]
     able = version["capabilities"]
+    assert version["loaded"] is True
     assert able["pictures"] == {
         "init_image": "optional",
         "mask": "optional",
@@ -62,7 +63,8 @@ def test_a_model_shows_what_its_worker_says_of_each_version(api):
 def test_a_version_that_no_worker_has_loaded_yet_shows_no_capabilities(gateway_with, new_key):
     model = gateway_with(a_fleet()).get("/v1/models/large", headers=bearer(new_key())).json
 
-    assert [version["capabilities"] for version in model["versions"]] == [None]
+    [version] = model["versions"]
+    assert (version["capabilities"], version["loaded"]) == (None, False)
 
 
 @pytest.mark.parametrize("url", ["/v1/jobs", "/v1/estimate"])

@@ -1,4 +1,4 @@
-"""`darkroom fleet` where another release has written the revision in force."""
+"""`darkroom fleet` beside a revision of another release, and models that memory never holds."""
 
 from collections.abc import Iterator
 
@@ -74,3 +74,14 @@ def test_fleet_check_works_without_a_database(run, monkeypatch):
     assert done.exit_code == 0, done.output
     assert "names of tenants were not checked" in done.stderr
     assert "nothing is wrong" in done.stdout
+
+
+def test_fleet_check_names_a_version_that_the_memory_of_its_pool_never_holds(run):
+    budget = {"pools.local.residency": "lru", "pools.local.device_memory_gb": 0.001}
+
+    done = run("check", budget)
+
+    assert done.exit_code == 1
+    assert (
+        "pools.local.device_memory_gb: 0.001 is less than the 0.0204 GB of the weights of pocket@1"
+    ) in done.output

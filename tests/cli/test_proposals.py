@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import pytest
 
 from cli.fleet_text import NotWritable, model_text, with_model
-from policy.fleet import parse_fleet
+from policy.fleet import parse_fleet, parse_size
 from policy.proposals import CheckpointFacts, fitting_samplers, propose
 from settings import REPO
 
@@ -14,7 +14,7 @@ SHIPPED = (REPO / "fleet.toml").read_text()
 NOW = datetime(2026, 11, 30, tzinfo=UTC)
 
 
-def proposed(facts: CheckpointFacts, text: str = SHIPPED) -> dict:
+def proposed(facts: CheckpointFacts, text: str = SHIPPED, **more) -> dict:
     version = {"id": "1", "source": "new", "sha256": {"unet/config.json": "0" * 64}}
     return propose(
         facts,
@@ -24,6 +24,7 @@ def proposed(facts: CheckpointFacts, text: str = SHIPPED) -> dict:
         precision="bf16",
         created_at=NOW,
         version=version,
+        **more,
     )
 
 
@@ -42,6 +43,26 @@ KINDS = {
     "edit": CheckpointFacts(family="pipeline", pipeline_class="FluxKontextPipeline"),
     "tiny": CheckpointFacts(family="sd", native_side_px=64),
 }
+
+
+def as_kontext_makes_it(size: str, max_area: int = 1024**2) -> str:
+    """What diffusers' FluxKontextPipeline makes of a size that is asked for."""
+    width, height = parse_size(size)
+    sides = (round((max_area * ratio) ** 0.5) for ratio in (width / height, height / width))
+    return "x".join(str(side // 16 * 16) for side in sides)
+
+
+@pytest.mark.parametrize("sizes", [(), ("32x32",), ("832x1248",), ("640x480",)])
+def test_kontext_is_offered_in_sizes_that_it_makes(sizes):
+    table = proposed(KINDS["edit"], sizes=sizes)
+
+    options = table.get("options", {})
+    area = {key: value for key, value in options.items() if key == "max_area"}
+    assert [as_kontext_makes_it(size, **area) for size in table["sizes"]] == table["sizes"]
+    assert options.get("_auto_resize", True) is not bool(area)
+    assert (
+        parse_fleet(with_model(SHIPPED, "edit", table, "local")).models["edit"].options == options
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

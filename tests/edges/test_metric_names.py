@@ -47,6 +47,8 @@ COUNTERS = {
 HISTOGRAMS = {
     "darkroom_http_request_seconds": ("method", "route"),
     "darkroom_input_wait_seconds": (),
+    "darkroom_model_load_seconds": ("phase",),
+    "darkroom_model_wait_seconds": (),
     "darkroom_picture_seconds": (),
     "darkroom_webhook_attempt_seconds": (),
 }

@@ -8,7 +8,8 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from adapter_builders import a_file, lora_tensors
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from engine_builders import ALWAYS, a_request, a_spec, reproducible, save_tiny_checkpoint
 from tiny_checkpoints import save_tiny_sdxl
 from tiny_flow_checkpoints import save_tiny_flux, save_tiny_sd3
@@ -27,7 +28,10 @@ from engine.errors import (
 )
 from engine.events import Stepped
 from engine.handle import Handle
+from engine.hostcopies import HostCopies
+from engine.request import AdapterUse
 from engine.sidethread import LoadPace, own_default_dtype
+from tests.builders import until
 
 LONG = 900  # steps: an image that is in flight until it is canceled
 
@@ -260,6 +264,96 @@ def test_unload_forgets_weights_encodings_kept_latents_and_costs(running, epsilo
     assert [after[name] for name in same] == [before[name] for name in same]
     assert weights.numel() == 0
     assert {key.checkpoint for key in running.costs.measured_keys()} == {"tiny"}
+
+
+def test_a_checkpoint_that_may_return_does_so_without_a_warm_up_and_with_the_same_bits(
+    running, epsilon_checkpoint, monkeypatch
+):
+    spec = another_spec(epsilon_checkpoint)
+    running.load(spec).result(120)
+    before = running.submit(reproducible(checkpoint="other")).result(60)
+    running.unload("other", may_return=True).result(60)
+    with pytest.raises(UnknownCheckpoint):
+        running.submit(a_request(checkpoint="other"))
+
+    monkeypatch.setattr(running._loop.loads, "_warm_up", None)  # is not asked for
+    times = running.load(spec, is_awaited=True).result(60)
+    after = running.submit(reproducible(checkpoint="other")).result(60)
+
+    assert not times.is_copied
+    assert np.array_equal(before.pixels, after.pixels)
+    assert before.record.fingerprint == after.record.fingerprint
+
+
+def test_a_checkpoint_that_will_not_return_is_forgotten_where_it_is_told(
+    running, epsilon_checkpoint
+):
+    def known() -> bool:
+        return any(key.checkpoint == "other" for key in running.costs.measured_keys())
+
+    running.load(another_spec(epsilon_checkpoint)).result(120)
+    running.unload("other", may_return=True).result(60)
+    assert known()
+
+    running.forget("other")
+
+    until(lambda: not known(), what="the device thread")
+
+
+def test_a_checkpoint_that_returns_with_other_files_is_warmed_up_again(
+    running, epsilon_checkpoint, tmp_path
+):
+    folder = tmp_path / "changes"
+    shutil.copytree(epsilon_checkpoint, folder)
+    running.load(another_spec(folder)).result(120)
+    running.unload("other", may_return=True).result(60)
+    other = save_tiny_checkpoint(tmp_path / "v2", DDIMScheduler(), seed=9)
+    shutil.copytree(other, folder, dirs_exist_ok=True)
+    asked = []
+    warm_up = running._loop.loads._warm_up
+    running._loop.loads._warm_up = lambda spec: (asked.append(spec.name), warm_up(spec))[1]
+
+    running.load(another_spec(folder)).result(120)
+
+    running._loop.loads._warm_up = warm_up
+    assert asked == ["other"]
+
+
+def test_weights_return_from_the_host_s_memory_with_adapters_and_the_same_bits(
+    checkpoint, epsilon_checkpoint, tmp_path
+):
+    folder = tmp_path / "other"
+    shutil.copytree(epsilon_checkpoint, folder)
+    network = UNet2DConditionModel.from_pretrained(folder / "unet")
+    style = lora_tensors(network, prefix="unet", seed=1)
+    spec = another_spec(folder, adapters=(a_file(tmp_path / "style.safetensors", style),))
+    request = reproducible(checkpoint="other", adapters=(AdapterUse("style", 1.0),))
+    with Engine(EngineConfig(host_copy_bytes=10**9), [a_spec(checkpoint)]) as engine:
+        engine.load(spec).result(120)
+        before = engine.submit(request).result(60)
+        engine.unload("other", may_return=True).result(60)
+        shutil.rmtree(folder)
+
+        times = engine.load(spec).result(60)
+        after = engine.submit(request).result(60)
+
+    assert times.is_copied
+    assert np.array_equal(before.pixels, after.pixels)
+
+
+def test_host_copies_are_the_newest_that_fit(checkpoint):
+    device = Device("cpu", num_threads=1)
+    a, b, c = (
+        loading.load_checkpoint(another_spec(checkpoint, name=name), device) for name in "abc"
+    )
+    copies = HostCopies(2 * a.weights_bytes)
+
+    for loaded in (a, b, c):
+        copies.put(loaded)
+
+    assert copies.take(a.spec, device) is None
+    assert copies.take(b.spec, device).weights_bytes == copies.take(c.spec, device).weights_bytes
+    assert not a.weights_bytes, "freed"
 
 
 def test_an_image_that_arrives_after_its_checkpoint_has_gone_fails_alone(

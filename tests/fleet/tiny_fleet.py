@@ -102,10 +102,10 @@ def _publish(made: Path, folder: Path) -> None:
             raise
 
 
-def fleet_of(weights: Path) -> str:
-    """The text of a fleet file with all of them in one pool."""
-    models = {f"models.{name}": _table(name, model, weights) for name, model in MODELS.items()}
-    pool = {"models": list(MODELS), "slots": 8, "max_batch_rows": 8, "warm_floor": 1}
+def fleet_of(weights: Path, names: Iterable[str] = tuple(MODELS), **keys: Any) -> str:
+    """The text of a fleet file with these of them in one pool, which has further keys."""
+    models = {f"models.{name}": _table(name, MODELS[name], weights) for name in names}
+    pool = {"models": list(names), "slots": 8, "max_batch_rows": 8, "warm_floor": 1, **keys}
     gone = {"models.pocket": GONE, "models.large": GONE, "pools.big": GONE}
     return fleet_text({**gone, **models, "pools.local": pool})
 

@@ -415,7 +415,9 @@ def workers_now(session, tenant) -> Rows:
     pool = tenant.name
     beats = {"pool": pool, "device": "cpu", "facts": {}}
     why = {"y@1": "model 'y' is broken", "z@1": "model 'z', too"}
-    workers.heartbeat(session, name=f"a@{pool}", slots=8, **beats, held=["x@1", "x@2"], failed=why)
+    workers.heartbeat(
+        session, name=f"a@{pool}", slots=8, **beats, held=["x@1", "x@2"], loaded=["x@2"], failed=why
+    )
     workers.heartbeat(session, name=f"b@{pool}", slots=8, **beats)
     change(session, "workers", f"name = 'b@{pool}'", seen_at=ago(session, 20))
     starts = [
@@ -438,7 +440,8 @@ def workers_now(session, tenant) -> Rows:
     times = {row.name: row.started_at for row in started}
     usual = {"pool": pool, "device": "cpu", "slots": 8, "restarts": 0, "failed_starts": 0}
     usual |= {"capacity_class": ""}
-    empty = ("models", "failed_models", "problem", "host", "pid", "fleet_revision", "waits_for")
+    empty = ("models", "loaded", "failed_models", "problem")
+    empty += ("host", "pid", "fleet_revision", "waits_for")
     unknown = dict.fromkeys(empty)
     here = NEAR(Decimal(0), abs=Decimal(15))
     return [
@@ -448,6 +451,7 @@ def workers_now(session, tenant) -> Rows:
             "worker": f"a@{pool}",
             "state": "ready",
             "models": "x@1 x@2",
+            "loaded": "x@2",
             "failed_models": "y@1 z@1",
             "problem": "model 'y' is broken; model 'z', too",
             "started_at": times[f"a@{pool}"],
@@ -468,6 +472,7 @@ def workers_now(session, tenant) -> Rows:
             "device": "cuda:0",
             "slots": 0,
             "models": "",
+            "loaded": "",
             "failed_models": None,
             "problem": "there is nothing to load",
             "restarts": 1,

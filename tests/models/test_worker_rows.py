@@ -205,6 +205,21 @@ def test_pool_s_capacity_tells_what_one_of_its_live_workers_serves(session, pool
     assert held() is None, "a worker of the previous version serves all"
 
 
+def test_checkpoints_are_loaded_where_a_live_worker_has_them_in_memory(session, pool):
+    first, second, silent = (a_start(pool, name) for name in ("gpu0", "gpu1", "gpu2"))
+    names = [f"{model}-{pool}@1" for model in "abc"]
+    for new in (first, second, silent):
+        claim(session, new)
+
+    say(session, silent, held=names, loaded=names[2:])
+    silence(session, pool, 60)
+    say(session, first, held=names, loaded=names[:1])
+    say(session, second, held=names[:2])
+
+    loaded = workers.loaded_checkpoints(session, silent_for_s=15)
+    assert {name for name in names if name in loaded} == set(names[:2])
+
+
 def test_worker_that_can_load_nothing_is_remembered_for_a_day(session, pool):
     new = a_start(pool)
     claim(session, new)

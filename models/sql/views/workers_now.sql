@@ -6,6 +6,7 @@ SELECT w.pool, w.name AS worker,
                  AND w.seen_at < clock_timestamp() - make_interval(secs => w.silent_after_s)
             THEN 'silent' ELSE w.state END AS state,
        w.device, w.slots, array_to_string(w.held, ' ') AS models,
+       array_to_string(coalesce(w.loaded, w.held), ' ') AS loaded,
        (SELECT string_agg(f.key, ' ' ORDER BY f.key) FROM jsonb_each(w.failed) f) AS failed_models,
        coalesce(
            w.problem,
