@@ -121,7 +121,7 @@ class Verdicts:
             return leases.fail(session, lease, code=decision.code, detail=decision.detail)
         if self.engine_revisions.is_behind and decision.fate is Fate.STAYS:
             return self._set_aside(session, lease)
-        if isinstance(error, UnsupportedRequest):
+        if isinstance(error, UnsupportedRequest) and decision.fate is Fate.STAYS:
             return None
         pool = decision.pool if decision.fate is Fate.MOVES else None
         reason = "another worker serves its model"

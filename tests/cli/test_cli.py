@@ -693,7 +693,10 @@ def test_a_dead_letter_is_requeued_once_as_a_new_job_of_the_same_parameters(stac
 
 def test_requeue_refuses_a_job_of_a_version_that_is_not_offered_any_more(stack, client):
     job = client.wait(client.create_job("a green star on black", tier="fast").id)
-    fail = "UPDATE jobs SET state = 'failed', model_version = '0' WHERE id = %s"
+    fail = (
+        "UPDATE jobs SET state = 'failed', failure_code = 'internal', model_version = '0'"
+        " WHERE id = %s"
+    )
     ask(stack.env["MIGRATION_DATABASE_URL"], fail, [job.id])
 
     done = run(stack.data_dir, "requeue", job.id)

@@ -72,6 +72,17 @@ def test_worker_hands_a_job_to_the_pool_that_has_its_model_now(behind, holder):
     assert row.counted_attempts == 0
 
 
+def test_worker_hands_on_a_job_that_only_the_pool_of_its_model_can_make_now(behind, holder):
+    moved = {"pools.local.models": ["large"], "pools.big.models": ["pocket"]}
+    holder.replace(a_fleet(CHANGES | WIDER | moved), 2)
+    job = a_wide_job(behind, revision=1)
+
+    rendered(behind, job)
+
+    row = behind.row(job)
+    assert (row.state, row.pool, row.counted_attempts) == ("queued", "big", 0)
+
+
 def test_worker_fails_a_job_whose_model_no_pool_has(behind, holder):
     holder.replace(a_fleet(CHANGES | {"models.large": GONE, "pools.big": GONE}), 2)
     job = behind.accept(tier="fast", pool="local", model="large", model_version="1")
