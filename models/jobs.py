@@ -281,6 +281,7 @@ def enter_pool(session: Session, job: Job, pool: str, *, release_tag: float | No
     audit event.
     """
     job.pool = pool
+    job.pool_since = func.clock_timestamp()
     job.announced_at = None
     job.is_front = False
     if release_tag is not None:

@@ -566,6 +566,7 @@ def _contradictions_of_pool(fleet: Fleet, name: str, pool: Pool) -> list[str]:
             f"pools.{name}.row_buckets: must be ascending numbers from 1 to max_batch_rows"
             f" ({pool.max_batch_rows})"
         )
+    problems += _too_few_rows(fleet, name, pool)
     if pool.residency == "all":
         problems += [
             f"pools.{name}.{key}: means something with residency 'lru' alone"
@@ -584,6 +585,24 @@ def _contradictions_of_pool(fleet: Fleet, name: str, pool: Pool) -> list[str]:
         if tier.max_images > number
     ]
     return problems
+
+
+def _too_few_rows(fleet: Fleet, name: str, pool: Pool) -> list[str]:
+    """Tell where a guided image of a model does not fit into a forward of its pool.
+
+    What a pipeline makes of guidance is not known here; its workers say it.
+    """
+    needed = {
+        model: most_rows_of_an_image(fleet.models[model])
+        for model, _ in fleet.versions_in(name)
+        if fleet.models[model].family not in OPEN_FAMILIES
+    }
+    return [
+        f"pools.{name}.max_batch_rows: an image of model {model!r} with guidance takes {rows} rows;"
+        f" accepted: {rows} to 1024"
+        for model, rows in needed.items()
+        if rows > pool.max_batch_rows
+    ]
 
 
 def _contradictions_of_routes(fleet: Fleet, name: str, pool: Pool) -> list[str]:
@@ -688,6 +707,7 @@ def _contradictions_of_tiers(fleet: Fleet, name: str, model: Model) -> list[str]
     problems = []
     for tier_name, own in model.tiers.items():
         problems += _contradictions_of_variant(f"{place}.tiers.{tier_name}", model, own)
+        problems += _unserved_version(fleet, name, tier_name, own)
         if tier_name not in fleet.tiers:
             problems.append(f"{place}.tiers.{tier_name}: not a tier of this file")
         elif own.default_steps is not None and own.default_steps > fleet.tiers[tier_name].max_steps:
@@ -720,6 +740,25 @@ def _contradictions_of_variant(place: str, model: Model, own: ModelTier) -> list
         for key, value, accepted in chosen
         if value is not None and value not in accepted
     ] + [f"{place}.adapters: {name!r} is named twice" for name in names if names[name] > 1]
+
+
+def _unserved_version(fleet: Fleet, name: str, tier: str, own: ModelTier) -> list[str]:
+    """Tell of a version that a tier chooses and no pool renders in that tier, for anybody."""
+    served = [
+        version
+        for pool, shape in fleet.pools.items()
+        if not shape.tiers or tier in shape.tiers
+        for model, version in fleet.versions_in(pool)
+        if model == name
+    ]
+    is_known = own.version in fleet.models[name].as_served and tier in fleet.tiers
+    if not is_known or own.version in served:
+        return []
+    accepted = ", ".join(dict.fromkeys(served)) or "none"
+    return [
+        f"{_key('models', name)}.tiers.{tier}.version: no pool renders {own.version!r} in tier"
+        f" {tier}, so nobody could use it; accepted: {accepted}"
+    ]
 
 
 def _contradictions_of_bucket_rows(

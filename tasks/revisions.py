@@ -154,6 +154,7 @@ class EngineRevisions:
             self._tell_of_wait(None)
             self._keeper.revision = self._current.number
             self._weights.keep_only(wanted_of(new, wanted.specs))
+            self._keeper.beat_soon()
         return True
 
     def _go_on_by_terms_of(self, fleet: Fleet) -> None:
