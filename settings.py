@@ -270,6 +270,16 @@ class DeviceSettings(FleetSettings):
     checkpoint_root: Path = REPO  # where relative paths of fleet.toml start
     # Holds the curves of `darkroom calibrate`; None: every start measures its own.
     curves_folder: Path | None = None
+    # Holds what is fetched from S3 or the hub; None: only folders of this machine are served.
+    model_cache_dir: Path | None = None
+    model_cache_gb: float = Field(200.0, gt=0)  # of 10^9 bytes; what is held longest unused goes
+    # The bucket of weights, and keys that may read it; without keys the machine's own role is used.
+    model_s3_endpoint_url: HttpUrl | None = None  # None = AWS
+    model_s3_region: str = "us-east-1"
+    model_s3_access_key_id: SecretStr | None = Field(None, min_length=1)
+    model_s3_secret_access_key: SecretStr | None = Field(None, min_length=1)
+    hf_endpoint: HttpUrl = "https://huggingface.co"
+    hf_token: SecretStr | None = Field(None, min_length=1)  # for repositories that ask for one
 
 
 class BrokerSettings(FleetSettings):

@@ -55,6 +55,8 @@ class JobDocument(Resolved):
     erased_at: datetime | None = None
     failure_code: str | None = None
     failure_detail: str | None = None
+    prompt_tokens: int | None = None
+    truncated_tokens: int | None = None
     device_seconds: float = 0.0
     cost: Decimal | None = None
     currency: str

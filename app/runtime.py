@@ -71,9 +71,9 @@ class Runtime:
     judged: Cache[tuple[str, str, int, int], bool] = field(
         default_factory=lambda: Cache("judged", 10_000)
     )
-    # The OpenAPI document by the prefix of its links (a proxy may give the gateway several), and by
-    # the number of the fleet's revision.
-    documents: Cache[tuple[str, int], str] = field(default_factory=lambda: Cache("documents", 8))
+    # The OpenAPI document by the prefix of its links (a proxy may give the gateway several), by the
+    # number of the fleet's revision, and by what is offered to whoever asks.
+    documents: Cache[tuple[str, ...], str] = field(default_factory=lambda: Cache("documents", 8))
     statuses: Statuses = field(default_factory=Statuses)
     watchers: Watchers = field(default_factory=Watchers)
 
@@ -100,6 +100,7 @@ class Runtime:
         return Asker(
             tenant=caller.tenant,
             models=caller.limits.allowed_models,
+            tiers=caller.limits.allowed_tiers,
             may_name_versions=NAMES_VERSIONS in caller.scopes,
             live=self.forecaster.live_pool,
         )

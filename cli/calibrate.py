@@ -32,11 +32,13 @@ def calibrate(installation: Installation, model: str, repeats: int) -> None:
     meanwhile. A worker without a result for its device makes a shorter measurement at each start.
     """
     _require_engine()
-    from settings import DeviceSettings, load, load_fleet_or_exit
-    from tasks.engines import checkpoint_specs, engine_config
+    from cli.checkpoints import device_settings
+    from settings import load_fleet_or_exit
+    from tasks.engines import engine_config, staged_specs
+    from tasks.weights import Weights
 
-    settings = load(DeviceSettings).model_copy(update=installation.remembered())
-    folder = settings.curves_folder or installation.data_dir / "curves"
+    settings = device_settings(installation)
+    assert settings.curves_folder is not None, "there is a default"
     fleet = load_fleet_or_exit(settings)
     if model not in fleet.models:
         raise click.BadParameter(
@@ -44,8 +46,8 @@ def calibrate(installation: Installation, model: str, repeats: int) -> None:
         )
     pool = fleet.pools[fleet.pools_of(model)[0]]
     config = engine_config(settings, fleet, pool, warm_up_repeats=repeats)
-    for spec in checkpoint_specs(fleet, [model], settings.checkpoint_root):
-        _measure(config, spec, folder)
+    for spec in staged_specs(fleet, [model], settings, Weights(settings)):
+        _measure(config, spec, settings.curves_folder)
 
 
 def _require_engine() -> None:

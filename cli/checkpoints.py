@@ -16,23 +16,20 @@ from cli.installation import Installation
 from engine.errors import CheckpointCorrupt
 from engine.folders import files_read, part_names, sha256_of
 from engine.inspection import Inspection, inspect
-from policy.fleet import Family
+from policy.fleet import Family, Fleet, FleetInvalid, Model, parse_fleet
 from policy.proposals import CheckpointFacts
 from settings import DeviceSettings, SettingsInvalid, read
 
-LATER = {
-    "s3://": "fetch it into a folder first; `add s3://…` is not there yet",
-    "hf:": "fetch it into a folder first; `add hf:…` is not there yet",
-}
+REMOTE = ("s3://", "hf:")
 
 
 class LocalPath(click.Path):
     """A path on this machine; addresses of elsewhere are refused with what to do instead."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        for start, reason in LATER.items():
-            if str(value).startswith(start):
-                self.fail(f"{value} is no path of this machine: {reason}", param, ctx)
+        if str(value).startswith(REMOTE):
+            reason = "`models add` and `models pull` fetch it"
+            self.fail(f"{value} is no path of this machine: {reason}", param, ctx)
         path = Path(str(super().convert(value, param, ctx)))
         if not path.exists():
             self.fail(f"{value} is not there", param, ctx)
@@ -42,23 +39,53 @@ class LocalPath(click.Path):
 LOCAL = LocalPath(path_type=Path)
 
 
-def device_settings(installation: Installation) -> DeviceSettings:
-    """Read the settings of whoever loads weights: of the environment, else of this stack.
-
-    Raises click.ClickException.
-    """
-    known = {
+def device_variables(installation: Installation) -> dict[str, str]:
+    """Return the variables of whoever loads weights: of the environment, else of this stack."""
+    names = {name.upper() for name in DeviceSettings.model_fields}
+    kept = {
         name: value
         for name, value in dotenv_values(installation.data_dir / "env", interpolate=False).items()
-        if value is not None
+        if value is not None and name.removesuffix("_FILE") in names
     }
+    data_dir = installation.data_dir.absolute()
+    own = {
+        "CURVES_FOLDER": str(data_dir / "curves"),
+        "MODEL_CACHE_DIR": str(data_dir / "weights"),
+    }
+    return {**own, **kept, **os.environ}
+
+
+def device_settings(installation: Installation) -> DeviceSettings:
+    """Read the settings of whoever loads weights. Raises click.ClickException."""
     try:
-        settings = read(DeviceSettings, {**known, **os.environ})
+        settings = read(DeviceSettings, device_variables(installation))
     except SettingsInvalid as error:
         raise click.ClickException(f"settings: {'; '.join(error.problems)}") from None
     if installation.fleet_file is not None:
         settings = settings.model_copy(update={"fleet_file": installation.fleet_file})
     return settings
+
+
+def fleet_and_text(settings: DeviceSettings) -> tuple[Fleet, str]:
+    """Return what fleet.toml says, and its text. Raises click.ClickException."""
+    file = settings.fleet_file
+    try:
+        text = file.read_text("utf-8")
+        return parse_fleet(text), text
+    except OSError as error:
+        raise click.ClickException(f"{file}: {error.strerror}") from None
+    except FleetInvalid as error:
+        raise click.ClickException(f"{file}: {'; '.join(error.problems)}") from None
+
+
+def models_named(fleet: Fleet, model: str | None) -> dict[str, Model]:
+    """Return this model of the fleet, or all. Raises click.BadParameter."""
+    if model is None:
+        return dict(fleet.models)
+    if model not in fleet.models:
+        known = ", ".join(fleet.models)
+        raise click.BadParameter(f"{model!r} is none of {known}", param_hint="MODEL")
+    return {model: fleet.models[model]}
 
 
 def facts_of(found: Inspection) -> CheckpointFacts:

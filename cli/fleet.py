@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cli import screen
-from cli.installation import Installation, pass_installation
+from cli.installation import Installation, NoInstallation, pass_installation
 from policy.fleet import Fleet, FleetInvalid, checkpoint_name, parse_fleet
 from policy.residency import too_large
 from policy.revisions import Fate, QueuedKind, changes, decide
@@ -35,8 +35,12 @@ def fleet() -> None:
 @file_argument
 @pass_installation
 def check(installation: Installation, file: Path | None) -> None:
-    """Check FILE, by default the installation's fleet.toml. Nothing is changed."""
+    """Check FILE, by default the installation's fleet.toml. Nothing is changed.
+
+    Where the installation's database can be reached, names of tenants are compared with it.
+    """
     _, found = _read(installation, file)
+    _warn_if_a_database_is_there(installation, found)
     screen.out().print(
         f"nothing is wrong: {len(found.models)} models, {len(found.tiers)} tiers,"
         f" {len(found.pools)} pools"
@@ -59,6 +63,7 @@ def diff(installation: Installation, file: Path | None) -> None:
         click.echo(f"against revision {revision.number}:")
         _show_changes(revision, new)
         _show_fates(session, new)
+        _warn_of_unknown_tenants(session, new)
 
 
 @fleet.command()
@@ -137,6 +142,7 @@ def _apply(
             click.echo(f"against revision {before.number}:")
             _show_changes(before, new)
         _show_fates(session, new)
+        _warn_of_unknown_tenants(session, new)
         number = revision.number
     click.echo(f"revision {number} is in force; every process follows within two seconds")
 
@@ -229,6 +235,31 @@ def _show_fates(session: "Session", new: Fleet) -> None:
 
     for line in _fates(revisions.queued_kinds(session).items(), new):
         click.echo(line)
+
+
+def _warn_if_a_database_is_there(installation: Installation, new: Fleet) -> None:
+    from sqlalchemy.exc import SQLAlchemyError
+
+    if not any(pool.tenants for pool in new.pools.values()):
+        return
+    try:
+        with installation.transaction() as session:
+            _warn_of_unknown_tenants(session, new)
+    except (NoInstallation, SQLAlchemyError):
+        click.echo("no database is at hand: names of tenants were not checked", err=True)
+
+
+def _warn_of_unknown_tenants(session: "Session", new: Fleet) -> None:
+    """Warn of pools that are reserved for tenants that are not there, by a slip or not yet."""
+    from models import tenants
+
+    for name, pool in new.pools.items():
+        for unknown in tenants.unknown_names(session, pool.tenants):
+            click.echo(
+                f"warning: pools.{name}.tenants: there is no tenant {unknown!r};"
+                " `./darkroom tenants list` names them all",
+                err=True,
+            )
 
 
 def _fates(queued: Iterable[tuple[QueuedKind, int]], new: Fleet) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from cli import screen
-from cli.adding import add, import_checkpoint, try_models
+from cli.adding import add
 from cli.checkpoints import (
     LOCAL,
     device_settings,
@@ -20,15 +20,21 @@ from cli.checkpoints import (
     hashed,
     in_bytes,
     looked_at,
+    models_named,
 )
 from cli.fleet_text import digests_text
+from cli.importing import import_checkpoint
 from cli.installation import Installation, pass_installation
+from cli.pulling import pull
+from cli.trying import try_models
 from engine.errors import CheckpointCorrupt
 from engine.folders import files_read, part_names
 from engine.inspection import Inspection, Part, inspect
 from policy.fleet import PRECISIONS, Fleet, Model, ModelVersion, checkpoint_name
 from policy.proposals import fitting_samplers
-from settings import load_fleet_or_exit
+from policy.sources import remote_source
+from settings import DeviceSettings, load_fleet_or_exit
+from tasks.weights import Places, Weights, digests_in, wanted_of
 
 
 @click.group()
@@ -39,6 +45,7 @@ def models() -> None:
 models.add_command(import_checkpoint)
 models.add_command(add)
 models.add_command(try_models)
+models.add_command(pull)
 
 
 # --- inspect --------------------------------------------------------------------------------------
@@ -171,16 +178,17 @@ class _Entry:
         """Name these weights, as in "sdxl@1"."""
         return checkpoint_name(self.model_name, self.version.id)
 
+    @property
+    def is_remote(self) -> bool:
+        """Tell whether they are fetched from elsewhere."""
+        return remote_source(self.version.source) is not None
 
-def _entries(fleet: Fleet, root: Path, model: str | None = None) -> list[_Entry]:
+
+def _entries(fleet: Fleet, places: Places, model: str | None = None) -> list[_Entry]:
     """List the versions of one model or of all. Raises click.BadParameter."""
-    if model is not None and model not in fleet.models:
-        known = ", ".join(fleet.models)
-        raise click.BadParameter(f"{model!r} is none of {known}", param_hint="MODEL")
     return [
-        _Entry(name, entry, version, root / version.source)
-        for name, entry in fleet.models.items()
-        if model in (None, name)
+        _Entry(name, entry, version, places.folder_of(version))
+        for name, entry in models_named(fleet, model).items()
         for version in entry.versions
     ]
 
@@ -195,14 +203,14 @@ def verify(ctx: click.Context, installation: Installation, model: str | None) ->
     Exit code 1 if a file is missing, altered or not listed.
     """
     settings = device_settings(installation)
-    entries = _entries(load_fleet_or_exit(settings), settings.checkpoint_root, model)
+    entries = _entries(load_fleet_or_exit(settings), _places(settings), model)
     is_sound = True
     for entry in entries:
-        faults = list(_faults(entry))
+        faults = list(_cache_faults(entry, settings) if entry.is_remote else _faults(entry))
         is_sound = is_sound and not faults
         _tell_faults(entry, faults)
     for name, served in {entry.model_name: entry.model for entry in entries}.items():
-        for fault in _adapter_faults(name, served, settings.checkpoint_root):
+        for fault in _adapter_faults(name, served, _places(settings)):
             is_sound = False
             screen.complain(fault)
     ctx.exit(0 if is_sound else 1)
@@ -237,9 +245,21 @@ def _faults(entry: _Entry) -> Iterator[str]:
         yield from (f"{name}: is read, and not listed" for name in read_names if name not in listed)
 
 
-def _adapter_faults(name: str, model: Model, root: Path) -> Iterator[str]:
+def _cache_faults(entry: _Entry, settings: DeviceSettings) -> Iterator[str]:
+    """Yield what is wrong with a version's files in the cache; damaged ones are removed."""
+    cache = Weights(settings).cache
+    assert cache is not None, "these settings have a folder for it"
+    again = f"`./darkroom models pull {entry.model_name}` fetches it"
+    for name, digest in entry.version.sha256.items():
+        if not cache.has(digest):
+            yield f"{name}: is not fetched; {again}"
+        elif cache.remove_damaged(digest):
+            yield f"{name}: is damaged; {again} again"
+
+
+def _adapter_faults(name: str, model: Model, places: Places) -> Iterator[str]:
     for adapter, told in model.adapters.items():
-        file = root / told.source
+        file = places.file_of(told)
         if not file.is_file():
             yield f"{name}: adapter {adapter}: {told.source}: is missing"
         elif hashed(file) != told.sha256:
@@ -256,7 +276,7 @@ def list_models(installation: Installation, as_json: bool) -> None:
     """List the models of fleet.toml: versions, size on disk, and whether their files are there."""
     settings = device_settings(installation)
     fleet = load_fleet_or_exit(settings)
-    rows = [_listed(fleet, entry) for entry in _entries(fleet, settings.checkpoint_root)]
+    rows = [_listed(fleet, entry) for entry in _entries(fleet, _places(settings))]
     if as_json:
         screen.print_json(rows)
         return
@@ -294,6 +314,11 @@ def _listed(fleet: Fleet, entry: _Entry) -> dict[str, Any]:
             state = f"looks like family {found.family}"
     except CheckpointCorrupt as problem:
         state = str(problem)
+    if entry.is_remote:
+        listed = entry.version.sha256
+        here = sum((entry.path / name).is_file() for name in listed)
+        if here < len(listed):
+            state = f"{here} of {len(listed)} files are fetched"
     return {
         "name": entry.name,
         "pool": ", ".join(_pools(fleet, entry)),
@@ -319,10 +344,12 @@ def du(installation: Installation, as_json: bool) -> None:
     """
     settings = device_settings(installation)
     fleet = load_fleet_or_exit(settings)
-    rows = [_disk_use(entry) for entry in _entries(fleet, settings.checkpoint_root)]
+    places = _places(settings)
+    entries = _entries(fleet, places)
+    rows = [_disk_use(entry) for entry in entries]
     for name, model in fleet.models.items():
         for adapter, told in model.adapters.items():
-            size_bytes = _size_of(settings.checkpoint_root / told.source)
+            size_bytes = _size_of(places.file_of(told))
             use = {"name": f"{name}, adapter {adapter}", "read_bytes": size_bytes}
             rows.append({**use, "unread_bytes": 0, "path": told.source})
     if as_json:
@@ -332,11 +359,20 @@ def du(installation: Installation, as_json: bool) -> None:
         (row["name"], in_bytes(row["read_bytes"]), in_bytes(row["unread_bytes"]), row["path"])
         for row in rows
     ]
+    listed = digests_in(wanted_of(fleet, {entry.name for entry in entries}))
+    cache = Weights(settings).cache
+    if cache is not None and (unlisted_bytes := cache.unlisted_bytes(listed)):
+        name = "cache, of no model or incomplete"
+        shown.append((name, "", in_bytes(unlisted_bytes), str(cache.folder)))
     total_read = sum(row["read_bytes"] for row in rows)
     total_unread = sum(row["unread_bytes"] for row in rows)
     shown.append(("all", in_bytes(total_read), in_bytes(total_unread), ""))
     columns = ("model", "read", "never read", "where")
     screen.out().print(screen.table(columns, shown, numbers=("read", "never read")))
+
+
+def _places(settings: DeviceSettings) -> Places:
+    return Places(settings.checkpoint_root, settings.model_cache_dir)
 
 
 def _disk_use(entry: _Entry) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def status(ctx: click.Context, installation: Installation) -> None:
 
 _WORKERS = """
 SELECT pool, capacity_class, worker, state, device, models, loaded, failed_models, problem,
-       restarts, failed_starts, fleet_revision, waits_for,
+       restarts, failed_starts, fleet_revision, waits_for, doing,
        (SELECT max(number) FROM fleet_revisions) AS newest_revision,
        to_char(started_at AT TIME ZONE 'UTC', 'MM-DD HH24:MI:SS') AS since
 FROM workers_now ORDER BY pool, worker
@@ -179,7 +179,9 @@ def _revision(worker: Any) -> str | None:
 
 
 def _worker_state(worker: Any) -> str:
-    """Name the state, and how often the worker was started in vain."""
+    """Name the state, what is under way, and how often the worker was started in vain."""
+    if worker.doing:
+        return f"{worker.state}, {worker.doing}"
     if worker.failed_starts and worker.state != "ready":
         return f"{worker.state}, {worker.failed_starts} starts failed"
     return str(worker.state)

@@ -25,7 +25,8 @@ from engine.records import FinishedImage
 from engine.request import ImageRequest, Picture
 from policy.fleet import Fleet, checkpoint_name
 from settings import DeviceSettings, load, load_fleet_or_exit
-from tasks.engines import checkpoint_specs, engine_config
+from tasks.engines import engine_config, staged_specs
+from tasks.weights import Weights
 
 STRENGTH = 0.8  # of pictures that start from another
 
@@ -52,8 +53,7 @@ def _tried(settings: DeviceSettings, fleet: Fleet, order: dict[str, Any]) -> dic
     pool = fleet.pools[fleet.pools_of(model)[0]]
     config = replace(engine_config(settings, fleet, pool), curves_folder="")
     wanted = checkpoint_name(model, order["version"])
-    specs = checkpoint_specs(fleet, [model], settings.checkpoint_root)
-    spec = next(spec for spec in specs if spec.name == wanted)
+    [spec] = staged_specs(fleet, [wanted], settings, Weights(settings))
     began_at = time.monotonic()
     with Engine(config, [spec]) as engine:
         load_s = time.monotonic() - began_at

@@ -133,6 +133,8 @@ class Job(Parameters):
     attempt: int
     failure: Failure | None
     warnings: tuple[JobWarning, ...]
+    prompt_tokens: int | None  # None until an image is rendered, and where nobody can tell
+    truncated_tokens: int | None  # those of them that the model did not read
     created_at: datetime
     start_by: datetime | None
     started_at: datetime | None

@@ -23,7 +23,7 @@ RUN python -m pip install --no-cache-dir --disable-pip-version-check --root-user
 # A number and not only a name: Kubernetes checks runAsNonRoot by the number.
 RUN groupadd --system --gid 10001 darkroom \
     && useradd --system --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin darkroom \
-    && install -d -o 10001 -g 10001 /var/lib/darkroom/curves
+    && install -d -o 10001 -g 10001 /var/lib/darkroom/curves /var/lib/darkroom/weights
 
 COPY pocket/checkpoint pocket/checkpoint
 COPY settings.py celeryconfig.py fleet.toml ./

@@ -7,6 +7,7 @@ starts from pictures has them brought first (models/inputs.py).
 """
 
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 
 import structlog
@@ -21,7 +22,14 @@ from models.tables import Job
 from policy import queues, routing, tiers
 from policy.current import CurrentFleet, current
 from policy.fleet import Fleet
-from policy.release import PickedJob, ReleaseLimits, release_limits
+from policy.release import (
+    LateJob,
+    PickedJob,
+    ReleaseLimits,
+    exceeds_cap,
+    jobs_to_move,
+    release_limits,
+)
 from policy.routing import LivePool, Overflow
 from policy.states import JobState
 
@@ -82,16 +90,41 @@ class Release:
             there = workers.capacity(session, pool=other, silent_for_s=self._worker_silence_s)
             live = LivePool(there.devices, there.held)
             way = routing.overflow(self._current.fleet, pool=pool, tier=tier, live=live)
-            if way is None:
-                return 0
-            slots = tiers.own_slots(self._current.fleet, tier, there.slots)
-            room = overflowing.idle_images(session, pool=other, slots=slots)
-            late = overflowing.late_jobs(session, pool=pool, tier=tier, way=way, most_images=room)
-        moved = [job_id for job_id in late if self._move(job_id, way)]
+            late = [] if way is None else self._late_jobs(session, pool, tier, way, there.slots)
+        moved = [job.job_id for job in late if way is not None and self._move(job.job_id, way)]
         if moved:
             log.info("jobs_overflowed", pool=pool, tier=tier, to=other, jobs=len(moved))
             self.release(other, tier)
         return len(moved)
+
+    def _late_jobs(
+        self, session: Session, pool: str, tier: str, way: Overflow, live_slots: int
+    ) -> list[LateJob]:
+        """Choose the jobs that go to the other pool, which has so many live slots."""
+        slots = tiers.own_slots(self._current.fleet, tier, live_slots)
+        room = overflowing.idle_images(session, pool=way.pool, slots=slots)
+        if room == 0:
+            return []
+        limits = self.limits(way.pool, tier, live_slots)
+        held = Counter[uuid.UUID]()
+        for each in (pool, way.pool):
+            held += releasing.outstanding_in(session, pool=each, tier=tier).images
+        capped = [
+            tenant
+            for tenant, images in held.items()
+            if exceeds_cap(limits, held=images, num_images=1)
+        ]
+        here = workers.capacity(session, pool=pool, silent_for_s=self._worker_silence_s)
+        late = overflowing.late_jobs(
+            session,
+            pool=pool,
+            tier=tier,
+            way=way,
+            room=room,
+            without=capped,
+            also_announced=not here.devices,
+        )
+        return jobs_to_move(late, limits, room=room, held=held)
 
     def _move(self, job_id: uuid.UUID, way: Overflow) -> bool:
         def move(session: Session) -> Job | None:

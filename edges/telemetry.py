@@ -232,6 +232,15 @@ MODELS_NOT_LOADED = Gauge(
     "Live workers that cannot load a version of a model",
     ["pool", "model"],
 )
+WEIGHTS_STAGE_SECONDS = Histogram(
+    "darkroom_weights_stage_seconds",
+    "Time to bring a file of weights to this machine: wait, download, verify",
+    ["phase"],
+    buckets=(0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600),
+)
+WEIGHTS_FETCHED_BYTES = Counter(
+    "darkroom_weights_fetched_bytes_total", "Bytes of weights fetched: s3, hub", ["source"]
+)
 INFLIGHT = Gauge("darkroom_engine_inflight_images", "Images resident on the device")
 FORWARDS = Gauge("darkroom_engine_forwards", "Denoiser forwards since start")
 MEAN_ROWS = Gauge("darkroom_engine_mean_rows", "Mean rows of a denoiser forward since start")

@@ -12,6 +12,7 @@ from typing import Any
 from engine.config import CheckpointSpec
 from engine.device import Device, is_out_of_memory
 from engine.errors import (
+    CheckpointAbsent,
     CheckpointCorrupt,
     DeviceLost,
     EngineError,
@@ -284,6 +285,8 @@ class LoadedCheckpoints(Mapping[str, LoadedCheckpoint]):
 def _failure(name: str, problem: Exception) -> LoadFailure:
     if isinstance(problem, CheckpointCorrupt):
         return LoadFailure(name, LoadProblem.FILES, str(problem))
+    if isinstance(problem, CheckpointAbsent):
+        return LoadFailure(name, LoadProblem.ABSENT, str(problem))
     if isinstance(problem, UnsupportedRequest):
         return LoadFailure(name, LoadProblem.SETTINGS, str(problem))
     if isinstance(problem, TooLittleMemory):

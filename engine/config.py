@@ -86,3 +86,5 @@ class CheckpointSpec:
     block_cache_bytes: int = 1024 * 1024 * 1024
     # Of a flux network: whether it takes guidance as an input; None: nobody says.
     guidance_distilled: bool | None = None
+    # Why its files could not be brought to `path`: it cannot be loaded. "": they are there.
+    absent: str = ""

@@ -5,6 +5,7 @@ EngineError              the unplanned, with its cause attached: log it, count t
 ├── UnsupportedRequest   no engine with this catalog could render it; names the field
 │   └── PackageMissing   the checkpoint is sound, and a package that reads it is not installed
 ├── CheckpointCorrupt    a file is missing, altered or unreadable; names the file
+├── CheckpointAbsent     its files could not be brought to this machine; says why
 ├── NothingLoaded        none of the checkpoints can be loaded; holds why, for each
 ├── LoadFailed           one checkpoint cannot be loaded; holds why
 ├── TooLittleMemory      the device has no room for the checkpoint's weights
@@ -27,6 +28,7 @@ class LoadProblem(Enum):
     """Name what keeps a checkpoint from being loaded, for whoever tells the way out."""
 
     FILES = auto()  # one is missing, altered or unreadable
+    ABSENT = auto()  # its files could not be brought here
     SETTINGS = auto()  # the spec asks for what the checkpoint, or the engine, does not have
     MEMORY = auto()  # the device has too little
     UNPLANNED = auto()  # anything else; its traceback is in the log
@@ -95,6 +97,13 @@ class CheckpointCorrupt(EngineError):
         super().__init__(f"{file}: {problem}")
         self.file = file
         self.problem = problem
+
+
+class CheckpointAbsent(EngineError):
+    """The files of the checkpoint could not be brought to this machine, and the message says why.
+
+    Mend the place that they come from.
+    """
 
 
 class NothingLoaded(EngineError):

@@ -14,6 +14,7 @@ from engine.request import ImageRequest
 
 if TYPE_CHECKING:
     from engine.tensors import Tensors
+    from engine.texts import TokenCount
 
 PACE_MEMORY = 0.3  # weight of the newest step in an image's seconds per step
 
@@ -84,6 +85,7 @@ class InFlight:
     is_watched: bool = False  # does anybody look at previews?
     origin: str = ""  # sha256 of the latents it was forked from
     skips_blocks: bool = False  # may its steps reuse what blocks computed where little changed?
+    prompt: TokenCount | None = None  # of its prompt, once it is encoded; None: not known
 
     submitted_at: float = 0.0  # these four on the monotonic clock
     first_step_at: float | None = None

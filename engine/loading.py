@@ -21,7 +21,12 @@ from engine.blockcache import BlockCache
 from engine.capabilities import Capabilities
 from engine.config import CheckpointSpec
 from engine.device import Device
-from engine.errors import CheckpointCorrupt, TooLittleMemory, UnsupportedRequest
+from engine.errors import (
+    CheckpointAbsent,
+    CheckpointCorrupt,
+    TooLittleMemory,
+    UnsupportedRequest,
+)
 from engine.families import family_named
 from engine.families.contract import Family
 from engine.families.latent import LatentFamily
@@ -131,8 +136,11 @@ def load_checkpoint(
 
     Raises `TooLittleMemory`, and `CheckpointCorrupt`, naming the file, when a file is missing,
     unreadable or not what `spec.sha256` says, and when weights would be read that `spec.sha256`
-    does not list although it lists others.
+    does not list although it lists others. Raises `CheckpointAbsent` where `spec.absent` says why
+    it is not here.
     """
+    if spec.absent:
+        raise CheckpointAbsent(spec.absent)
     started = time.perf_counter()
     if spec.precision not in PRECISIONS:
         raise UnsupportedRequest(

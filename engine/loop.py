@@ -279,19 +279,21 @@ class DeviceLoop:
         watch = self._device.stopwatch()
         try:
             self._with_room(lambda: self._begin(image, begin))
-            unread = self._runner.unread(image)
+            texts = self._runner.read_texts(image)
         except Exception as problem:  # noqa: BLE001  not its neighbours' trouble
             self._fail(image, self._error_of_image(problem, "encode"))
             return
         watch.stop()
         entry.begin = entry.unstarted = None  # what it began with need not be kept
+        image.prompt = texts.prompt
         image.state = RenderState.DENOISED if image.is_denoised else RenderState.RUNNING
         self._scheduler.settle(work)
         self._ledger.enter_encode(work, watch)
         if entry.is_new:
-            self._tell(image, Started(request_id=image.id, unread=unread))
+            self._tell(image, Started(request_id=image.id, unread=texts.unread))
         else:
-            self._tell(image, Resumed(request_id=image.id, step=first_step, unread=unread))
+            told = Resumed(request_id=image.id, step=first_step, unread=texts.unread)
+            self._tell(image, told)
 
     def _begin(self, image: InFlight, begin: Callable[[InFlight], None]) -> None:
         self._runner.release(image)  # of a first try that ran out of memory

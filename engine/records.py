@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from engine.fingerprint import Fingerprint
 from engine.inflight import InFlight
 from engine.request import ImageRequest
+from engine.texts import TokenCount
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +37,7 @@ class RenderRecord:
     max_images: int
     mean_rows: float
     bucket_rows: int | None  # the pinned rows of a reproducible image; None for best effort
+    prompt: TokenCount | None  # the tokens of its prompt; None where its family cannot tell
     fingerprint: str  # sha256 of the facts, hex
     fingerprint_facts: dict[str, Any]
 
@@ -65,6 +67,7 @@ def render_record(image: InFlight, bits: Fingerprint) -> RenderRecord:
         max_images=account.max_images,
         mean_rows=account.rows_total / account.forwards if account.forwards else 0.0,
         bucket_rows=image.request.pinned_rows,
+        prompt=image.prompt,
         fingerprint=bits.sha256,
         fingerprint_facts=deepcopy(bits.facts),
     )

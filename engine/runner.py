@@ -24,7 +24,7 @@ from engine.loading import LoadedCheckpoint
 from engine.previews import Projector
 from engine.request import AdapterUse
 from engine.scheduler import Batch
-from engine.texts import UnreadText
+from engine.texts import ReadTexts
 
 
 class PendingDecode:
@@ -88,12 +88,12 @@ class Runner:
         with self._encoding(image) as recall:
             self._family_of(image).fork(image, latents, recall)
 
-    def unread(self, image: InFlight) -> tuple[UnreadText, ...]:
-        """Tell what of the image's texts has no effect.
+    def read_texts(self, image: InFlight) -> ReadTexts:
+        """Tell what of the image's texts is read.
 
         On the engine's thread only: tokenizers are shared with `encode`.
         """
-        return self._family_of(image).unread(image.request)
+        return self._family_of(image).read_texts(image.request)
 
     @torch.inference_mode()
     def predict(self, batch: Batch) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Tell which parts of a request's texts a checkpoint does not read.
+"""Count the tokens of a request's texts, and tell which of them a checkpoint does not read.
 
 Encoders cut off what is too long for them, without a message.
 """
@@ -22,20 +22,46 @@ class UnreadText:
     tokens_read: int  # less than given; 0: nothing of it
 
 
-def cut_off(field: str, text: str, readers: Sequence[tuple[Any, int]]) -> UnreadText | None:
-    """Tell what is left unread by the encoder that reads furthest; None if nothing is.
+@dataclass(frozen=True, kw_only=True)
+class TokenCount:
+    """The tokens of a text, and those of them that are read, from its start."""
+
+    given: int
+    read: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadTexts:
+    """How a checkpoint reads the texts of a request.
+
+    prompt: None where a family cannot tell.  unread: what of the texts has no effect.
+    """
+
+    prompt: TokenCount | None = None
+    unread: tuple[UnreadText, ...] = ()
+
+
+def count(text: str, readers: Sequence[tuple[Any, int]]) -> TokenCount | None:
+    """Count the tokens of a text by the encoder that reads furthest; None without an encoder.
 
     readers: the tokenizer of each text encoder, and the length to which it pads and cuts.
     """
-    furthest: UnreadText | None = None
+    furthest: TokenCount | None = None
     for tokenizer, length in readers:
         given = _count(tokenizer, text)
-        read = room(tokenizer, length)
-        if given <= read:
-            return None
-        if furthest is None or read > furthest.tokens_read:
-            furthest = UnreadText(field=field, tokens_given=given, tokens_read=read)
+        read = min(given, room(tokenizer, length))
+        if read == given:
+            return TokenCount(given=given, read=read)
+        if furthest is None or read > furthest.read:
+            furthest = TokenCount(given=given, read=read)
     return furthest
+
+
+def cut_off(field: str, counted: TokenCount | None) -> UnreadText | None:
+    """Tell what is left unread of a text; None if nothing is."""
+    if counted is None or counted.read == counted.given:
+        return None
+    return UnreadText(field=field, tokens_given=counted.given, tokens_read=counted.read)
 
 
 def ignored(field: str, text: str, readers: Sequence[tuple[Any, int]]) -> UnreadText:

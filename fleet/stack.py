@@ -31,7 +31,7 @@ from fleet.supervision import ProcessStatus, Program, Supervisor
 from models import api_keys, revisions, tenants, workers
 from models.database import make_engine, transaction
 from policy.fleet import Fleet, FleetInvalid, parse_fleet
-from policy.workers import CLASS_MARK, WorkerNow, WorkersInvalid, workers_by_class
+from policy.workers import CLASS_MARK, WorkerNow, WorkersInvalid, WorkerState, workers_by_class
 from settings import EX_CONFIG, REPO, MigrationSettings
 
 __all__ = ["FIRST_TENANT", "ProcessStatus", "Stack", "StackError"]
@@ -201,14 +201,6 @@ class Stack:
         finally:
             engine.dispose()
 
-    def _behind(self, number: int) -> list[str]:
-        """List the live workers that go by another revision of the fleet."""
-        return [
-            f"{one.name} (goes by revision {one.revision} of the fleet, not by {number})"
-            for one in self._known_workers()
-            if one.is_live and one.revision not in (None, number)
-        ]
-
     def _stop_workers_that_lack_models(self, programs: Iterable[Program]) -> None:
         """Stop them, so that they start anew: what kept a model from being loaded may be mended."""
         lacking = [one.name for one in self._known_workers() if one.is_live and one.failed]
@@ -256,7 +248,8 @@ class Stack:
         with contextlib.suppress(OSError):
             digest = hashlib.sha256(self.fleet_file.read_bytes()).hexdigest()
             own[processes.FLEET_DIGEST] = digest[:16]
-        return {**addresses.env(), **own}
+        cache = {"MODEL_CACHE_DIR": str(self.data_dir / "weights")}
+        return {**cache, **addresses.env(), **own}
 
     def _worker_counts(self, fleet: Fleet) -> dict[str, int]:
         """Return how many workers each pool or capacity class gets. Raises StackError."""
@@ -273,8 +266,9 @@ class Stack:
         told = {}
         if self._fleet_file is not None:
             told["FLEET_FILE"] = str(self._fleet_file)
-        if root := os.environ.get("CHECKPOINT_ROOT"):
-            told["CHECKPOINT_ROOT"] = str(Path(root).absolute())
+        for name in ("CHECKPOINT_ROOT", "MODEL_CACHE_DIR"):
+            if folder := os.environ.get(name):
+                told[name] = str(Path(folder).absolute())
         return told
 
     def _addresses(self, keep: set[str]) -> Addresses:
@@ -357,7 +351,8 @@ class Stack:
         def probe() -> None:
             nonlocal last
             parts = gateway.get("/readyz").json()["parts"]
-            waiting = _unready_parts(parts, by_pool) or self._behind(number)
+            waiting = _unready_parts(parts, by_pool)
+            waiting = waiting or _missing_workers(self._known_workers(), by_pool, number)
             if waiting:
                 last = "not ready: " + ", ".join(waiting)
                 raise ConnectionError(last)
@@ -503,3 +498,25 @@ def _unready_parts(parts: Mapping[str, Mapping[str, Any]], counts: Mapping[str, 
         if live.get(pool, 0) < count
     ]
     return waiting or short
+
+
+def _missing_workers(
+    known: Iterable[WorkerNow], counts: Mapping[str, int], number: int
+) -> list[str]:
+    """List the pools that lack workers; if none does, those that go by another revision.
+
+    By the rows as they are now: what /readyz says may be three seconds old, and a worker that was
+    stopped since would still count. counts: the workers that there should be, by pool.
+    """
+    ready = [one for one in known if one.is_live and one.state != WorkerState.LEAVING]
+    by_pool = Counter(one.pool for one in ready)
+    short = [
+        f"workers of pool {pool} ({by_pool[pool]} of {count})"
+        for pool, count in counts.items()
+        if by_pool[pool] < count
+    ]
+    return short or [
+        f"{one.name} (goes by revision {one.revision} of the fleet, not by {number})"
+        for one in ready
+        if one.revision not in (None, number)
+    ]

@@ -281,6 +281,7 @@ def enter_pool(session: Session, job: Job, pool: str, *, release_tag: float | No
     audit event.
     """
     job.pool = pool
+    job.pool_since = func.clock_timestamp()
     job.announced_at = None
     job.is_front = False
     if release_tag is not None:
@@ -432,12 +433,12 @@ def _device_cost(session: Session, job: Job, fleet: Fleet) -> Decimal:
     """Add up what the stored images cost: by the terms of their workers, or as the pool says."""
     is_untold = Image.device_cost.is_(None)
     columns = (
-        func.coalesce(func.sum(Image.device_cost), 0),
+        func.sum(Image.device_cost),
         func.coalesce(func.sum(Image.device_seconds).filter(is_untold), 0.0),
     )
     is_stored = (Image.job_id == job.id, Image.state == ImageState.STORED)
     told, untold_s = session.execute(select(*columns).where(*is_stored)).one()
-    return Decimal(told) + pool_cost(fleet, job.pool, untold_s)
+    return (told or Decimal(0)) + pool_cost(fleet, job.pool, untold_s)
 
 
 def _append_stored(session: Session, row: Artifact, *, attempt: int, actor: str) -> None:

@@ -79,7 +79,11 @@ class LeftSnapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class RenderedWork:
-    """The work of rendering one image, in the columns of `attempts`."""
+    """The work of rendering one image, in the columns of `attempts`.
+
+    prompt_tokens, truncated_tokens: of the job's prompt, and those of them that the model does not
+    read; None: not known.
+    """
 
     num_steps: int  # of the image, those of earlier attempts included
     steps: int
@@ -94,6 +98,8 @@ class RenderedWork:
     decode_s: float
     fingerprint: str
     fingerprint_facts: dict[str, Any]
+    prompt_tokens: int | None = None
+    truncated_tokens: int | None = None
 
 
 def take(
@@ -243,6 +249,8 @@ def hand_off(
     _charge(image, attempt, rendered.device_seconds)
     # What rendered it, where the catalogue was edited since the job was accepted.
     job.precision = rendered.fingerprint_facts.get("precision", job.precision)
+    job.prompt_tokens = rendered.prompt_tokens
+    job.truncated_tokens = rendered.truncated_tokens
     _add_to_record(attempt, rendered)
     session.flush()
     if not _num_pending(session, job):

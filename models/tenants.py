@@ -1,7 +1,7 @@
 """Create tenants, change their weights and limits, list them."""
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -80,6 +80,12 @@ def page(session: Session, *, limit: int, before: uuid.UUID | None) -> Sequence[
 
 def by_name(session: Session, name: str) -> Tenant | None:
     return session.scalar(select(Tenant).where(Tenant.name == name))
+
+
+def unknown_names(session: Session, names: Collection[str]) -> list[str]:
+    """Return those of the names that no tenant has, in their order."""
+    known = set(session.scalars(select(Tenant.name).where(Tenant.name.in_(names))))
+    return [name for name in names if name not in known]
 
 
 def list_all(session: Session) -> list[Tenant]:

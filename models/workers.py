@@ -22,6 +22,7 @@ from policy.workers import LIVE, WorkerNow, WorkerState
 # Held until the end of the transaction, by whoever of a pool decides to leave.
 _ONE_LEAVES = text("SELECT pg_advisory_xact_lock(hashtext('leaves ' || :pool))")
 WAITS_FOR = "waits_for"  # of a worker's facts: another one, before it starts anew
+DOING = "doing"  # of a worker's facts: what it fetches now
 RETURNS_WITHIN = timedelta(seconds=180)  # a worker that starts anew
 FAILED_KEPT_FOR = 24  # times the silence after which other rows are removed
 

@@ -172,14 +172,17 @@ def refusal(
 def _refuse_full_queue(
     fleet: Fleet, snapshot: PoolSnapshot, *, tier: str, job_device_s: float, draw: float
 ) -> Refusal | None:
-    """Refuse a job with which more of its tenant's work would wait than the tier allows."""
+    """Refuse a job with which more of its tenant's work would wait than the tier allows.
+
+    One that is larger than that alone is let in when nothing else of its tenant waits.
+    """
     own = snapshot.own.get(tier)
     most_s = fleet.tiers[tier].max_queued_s_per_tenant
-    if own is None or own.now.cost_s + job_device_s <= most_s:
+    if own is None or not own.now.jobs or own.now.cost_s + job_device_s <= most_s:
         return None
     counted_weight = own.counted.weight if own.counted.jobs else 0.0
     others = snapshot.queues.get(tier, TierQueue()).weights - counted_weight
-    excess_s = own.now.cost_s + job_device_s - most_s
+    excess_s = min(own.now.cost_s, own.now.cost_s + job_device_s - most_s)
     wait_s = excess_s * (own.now.weight + others) / own.now.weight / max(1, snapshot.devices)
     detail = (
         f"Your jobs waiting in tier {tier} need {own.now.cost_s:.0f} device seconds;"

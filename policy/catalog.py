@@ -13,7 +13,6 @@ from policy.fleet import (
     MAX_ADAPTER_STRENGTH,
     MAX_ADAPTERS,
     OPEN_FAMILIES,
-    VERSION_MARK,
     Family,
     Fleet,
     Model,
@@ -21,6 +20,7 @@ from policy.fleet import (
     checkpoint_name,
     parse_size,
 )
+from policy.offers import find_model, tiers_offered
 from policy.params import PARAMS, PassThrough, RequestedParams, Resolved
 from policy.refusals import InvalidParam, one_of, within
 from policy.routing import (
@@ -31,6 +31,7 @@ from policy.routing import (
     pools_for,
     tiers_for,
     versions_for,
+    versions_unnamed,
 )
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
@@ -77,9 +78,9 @@ def _by_catalogue(
     fleet: Fleet, requested: RequestedParams, default_seed: int, asker: Asker
 ) -> Resolved:
     """Resolve by the catalogue alone."""
-    model_name, named_version = _model(fleet, requested, asker)
+    model_name, named_version = find_model(fleet, requested.model, asker)
     model_id = fleet.model_ids[model_name]
-    tier_id = _tier(fleet, requested, model_id, asker)
+    tier_id = _tier(fleet, requested, model_id, named_version, asker)
     model = fleet.models[model_id]
     tier = fleet.tiers[tier_id]
     own = model.tiers.get(tier_id, ModelTier())
@@ -116,72 +117,28 @@ def _by_catalogue(
     )
 
 
-def _model(fleet: Fleet, requested: RequestedParams, asker: Asker) -> tuple[str, str | None]:
-    """Return the name of the model, as it was asked for, and the version that was named with it."""
-    said = requested.model
-    if said is None:  # what is reserved for others is nobody's default
-        said = next(iter(offered_names(fleet, asker)), fleet.default_model())
-    name, version = _split(fleet, said)
-    model = fleet.model_ids.get(name)
-    if model is None or not tiers_for(fleet, model=model, tenant=asker.tenant):
-        one_of("model", said, offered_names(fleet, asker))
-        raise AssertionError("an offered model is found")
-    if version is None:
-        return name, None
-    if not asker.may_name_versions:
-        offered = offered_names(fleet, asker)
-        detail = (
-            f"{said[:64]!r} names a version, which only a key with the scope `versions` may;"
-            f" accepted: {', '.join(offered)}"
-        )
-        raise InvalidParam("model", detail, list(offered))
-    one_of(
-        "model", said, tuple(checkpoint_name(name, each) for each in fleet.models[model].as_served)
-    )
-    return name, version
-
-
-def _split(fleet: Fleet, said: str) -> tuple[str, str | None]:
-    """Split "sdxl@v2" into model and version; an alias may have the mark in it."""
-    name, mark, version = said.rpartition(VERSION_MARK)
-    return (name, version) if mark and said not in fleet.model_ids else (said, None)
-
-
-def offered_names(fleet: Fleet, asker: Asker) -> tuple[str, ...]:
-    """List the ids and aliases of the models that this tenant may use and some pool may render."""
-    return tuple(
-        name
-        for name, model in fleet.model_ids.items()
-        if (asker.models is None or model in asker.models)
-        and tiers_for(fleet, model=model, tenant=asker.tenant)
-    )
-
-
-def _tier(fleet: Fleet, requested: RequestedParams, model: str, asker: Asker) -> str:
-    """Return the tier; by default the first one in which the model is served."""
-    tier = one_of("tier", _first(requested.tier, fleet.default_tier()), tuple(fleet.tiers))
-    served = tiers_for(fleet, model=model, tenant=asker.tenant)
-    if tier in served:
-        return tier
+def _tier(
+    fleet: Fleet, requested: RequestedParams, model: str, version: str | None, asker: Asker
+) -> str:
+    """Return the tier; by default the first in which the key may have the model."""
+    served = tiers_for(fleet, model=model, tenant=asker.tenant, version=version)
+    offered = tiers_offered(fleet, model, asker, version=version)
     if requested.tier is None:
-        return served[0]
-    detail = f"{tier!r} is not offered with model {model}; accepted: {', '.join(served)}"
-    raise InvalidParam("tier", detail, list(served))
+        return next(iter(offered or served))
+    if requested.tier not in served:
+        what = model if version is None else checkpoint_name(model, version)
+        detail = f"{requested.tier[:64]!r} is not offered with model {what}"
+        raise InvalidParam("tier", f"{detail}; accepted: {', '.join(offered)}", list(offered))
+    return requested.tier
 
 
 def _version(fleet: Fleet, model: str, tier: str, named: str | None, asker: Asker) -> str:
     """Return the version that renders: the named one, or the tier's, or one that is drawn."""
+    if named is not None:
+        return named
     served = versions_for(fleet, model, tier, asker.tenant)
-    chosen = named or fleet.models[model].tiers.get(tier, ModelTier()).version
-    if chosen is not None:
-        names = tuple(checkpoint_name(model, version.id) for version in served)
-        one_of("model", checkpoint_name(model, chosen), names)
-        return chosen
-    drawn = [version for version in served if version.traffic_weight > 0]
-    if not drawn:
-        detail = f"no version of {model} is offered in tier {tier}"
-        raise InvalidParam("model", detail, list(offered_names(fleet, asker)))
-    return choose_version(fleet, drawn, model=model, tier=tier, asker=asker).id
+    able = versions_unnamed(fleet, model, tier, served)
+    return choose_version(fleet, able, model=model, tier=tier, asker=asker).id
 
 
 def _pool(fleet: Fleet, model: str, version: str, tier: str, asker: Asker) -> str:

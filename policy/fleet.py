@@ -22,6 +22,8 @@ from pydantic import (
     ValidationError,
 )
 
+from policy.sources import FETCHED_SUFFIXES, is_fetched, remote_source
+
 # Of tiers, pools, samplers: they become names of queues, whose parts a dot divides.
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 # An argument of a diffusers pipeline's call; some begin with an underscore.
@@ -111,6 +113,14 @@ def checkpoint_name(model: str, version: str) -> str:
     return f"{model}{VERSION_MARK}{version}"
 
 
+def _checked_source(text: str) -> str:
+    remote_source(text)
+    return text
+
+
+Source = Annotated[str, StringConstraints(min_length=1), AfterValidator(_checked_source)]
+
+
 class _Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -176,7 +186,7 @@ class ModelVersion(_Table):
     """
 
     id: ModelName
-    source: str = Field(min_length=1)
+    source: Source
     traffic_weight: float = Field(1.0, ge=0)
     precision: Precision | None = None
     quantize: Quantisation | None = None  # None: no weight is
@@ -190,7 +200,7 @@ class ModelVersion(_Table):
 class Adapter(_Table):
     """Low-rank weights that may be laid over every version of a model: one safetensors file."""
 
-    source: str = Field(min_length=1)
+    source: Source
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -556,6 +566,7 @@ def _contradictions_of_pool(fleet: Fleet, name: str, pool: Pool) -> list[str]:
             f"pools.{name}.row_buckets: must be ascending numbers from 1 to max_batch_rows"
             f" ({pool.max_batch_rows})"
         )
+    problems += _too_few_rows(fleet, name, pool)
     if pool.residency == "all":
         problems += [
             f"pools.{name}.{key}: means something with residency 'lru' alone"
@@ -574,6 +585,24 @@ def _contradictions_of_pool(fleet: Fleet, name: str, pool: Pool) -> list[str]:
         if tier.max_images > number
     ]
     return problems
+
+
+def _too_few_rows(fleet: Fleet, name: str, pool: Pool) -> list[str]:
+    """Tell where a guided image of a model does not fit into a forward of its pool.
+
+    What a pipeline makes of guidance is not known here; its workers say it.
+    """
+    needed = {
+        model: most_rows_of_an_image(fleet.models[model])
+        for model, _ in fleet.versions_in(name)
+        if fleet.models[model].family not in OPEN_FAMILIES
+    }
+    return [
+        f"pools.{name}.max_batch_rows: an image of model {model!r} with guidance takes {rows} rows;"
+        f" accepted: {rows} to 1024"
+        for model, rows in needed.items()
+        if rows > pool.max_batch_rows
+    ]
 
 
 def _contradictions_of_routes(fleet: Fleet, name: str, pool: Pool) -> list[str]:
@@ -614,6 +643,7 @@ def _contradictions_of_model(fleet: Fleet, name: str, model: Model) -> list[str]
     if model.pipeline_class and model.family not in OPEN_FAMILIES:
         problems.append(f"{place}.pipeline_class: means nothing to family {model.family!r}")
     problems += _meaningless_options(place, model)
+    problems += _unfetchable(place, model)
     if not model.guidance_distilled and model.family != "flux":
         problems.append(f"{place}.guidance_distilled: means nothing to family {model.family!r}")
     if model.block_cache_threshold and model.family not in BLOCK_CACHE_FAMILIES:
@@ -644,12 +674,40 @@ def _meaningless_options(place: str, model: Model) -> list[str]:
     ]
 
 
+def _unfetchable(place: str, model: Model) -> list[str]:
+    """Tell of versions kept elsewhere whose files are not all named, or are never fetched."""
+    problems = []
+    for nth, version in enumerate(model.versions):
+        key = f"{place}.versions.{nth}.sha256"
+        if remote_source(version.source) is None:
+            continue
+        if not version.sha256:
+            problems.append(
+                f"{key}: is missing: of {version.source} only files with a digest are fetched;"
+                " `./darkroom models add` writes them"
+            )
+        problems += [
+            f"{key}.{toml_key(name)}: is never fetched; accepted: paths below the source that end"
+            f" in {', '.join(FETCHED_SUFFIXES)}"
+            for name in version.sha256
+            if not is_fetched(name)
+        ]
+    problems += [
+        f"{place}.adapters.{toml_key(name)}.source: names no .safetensors file"
+        for name, adapter in model.adapters.items()
+        if (remote := remote_source(adapter.source)) is not None
+        and not remote.path.endswith(".safetensors")
+    ]
+    return problems
+
+
 def _contradictions_of_tiers(fleet: Fleet, name: str, model: Model) -> list[str]:
     """Tell where the model and the tiers do not fit each other."""
     place = _key("models", name)
     problems = []
     for tier_name, own in model.tiers.items():
         problems += _contradictions_of_variant(f"{place}.tiers.{tier_name}", model, own)
+        problems += _unserved_version(fleet, name, tier_name, own)
         if tier_name not in fleet.tiers:
             problems.append(f"{place}.tiers.{tier_name}: not a tier of this file")
         elif own.default_steps is not None and own.default_steps > fleet.tiers[tier_name].max_steps:
@@ -682,6 +740,25 @@ def _contradictions_of_variant(place: str, model: Model, own: ModelTier) -> list
         for key, value, accepted in chosen
         if value is not None and value not in accepted
     ] + [f"{place}.adapters: {name!r} is named twice" for name in names if names[name] > 1]
+
+
+def _unserved_version(fleet: Fleet, name: str, tier: str, own: ModelTier) -> list[str]:
+    """Tell of a version that a tier chooses and no pool renders in that tier, for anybody."""
+    served = [
+        version
+        for pool, shape in fleet.pools.items()
+        if not shape.tiers or tier in shape.tiers
+        for model, version in fleet.versions_in(pool)
+        if model == name
+    ]
+    is_known = own.version in fleet.models[name].as_served and tier in fleet.tiers
+    if not is_known or own.version in served:
+        return []
+    accepted = ", ".join(dict.fromkeys(served)) or "none"
+    return [
+        f"{_key('models', name)}.tiers.{tier}.version: no pool renders {own.version!r} in tier"
+        f" {tier}, so nobody could use it; accepted: {accepted}"
+    ]
 
 
 def _contradictions_of_bucket_rows(

@@ -161,6 +161,18 @@ class StockExceeded:
     retry_after_s: int
 
 
+def stock_never_enough(limits: Limits, *, amount: Decimal, jobs: int) -> StockExceeded | None:
+    """Find the first stock that a request exceeds by itself; None if waiting may let it pass."""
+    alone = UsageTotals(
+        used_today=amount,
+        used_this_month=amount,
+        active_jobs=jobs,
+        day_ends_in_s=0.0,
+        month_ends_in_s=0.0,
+    )
+    return exceeded_stock(limits, alone)
+
+
 JOBS_RETRY_AFTER_S = 2  # one of them may have ended by then
 
 

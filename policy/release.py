@@ -76,6 +76,17 @@ class PickedJob:
     num_images: int
 
 
+@dataclass(frozen=True)
+class LateJob:
+    """A job that waited too long for its pool. is_announced: a message of it is out there."""
+
+    job_id: uuid.UUID
+    tenant_id: uuid.UUID
+    num_images: int
+    release_tag: float
+    is_announced: bool = False
+
+
 class ReleaseHint(Enum):
     """The action on the release of a job that is accepted now."""
 
@@ -173,6 +184,29 @@ def release_hint(
     if must_not_wait or waiting_jobs <= limits.limit_images:
         return ReleaseHint.TRY_RELEASE
     return ReleaseHint.BACKLOGGED
+
+
+def jobs_to_move(
+    late: Sequence[LateJob], limits: ReleaseLimits, *, room: int, held: Counter[uuid.UUID]
+) -> list[LateJob]:
+    """Choose which late jobs go to another pool that has room for so many images.
+
+    late: in fair order; one that is larger than what is left of the room is passed.  limits: of the
+    other pool.  held: images that each tenant has outstanding in both pools: a tenant at its cap
+    waits for that, not for its pool.
+    """
+    moving = []
+    outstanding = Counter(held)
+    for job in late:
+        more = 0 if job.is_announced else job.num_images
+        is_capped = more and exceeds_cap(
+            limits, held=outstanding[job.tenant_id], num_images=job.num_images
+        )
+        if job.num_images <= room and not is_capped:
+            room -= job.num_images
+            outstanding[job.tenant_id] += more
+            moving.append(job)
+    return moving
 
 
 class Selection:

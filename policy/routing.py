@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from policy.fleet import Fleet, ModelVersion, Pool, checkpoint_name
+from policy.fleet import Fleet, ModelTier, ModelVersion, Pool, checkpoint_name
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,23 @@ def _everything_is_served(pool: str) -> LivePool:
 class Asker:
     """Who sends a request, as far as it decides on version and pool.
 
-    tenant: its name.  models: that it may use; None: all.  may_name_versions: its key has the scope
-    for it.  live: looks at a pool.
+    tenant: its name.  models, tiers: that it may use; None: all.  may_name_versions: its key has
+    the scope for it.  live: looks at a pool.
     """
 
     tenant: str = ""
     models: Collection[str] | None = None
+    tiers: Collection[str] | None = None
     may_name_versions: bool = False
     live: Callable[[str], LivePool] = _everything_is_served
+
+    def may_use_model(self, model: str) -> bool:
+        """Tell whether the tenant's limits allow the model."""
+        return self.models is None or model in self.models
+
+    def may_use_tier(self, tier: str) -> bool:
+        """Tell whether the tenant's limits allow the tier."""
+        return self.tiers is None or tier in self.tiers
 
 
 ANYBODY = Asker()
@@ -70,9 +79,23 @@ def _distance(pool: Pool) -> tuple[bool, bool]:
     return not pool.tenants, not pool.tiers
 
 
-def tiers_for(fleet: Fleet, *, model: str, tenant: str) -> tuple[str, ...]:
-    """List the tiers in which some pool may render the model for this tenant."""
-    return tuple(tier for tier in fleet.tiers if versions_for(fleet, model, tier, tenant))
+def tiers_for(
+    fleet: Fleet, *, model: str, tenant: str, version: str | None = None
+) -> tuple[str, ...]:
+    """List the tiers in which this tenant's jobs of the model can be rendered.
+
+    version: that they name; None: none.
+    """
+    able = []
+    for tier in fleet.tiers:
+        served = versions_for(fleet, model, tier, tenant)
+        if version is None:
+            found = versions_unnamed(fleet, model, tier, served)
+        else:
+            found = tuple(each for each in served if each.id == version)
+        if found:
+            able.append(tier)
+    return tuple(able)
 
 
 def versions_for(fleet: Fleet, model: str, tier: str, tenant: str) -> tuple[ModelVersion, ...]:
@@ -84,6 +107,19 @@ def versions_for(fleet: Fleet, model: str, tier: str, tenant: str) -> tuple[Mode
     )
 
 
+def versions_unnamed(
+    fleet: Fleet, model: str, tier: str, served: Iterable[ModelVersion]
+) -> tuple[ModelVersion, ...]:
+    """List those of the versions of which one renders a job that names none.
+
+    It is the tier's own, or one of those that have traffic.
+    """
+    own = fleet.models[model].tiers.get(tier, ModelTier()).version
+    if own is not None:
+        return tuple(version for version in served if version.id == own)
+    return tuple(version for version in served if version.traffic_weight > 0)
+
+
 def choose_pool(fleet: Fleet, pools: Iterable[str], checkpoint: str, asker: Asker = ANYBODY) -> str:
     """Choose the first of these pools that can render by the checkpoint soonest."""
     return min(pools, key=lambda pool: _delay(fleet.pools[pool], asker.live(pool), checkpoint))
@@ -92,11 +128,16 @@ def choose_pool(fleet: Fleet, pools: Iterable[str], checkpoint: str, asker: Aske
 def choose_version(
     fleet: Fleet, versions: Sequence[ModelVersion], *, model: str, tier: str, asker: Asker
 ) -> ModelVersion:
-    """Draw one of the versions, of those that live workers serve if there are any."""
+    """Draw one of the versions, of those that live workers serve if there are any.
+
+    The only one may be without traffic: a tier's own.
+    """
     if len(versions) > 1:
         delays = [_least_delay(fleet, model, version, tier, asker) for version in versions]
         soonest = min(delays)
         versions = [each for each, delay in zip(versions, delays, strict=True) if delay == soonest]
+    if len(versions) == 1:
+        return versions[0]
     return draw_version(versions, model=model, tenant=asker.tenant)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,37 +12,58 @@ from engine.errors import CheckpointCorrupt, LoadFailure, LoadProblem, Unsupport
 from engine.loading import expected_weights_bytes
 from policy.fleet import Fleet, Model, ModelVersion, Pool, checkpoint_name, parse_size
 from policy.residency import GB, ResidencyRule, problems_on_a_cpu, rule_of
+from policy.sources import remote_source
 from settings import DeviceSettings, WorkerSettings
+from tasks.weights import Places, Weights, wanted_of
 
 # Of one image, while somebody looks. A preview takes a millisecond, and quick images get some, too.
 PREVIEWS_PER_S = 10.0
 # What helps when a version of a model cannot be loaded.
 _WAY_OUT = {
     LoadProblem.FILES: "fetch its files again, or correct source and sha256 of this version",
+    LoadProblem.ABSENT: "mend that, or correct source and sha256 of this version",
     LoadProblem.SETTINGS: "correct this model in fleet.toml",
     LoadProblem.MEMORY: "put it into a pool of its own, or use a device with more memory",
     LoadProblem.UNPLANNED: "the traceback is in the worker's log, at checkpoint_not_loaded",
 }
 
 
-def checkpoint_specs(fleet: Fleet, names: Iterable[str], root: Path) -> list[CheckpointSpec]:
-    """List the versions of these models, in the file's order. root: of relative paths.
+def checkpoint_specs(
+    fleet: Fleet, names: Iterable[str], root: Path, cache: Path | None = None
+) -> list[CheckpointSpec]:
+    """List the versions of these models, in the file's order; nothing is fetched.
 
-    names: of models, each with all its versions, or of single versions ("sdxl@v2").
+    names: of models, each with all its versions, or of single versions ("sdxl@v2").  root, cache:
+    of relative paths, and of what is fetched.
     """
     wanted = set(names)
+    places = Places(root, cache)
     return [
-        _checkpoint_spec(name, model.of_version(version.id), version, root)
+        _checkpoint_spec(name, model.of_version(version.id), version, places)
         for name, model in fleet.models.items()
         for version in model.versions
         if wanted & {name, checkpoint_name(name, version.id)}
     ]
 
 
-def _checkpoint_spec(name: str, model: Model, version: ModelVersion, root: Path) -> CheckpointSpec:
+def staged_specs(
+    fleet: Fleet, names: Iterable[str], settings: DeviceSettings, weights: Weights
+) -> list[CheckpointSpec]:
+    """List the versions of these models as `checkpoint_specs` does, with all files fetched.
+
+    Those whose files cannot be fetched say so.
+    """
+    specs = checkpoint_specs(fleet, names, settings.checkpoint_root, settings.model_cache_dir)
+    absent = weights.stage(wanted_of(fleet, [spec.name for spec in specs]))
+    return [replace(spec, absent=absent.get(spec.name, "")) for spec in specs]
+
+
+def _checkpoint_spec(
+    name: str, model: Model, version: ModelVersion, places: Places
+) -> CheckpointSpec:
     return CheckpointSpec(
         name=checkpoint_name(name, version.id),
-        path=str(root / version.source),
+        path=str(places.folder_of(version)),
         family=model.family,
         precision=model.precision,
         quantize=version.quantize,
@@ -49,7 +71,10 @@ def _checkpoint_spec(name: str, model: Model, version: ModelVersion, root: Path)
         sizes=tuple(parse_size(size) for size in model.sizes),
         samplers=model.samplers,
         default_sampler=model.default_sampler,
-        adapters=_adapter_specs(model, root),
+        adapters=tuple(
+            AdapterSpec(name=each, path=str(places.file_of(adapter)), sha256=adapter.sha256)
+            for each, adapter in model.adapters.items()
+        ),
         adapter_slots=model.adapter_slots,
         max_adapter_rank=model.max_adapter_rank,
         pipeline_class=model.pipeline_class,
@@ -62,13 +87,6 @@ def _checkpoint_spec(name: str, model: Model, version: ModelVersion, root: Path)
     )
 
 
-def _adapter_specs(model: Model, root: Path) -> tuple[AdapterSpec, ...]:
-    return tuple(
-        AdapterSpec(name=name, path=str(root / adapter.source), sha256=adapter.sha256)
-        for name, adapter in model.adapters.items()
-    )
-
-
 def failure_sentence(fleet: Fleet, failure: LoadFailure, root: Path) -> str:
     """Say which version of which model cannot be loaded, from where, why, and what helps."""
     model, version, source = next(
@@ -77,8 +95,9 @@ def failure_sentence(fleet: Fleet, failure: LoadFailure, root: Path) -> str:
         for version in entry.versions
         if checkpoint_name(model, version.id) == failure.checkpoint
     )
+    place = source if remote_source(source) is not None else root / source
     return (
-        f"model {model!r}, version {version!r} ({root / source}) cannot be loaded: "
+        f"model {model!r}, version {version!r} ({place}) cannot be loaded: "
         f"{failure.problem}; {_WAY_OUT[failure.kind]}, then start the worker again"
     )
 

@@ -79,6 +79,7 @@ class LeaseKeeper:
         self._seen: defaultdict[CostKey, ImageTimings] = defaultdict(ImageTimings)
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self._is_due = threading.Event()  # the next heartbeat, before its time
         self._exclusive = threading.Lock()
         self._renewed_at = time.monotonic()
         self._leaving = ""
@@ -120,6 +121,10 @@ class LeaseKeeper:
         """Offer no slots from now on, because the worker has to leave."""
         with self._lock:
             self._leaving = reason
+
+    def beat_soon(self) -> None:
+        """Have the next heartbeat at once: something that it says has changed."""
+        self._is_due.set()
 
     @contextmanager
     def leased(self, job_id: uuid.UUID) -> Iterator[HeldLease | None]:
@@ -211,6 +216,7 @@ class LeaseKeeper:
     def close(self) -> None:
         """Stop renewing and sign off; leases still held expire."""
         self._stop.set()
+        self._is_due.set()
         telemetry.end_loop("leases")
         for thread in self._threads:
             if thread.is_alive():
@@ -269,7 +275,11 @@ class LeaseKeeper:
 
     def _renew(self) -> None:
         wait_s = self._renew_s
-        while not self._stop.wait(wait_s):
+        while True:
+            self._is_due.wait(wait_s)
+            self._is_due.clear()
+            if self._stop.is_set():
+                return
             wait_s = self._renew_s
             try:
                 self._beat()

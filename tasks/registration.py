@@ -138,6 +138,7 @@ class Loading:
         self._stop = threading.Event()
         self._on_taken: Callable[[str], object] = str
         self._failed_starts = 0
+        self._doing = ""
         self._thread = threading.Thread(target=self._run, name="loading", daemon=True)
 
     def start(self, *, on_taken: Callable[[str], object]) -> None:
@@ -157,6 +158,10 @@ class Loading:
                 wait_s=pause_s,
             )
             self._stop.wait(pause_s)
+
+    def tell(self, doing: str) -> None:
+        """Say what is under way; the worker's row shows it from the next heartbeat on."""
+        self._doing = doing
 
     def end(self) -> None:
         """Beat no more: the lease keeper goes on with the row, or the process ends."""
@@ -215,7 +220,7 @@ class Loading:
                 capacity_class=me.terms.capacity_class,
                 device=me.device,
                 slots=0,
-                facts={},
+                facts={workers.DOING: self._doing} if self._doing else {},
                 silent_after_s=self._ttl_s,
                 instance=me.instance,
                 state=WorkerState.LOADING,

@@ -425,6 +425,8 @@ def _rendered(record: RenderRecord, steps: int) -> RenderedWork:
         max_images=record.max_images,
         mean_rows=record.mean_rows,
         bucket_rows=record.bucket_rows,
+        prompt_tokens=record.prompt.given if record.prompt else None,
+        truncated_tokens=record.prompt.given - record.prompt.read if record.prompt else None,
         device_seconds=record.device_seconds,
         encode_s=record.encode_s,
         denoise_s=record.denoise_s,

@@ -3,7 +3,7 @@
 Models that are new are loaded beside the images that run, those that are gone leave when their last
 image has ended. What an engine is started with (slots, rows of a forward) cannot be changed while
 it runs: then the worker starts anew. Of the workers of a pool one does so at a time; its images go
-on at their step.
+on at their step. What is kept elsewhere is fetched before any of that.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,6 +36,7 @@ from tasks.engines import (
 )
 from tasks.keeper import LeaseKeeper
 from tasks.residency import Residency
+from tasks.weights import BackgroundStaging, Weights, wanted_of
 
 log = structlog.get_logger(__name__)
 
@@ -52,6 +53,13 @@ class DescribedEngine:
     specs: Mapping[str, CheckpointSpec]
     drawn: tuple[str, ...]
 
+    def lacking_files_of(self, absent: Mapping[str, str]) -> "DescribedEngine":
+        """Return the same with the reason at each checkpoint whose files are not here."""
+        specs = {
+            name: replace(spec, absent=absent.get(name, "")) for name, spec in self.specs.items()
+        }
+        return replace(self, specs=specs)
+
     def first_loaded(self) -> list[CheckpointSpec]:
         """List the checkpoints that the engine starts with."""
         sizes = sizes_of(self.specs.values())
@@ -64,7 +72,8 @@ def described_engine(settings: WorkerSettings, fleet: Fleet) -> DescribedEngine 
     if settings.worker_pool not in fleet.pools:
         return None
     pool = pool_of(settings, fleet)
-    specs = checkpoint_specs(fleet, pool.models, settings.checkpoint_root)
+    root, cache = settings.checkpoint_root, settings.model_cache_dir
+    specs = checkpoint_specs(fleet, pool.models, root, cache)
     return DescribedEngine(
         config=engine_config(settings, fleet, pool, may_lack_checkpoints=True),
         rule=residency_rule(settings, pool),
@@ -84,6 +93,7 @@ class EngineRevisions:
         residency: Residency,
         keeper: LeaseKeeper,
         database: Database,
+        weights: Weights,
         *,
         leave: Callable[[Notice], None],
     ) -> None:
@@ -94,6 +104,8 @@ class EngineRevisions:
         self._residency = residency
         self._keeper = keeper
         self._database = database
+        self._weights = weights
+        self._staging = BackgroundStaging(weights)
         self._leave = leave
         self._has = described_engine(settings, current.fleet)
 
@@ -121,14 +133,19 @@ class EngineRevisions:
     def go_by(self, new: Fleet) -> bool:
         """Have the engine go by a new fleet, or begin to leave.
 
-        False: it has to start anew, and it is another worker's turn. Ask again.
+        False: what it needs is being fetched, or it has to start anew and it is another worker's
+        turn. Ask again.
         """
         wanted = described_engine(self._settings, new)
+        absent = self._staging.stage(wanted_of(new, wanted.specs if wanted else ()))
+        self._keeper.identity.facts[workers.DOING] = self._staging.doing
+        if absent is None:
+            return False
         if self._has is None or wanted is None or self._must_start_anew(self._has, wanted):
             return self._starts_anew(new)
         with suppress(EngineStopped):  # the worker ends; its successor reads the newest revision
             self._engine.set_rank_shares(wanted.config.rank_shares)
-            self._residency.go_by(wanted.specs, wanted.drawn)
+            self._residency.go_by(wanted.lacking_files_of(absent).specs, wanted.drawn)
             # Also where nothing changed here: workers of a revision before may have written since.
             worker = self._keeper.identity.name
             capabilities.publish(self._database, new, self._engine, worker=worker)
@@ -136,6 +153,8 @@ class EngineRevisions:
             self._go_on_by_terms_of(new)
             self._tell_of_wait(None)
             self._keeper.revision = self._current.number
+            self._weights.keep_only(wanted_of(new, wanted.specs))
+            self._keeper.beat_soon()
         return True
 
     def _go_on_by_terms_of(self, fleet: Fleet) -> None:

@@ -62,6 +62,7 @@ from policy.params import (
     members_of,
     params_of,
 )
+from policy.routing import ANYBODY
 from tests.builders import a_fleet, a_tenant, resolved
 from tests.documents import section, text_of, words_quoted
 
@@ -281,7 +282,7 @@ def test_every_place_knows_every_parameter_of_a_job(request):
             place: lambda answer=answer: (members, names_of(answer))
             for place, answer in ANSWERS.items()
         },
-        "app.spec.job_fields": lambda: (asked, set(job_fields(a_fleet()))),
+        "app.spec.job_fields": lambda: (asked, set(job_fields(a_fleet(), ANYBODY))),
         "models.tables.Job": lambda: (set(NAMES), set(inspect(Job).column_attrs.keys())),
         "function accept_jobs": lambda: (set(NAMES), kept_by_accept_jobs()),
         "view job_history": lambda: (

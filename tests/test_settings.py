@@ -539,6 +539,7 @@ SAID_IN_WORDS = {
     "CUDA_VISIBLE_DEVICES": ("all", None),
     "WORKER_NAME": ("`POOL-gpuN@host`", ""),
     "S3_ENDPOINT_URL": ("AWS", None),
+    "MODEL_S3_ENDPOINT_URL": ("AWS", None),
     "S3_PUBLIC_ENDPOINT_URL": ("the same", None),
     "GATEWAY_MAX_WAITS": ("half", None),
     "GATEWAY_MAX_UPLOADS": ("an eighth of the threads", None),

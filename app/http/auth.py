@@ -23,15 +23,7 @@ def require_key() -> None:
     """
     known = _authenticate()
     found = known.key
-    g.caller = Caller(
-        tenant_id=found.tenant_id,
-        tenant=found.tenant,
-        api_key_id=found.id,
-        kid=found.kid,
-        actor=f"key:{found.kid}",
-        scopes=found.scopes,
-        limits=known.limits,
-    )
+    g.caller = _caller(known)
     structlog.contextvars.bind_contextvars(tenant_id=str(found.tenant_id))
     enough = _sufficient_scopes()
     if not found.scopes & set(enough):
@@ -44,13 +36,38 @@ def require_key() -> None:
     uploads.admit(request, runtime().uploads, g.caller.tenant_id)
 
 
+def caller_if_known() -> Caller | None:
+    """Return who sends the request, where no key is needed; None if it has no live one."""
+    key = _key_sent()
+    known = None if key is None else _known(key)
+    return None if known is None else _caller(known)
+
+
+def _caller(known: CachedKey) -> Caller:
+    found = known.key
+    return Caller(
+        tenant_id=found.tenant_id,
+        tenant=found.tenant,
+        api_key_id=found.id,
+        kid=found.kid,
+        actor=f"key:{found.kid}",
+        scopes=found.scopes,
+        limits=known.limits,
+    )
+
+
+def _key_sent() -> str | None:
+    scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+    return key.strip() or None if scheme.lower() == "bearer" else None
+
+
 def _authenticate() -> CachedKey:
     """Look up the key that the request carries. Raises Unauthenticated."""
-    scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not key.strip():
+    key = _key_sent()
+    if key is None:
         telemetry.AUTH_FAILURES.labels("no_key").inc()
         raise Unauthenticated("Send your API key as `Authorization: Bearer dr_…`.")
-    known = _known(key.strip())
+    known = _known(key)
     if known is None:
         telemetry.AUTH_FAILURES.labels("bad_key").inc()
         raise Unauthenticated(NO_LIVE_KEY)

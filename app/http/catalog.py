@@ -12,10 +12,10 @@ from app.problems import ModelNotFound
 from app.schemas import catalog as schemas
 from policy import capabilities
 from policy.capabilities import Capabilities
-from policy.catalog import offered_names
 from policy.fleet import Fleet, Model, ModelTier, ModelVersion, checkpoint_name
 from policy.formats import FORMATS
-from policy.routing import tiers_for
+from policy.offers import offer_of, offered_names, offered_pools, offered_tiers, split_name
+from policy.routing import Asker
 
 bp = Blueprint("catalog", __name__, url_prefix="/v1")
 bp.before_request(require_key)
@@ -28,34 +28,29 @@ def list_models() -> ResponseReturnValue:
     Aliases come after the models: some programs look up the model they asked for in this list.
     """
     fleet = runtime().fleet
-    return answer(schemas.Models(data=[_model_view(fleet, name) for name in _usable_names(fleet)]))
+    asker = runtime().asker(caller())
+    offered = offered_names(fleet, asker)
+    return answer(schemas.Models(data=[_model_view(fleet, name, asker) for name in offered]))
 
 
 @bp.get("/models/<path:name>")
 def show_model(name: str) -> ResponseReturnValue:
     """Show one model, by its id or an alias: sizes, samplers, versions, defaults by tier."""
     fleet = runtime().fleet
-    usable = _usable_names(fleet)
-    if name not in usable:
-        raise ModelNotFound(f"There is no model {name[:64]!r}.", accepted=usable)
-    return answer(_model_view(fleet, name))
+    asker = runtime().asker(caller())
+    offered = offered_names(fleet, asker)
+    if name not in offered:
+        raise ModelNotFound(f"There is no model {name[:64]!r}.", accepted=list(offered))
+    return answer(_model_view(fleet, name, asker))
 
 
 @bp.get("/tiers")
 def list_tiers() -> ResponseReturnValue:
     """List the tiers in the order in which they are served."""
     fleet = runtime().fleet
-    usable = [name for name in fleet.tiers_by_rank if _may_use_tier(name)]
-    return answer(schemas.Tiers(data=[_tier_view(fleet, name) for name in usable]))
-
-
-def _usable_names(fleet: Fleet) -> list[str]:
-    return list(offered_names(fleet, runtime().asker(caller())))
-
-
-def _may_use_tier(name: str) -> bool:
-    allowed = caller().limits.allowed_tiers
-    return allowed is None or name in allowed
+    offered = offered_tiers(fleet, runtime().asker(caller()))
+    in_order = [name for name in fleet.tiers_by_rank if name in offered]
+    return answer(schemas.Tiers(data=[_tier_view(fleet, name) for name in in_order]))
 
 
 def _tier_view(fleet: Fleet, name: str) -> schemas.Tier:
@@ -75,12 +70,14 @@ def _tier_view(fleet: Fleet, name: str) -> schemas.Tier:
     )
 
 
-def _model_view(fleet: Fleet, name: str) -> schemas.Model:
-    model_id = fleet.model_ids[name]
+def _model_view(fleet: Fleet, name: str, asker: Asker) -> schemas.Model:
+    """Show one of the offered names."""
+    model_id = fleet.model_ids[split_name(fleet, name)[0]]
     model = fleet.models[model_id]
+    offer = offer_of(fleet, model_id, asker)
     is_alias = name != model_id
     kind = schemas.ModelAlias if is_alias else schemas.Model
-    pools = _pools(fleet, model_id)
+    pools = list(offered_pools(fleet, model_id, asker))
     alias: dict[str, Any] = {"alias_of": model_id} if is_alias else {}
     return kind(
         id=name,
@@ -102,24 +99,11 @@ def _model_view(fleet: Fleet, name: str) -> schemas.Model:
         versions=[
             _version_view(model_id, model.of_version(version.id), version)
             for version in model.versions
+            if version.id in offer.versions
         ],
-        tiers={
-            tier: _defaults(fleet, model_id, tier)
-            for tier in tiers_for(fleet, model=model_id, tenant=caller().tenant)
-            if _may_use_tier(tier)
-        },
+        tiers={tier: _defaults(fleet, model_id, tier) for tier in offer.tiers},
         **alias,
     )
-
-
-def _pools(fleet: Fleet, model_id: str) -> list[str]:
-    """List the model's pools, but for those that are reserved for other tenants."""
-    tenant = caller().tenant
-    return [
-        pool
-        for pool in fleet.pools_of(model_id)
-        if not fleet.pools[pool].tenants or tenant in fleet.pools[pool].tenants
-    ]
 
 
 def _version_view(model_id: str, served: Model, version: ModelVersion) -> schemas.ModelVersion:

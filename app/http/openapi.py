@@ -1,6 +1,7 @@
 """Serve /openapi.json and /docs: what this gateway offers, for programs and for people.
 
-Neither needs a key, and neither loads anything from another host.
+Neither needs a key, and neither loads anything from another host. To a request without a key the
+document names what is reserved for nobody; to one with a key, what that key may ask for.
 """
 
 import hashlib
@@ -9,11 +10,16 @@ from flask import Blueprint, Response, current_app, json, request
 from markupsafe import escape
 from werkzeug import Response as BaseResponse
 
+from app.http.auth import caller_if_known
 from app.http.context import runtime
 from app.spec.document import build
+from app.spec.job_fields import job_fields
+from policy.routing import Asker
 
 bp = Blueprint("openapi", __name__)
 
+# Whoever sends no key: what every key could ask for, one with the scope for versions too.
+SOMEBODY = Asker(may_name_versions=True)
 # The viewer draws its own styles and pictures; scripts come from here alone.
 POLICY = (
     "default-src 'none'; script-src 'self'; connect-src 'self'; style-src 'self' 'unsafe-inline'; "
@@ -44,18 +50,28 @@ regular-font="system-ui, sans-serif" mono-font="ui-monospace, monospace">
 @bp.get("/openapi.json")
 def show_spec() -> BaseResponse:
     """Serve the OpenAPI 3.1 document."""
-    content = runtime().documents.get((request.script_root, runtime().current.number), _document)
+    known = caller_if_known()
+    asker = SOMEBODY if known is None else runtime().asker(known)
+    content = runtime().documents.get(_which(asker), lambda: _document(asker))
     response = Response(content, content_type="application/json")
-    response.headers["Cache-Control"] = "public, max-age=60"
+    response.headers["Cache-Control"] = f"{'public' if known is None else 'private'}, max-age=60"
+    response.vary.add("Authorization")
     response.set_etag(hashlib.sha256(content.encode()).hexdigest()[:32])
     return response.make_conditional(request)
 
 
-def _document() -> str:
+def _which(asker: Asker) -> tuple[str, ...]:
+    """Name the document: by the prefix of its links, the revision, and what is offered."""
+    parts = runtime()
+    offered = json.dumps(job_fields(parts.fleet, asker))
+    return request.script_root, str(parts.current.number), offered
+
+
+def _document(asker: Asker) -> str:
     """Build the document with links under the prefix of this request."""
     parts = runtime()
     root = request.script_root or "/"
-    return json.dumps(build(current_app, parts.fleet, parts.settings, root=root))
+    return json.dumps(build(current_app, parts.fleet, parts.settings, asker=asker, root=root))
 
 
 @bp.get("/docs")

@@ -36,6 +36,8 @@ def job_view(
         attempt=job.attempt,
         failure=_failure(job),
         warnings=_warnings(job),
+        prompt_tokens=job.prompt_tokens,
+        truncated_tokens=job.truncated_tokens,
         created_at=job.accepted_at,
         start_by=job.start_by,
         started_at=job.started_at,

@@ -8,7 +8,7 @@ numbers and booleans. `extra_body` arrives as further fields; our own parameters
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
@@ -17,7 +17,10 @@ from app.http.body import check_bounds, check_metadata
 from app.problems import InvalidImageRequest, ModelNotFound, NotOffered
 from policy.fleet import OPEN_FAMILIES, Family, Fleet, parse_size
 from policy.formats import FORMATS
+from policy.offers import find_model, tiers_offered
 from policy.params import OPENAI_REQUEST, RequestedAdapter, RequestedParams
+from policy.refusals import InvalidParam
+from policy.routing import ANYBODY, Asker
 from policy.text import is_human
 
 GENERATION = "image_generation"
@@ -69,7 +72,7 @@ class ImageCall:
         return EDIT if self.kind == EDIT else GENERATION
 
 
-def read(kind: str, fields: Mapping[str, Any], fleet: Fleet) -> ImageCall:
+def read(kind: str, fields: Mapping[str, Any], fleet: Fleet, asker: Asker = ANYBODY) -> ImageCall:
     """Parse and check the fields. Raises InvalidImageRequest, NotOffered, ModelNotFound."""
     said = _FormFields({name: value for name, value in fields.items() if value is not None})
     for name in said.names() & _NOT_DONE.keys():
@@ -89,7 +92,7 @@ def read(kind: str, fields: Mapping[str, Any], fleet: Fleet) -> ImageCall:
     default_format = "url" if answers_url else "b64_json"
     asked = ImageCall(
         kind=kind,
-        requested=_requested_params(kind, said, fleet, count, quality),
+        requested=_requested_params(kind, said, fleet, _asked(said, fleet, asker), count, quality),
         metadata=_metadata(said),
         as_url=said.one_of("response_format", default_format, RESPONSE_FORMATS) == "url",
         streams=streams,
@@ -148,31 +151,33 @@ def _read_adapters(form: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     return {"adapters": [{"name": name, "strength": strength} for name, strength in with_strength]}
 
 
-def tier_of(quality: str, fleet: Fleet) -> str:
-    """Return the tier for a quality.
+def tier_of(quality: str, fleet: Fleet, tiers: Collection[str]) -> str | None:
+    """Return the tier for a quality, one of `tiers`; None for the one of a request that names none.
 
-    Low is the tier with the fewest default steps, high and above the one with the most; any other
-    quality is the default tier.
+    Low is the tier with the fewest default steps, high and above the one with the most.
     """
-    by_rank = fleet.tiers_by_rank
+    by_rank = [tier for tier in fleet.tiers_by_rank if tier in tiers]
     if quality == "low":
-        return min(by_rank, key=lambda tier: fleet.tiers[tier].default_steps)
+        return min(by_rank, key=lambda tier: fleet.tiers[tier].default_steps, default=None)
     if quality in ("high", "xhigh", "max", "hd"):
         # Of tiers with as many steps, max() takes the first, which has the best rank.
-        return max(by_rank, key=lambda tier: fleet.tiers[tier].default_steps)
-    return fleet.default_tier()
+        return max(by_rank, key=lambda tier: fleet.tiers[tier].default_steps, default=None)
+    return None
 
 
-def steps_of(quality: str, fleet: Fleet, model: str) -> int | None:
+def steps_of(quality: str, fleet: Fleet, model: str, tiers: Sequence[str]) -> int | None:
     """Return the steps for a quality in its tier; None for the tier's default.
 
-    Medium takes the geometric mean of the steps of low and high, so that the three differ even
-    where low and medium share a tier.
+    tiers: in which the model is offered, the default in front.  Medium takes the geometric mean of
+    the steps of low and high, so that the three differ even where low and medium share a tier.
     """
-    if quality not in ("medium", "standard"):
+    if quality not in ("medium", "standard") or not tiers:
         return None
-    low, high = (fleet.default_steps(model, tier_of(end, fleet)) for end in ("low", "high"))
-    return min(round(math.sqrt(low * high)), fleet.tiers[tier_of(quality, fleet)].max_steps)
+    low, high = (
+        fleet.default_steps(model, tier_of(end, fleet, tiers) or tiers[0])
+        for end in ("low", "high")
+    )
+    return min(round(math.sqrt(low * high)), fleet.tiers[tiers[0]].max_steps)
 
 
 def nearest_size(sizes: tuple[str, ...], width_px: int, height_px: int) -> str:
@@ -329,31 +334,42 @@ def _check_formats(said: _FormFields) -> None:
     said.one_of("input_fidelity", "high", FIDELITIES)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """The model that a request names, or its default.  tiers: in which the key may have it."""
+
+    model: str
+    family: Family
+    tiers: tuple[str, ...]
+
+
+def _asked(said: _FormFields, fleet: Fleet, asker: Asker) -> _Asked:
+    """Find the model. Raises InvalidImageRequest, ModelNotFound."""
+    try:
+        name, version = find_model(fleet, said.text("model", None), asker)
+    except InvalidParam as error:
+        detail = f"The model {error.detail}."
+        raise ModelNotFound(detail, parameter="model", accepted=error.accepted) from None
+    model = fleet.model_ids[name]
+    tiers = tiers_offered(fleet, model, asker, version=version)
+    return _Asked(model, fleet.models[model].family, tiers)
+
+
 def _requested_params(
-    kind: str, said: _FormFields, fleet: Fleet, count: int, quality: str
+    kind: str, said: _FormFields, fleet: Fleet, asked: _Asked, count: int, quality: str
 ) -> RequestedParams:
-    model = said.text("model", None)
-    if model is not None and model not in fleet.model_ids:
-        offered = list(fleet.model_ids)
-        raise ModelNotFound(
-            f"There is no model {model[:64]!r}; accepted: {', '.join(offered)}.",
-            parameter="model",
-            accepted=offered,
-        )
     if kind != VARIATION and "prompt" not in said.names():
         raise InvalidImageRequest.at("prompt", "is required")
     size = said.text("size", "auto")
     extras = _extras(said)
     if not extras["tier"]:
-        extras["tier"] = tier_of(quality, fleet)
+        extras["tier"] = tier_of(quality, fleet, asked.tiers)
         if extras["steps"] is None:
-            model_id = fleet.model_ids[model or fleet.default_model()]
-            extras["steps"] = steps_of(quality, fleet, model_id)
-    family = fleet.models[fleet.model_ids[model or fleet.default_model()]].family
-    completed = _complete_extras(extras, kind, family, has_prompt=bool(said.get("prompt")))
+            extras["steps"] = steps_of(quality, fleet, asked.model, asked.tiers)
+    completed = _complete_extras(extras, kind, asked.family, has_prompt=bool(said.get("prompt")))
     return RequestedParams(
         prompt=said.text("prompt", "") or "",
-        model=model,
+        model=said.text("model", None),
         size=None if size == "auto" else size,
         n=count,
         output_format=said.text("output_format", "png") or "png",

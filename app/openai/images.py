@@ -69,7 +69,7 @@ def as_bad_request(problem: Problem) -> Response:
 def generate() -> ResponseReturnValue:
     """Make images from a prompt; with `stream`, send events with partial images on the way."""
     fields = read_object(request, problem=InvalidImageRequest)
-    return _serve(openai_body.read(GENERATION, fields, runtime().fleet), None, fields)
+    return _serve(_read(GENERATION, fields), None, fields)
 
 
 @bp.post("/edits")
@@ -81,7 +81,7 @@ def edit() -> ResponseReturnValue:
     `images` and `mask`, where each holds an `image_url` (a data URL) or a `file_id`.
     """
     fields, sent = _read_edit()
-    return _serve(openai_body.read(EDIT, fields, runtime().fleet), sent, fields)
+    return _serve(_read(EDIT, fields), sent, fields)
 
 
 @bp.post("/variations")
@@ -90,7 +90,7 @@ def vary() -> ResponseReturnValue:
     fields, sent = _read_edit()
     if sent.mask is not None:
         raise NotOffered("A variation takes no mask; /v1/images/edits does.", parameter="mask")
-    return _serve(openai_body.read(VARIATION, fields, runtime().fleet), sent, fields)
+    return _serve(_read(VARIATION, fields), sent, fields)
 
 
 Source = FileStorage | str  # a file of a form; the id of a file, a data URL or a URL
@@ -126,16 +126,9 @@ class _SentPictures:
         asking = caller()
         intake = inputs.Intake(runtime(), asking)
         init = _brought(intake, self.image, "image")
-        requested = _sized(requested, init)
-        resolved = submit.resolve(
-            runtime(),
-            asking,
-            replace(
-                requested,
-                init_image=init.id,
-                mask=inputs.UNSEEN if self.mask is not None else None,
-            ),
-        )
+        sized = _sized(self.unseen(requested), init)
+        resolved = submit.resolve(runtime(), asking, sized)
+        requested = replace(requested, size=sized.size)
         size = (resolved.width_px, resolved.height_px)
         if self.mask is not None:
             mask = _brought(intake, self.mask, "mask")
@@ -161,6 +154,10 @@ def _digest(source: Source) -> str:
     digest = hashlib.file_digest(source.stream, "sha256").hexdigest()  # type: ignore[arg-type]
     source.stream.seek(0)
     return digest
+
+
+def _read(kind: str, fields: Mapping[str, Any]) -> ImageCall:
+    return openai_body.read(kind, fields, runtime().fleet, runtime().asker(caller()))
 
 
 def _read_edit() -> tuple[dict[str, Any], _SentPictures]:
@@ -231,14 +228,15 @@ def _only(images: Sequence[Source], masks: Sequence[Source], wanted: str) -> _Se
 
 
 def _sized(requested: RequestedParams, picture: File) -> RequestedParams:
-    """Replace size `auto` by the offered size that is nearest to the picture's."""
+    """Replace size `auto` by the size that is nearest to the picture's.
+
+    Of those of the model and tier that the request resolves to.
+    """
     if requested.size is not None:
         return requested
-    fleet = runtime().fleet
-    model = fleet.model_ids[requested.model or fleet.default_model()]
-    tier = requested.tier if requested.tier in fleet.tiers else fleet.default_tier()
-    size = nearest_size(fleet.sizes_of(model, tier), picture.width_px, picture.height_px)
-    return replace(requested, size=size)
+    resolved = submit.resolve(runtime(), caller(), requested)
+    sizes = runtime().fleet.sizes_of(resolved.model, resolved.tier)
+    return replace(requested, size=nearest_size(sizes, picture.width_px, picture.height_px))
 
 
 def _serve(
@@ -325,7 +323,7 @@ def _view(asked: ImageCall, job: Job) -> schemas.Images:
         output_format=job.output_format,
         quality=None if asked.quality == "auto" else asked.quality,
         size=f"{job.width_px}x{job.height_px}",
-        usage=schemas.NO_TOKENS,
+        usage=schemas.usage_of(job.prompt_tokens),
         **user,
         **extras_of(job),
     )

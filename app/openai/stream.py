@@ -157,7 +157,7 @@ class _EventTranslator:
         user: dict[str, Any] = {"safety_identifier": self._asked.user} if self._asked.user else {}
         return kind(
             type=f"{self._asked.event}.completed",
-            usage=schemas.NO_TOKENS,
+            usage=schemas.usage_of(job.get("prompt_tokens")),
             pixels_sha256=image["pixels_sha256"],
             content_sha256=image["content_sha256"],
             **user,

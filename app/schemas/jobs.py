@@ -157,6 +157,13 @@ class Job(Parameters, JobHead):
     attempt: Annotated[int, says("How many times a worker has started it.")]
     failure: Annotated[Failure | None, says("Why the job failed; null if it did not.")]
     warnings: Annotated[list[JobWarning], says("Parts of the request that have no effect.")]
+    prompt_tokens: Annotated[
+        int | None,
+        says("Tokens of the prompt; null until an image is rendered, or if nobody can tell."),
+    ]
+    truncated_tokens: Annotated[
+        int | None, says("Those of them that the model did not read, at the end; null likewise.")
+    ]
     created_at: Annotated[Instant, says("When it was accepted.")]
     start_by: Annotated[Instant, says("The job expires if no worker has started it by then.")]
     started_at: Annotated[Instant | None, says("When a worker first started it.")]

@@ -145,21 +145,25 @@ class VariationForm(ImagesBody, total=False):
     strength: Strength
 
 
-@document("Tokens of the request: always 0, since nothing is counted in tokens.")
+@document("Tokens of the request.")
 class InputTokens:
-    text_tokens: Annotated[Literal[0], says("Always 0.")] = 0
+    text_tokens: Annotated[int, says("Those of the prompt.")]
     image_tokens: Annotated[Literal[0], says("Always 0.")] = 0
 
 
-@document("Tokens: always 0, since nothing is counted in tokens.")
+@document("Tokens: those of the prompt. Nothing is priced by them.")
 class TokenUsage:
-    input_tokens: Annotated[Literal[0], says("Always 0.")] = 0
+    input_tokens: Annotated[int, says("Those of the prompt; 0 if the model cannot tell.")]
     output_tokens: Annotated[Literal[0], says("Always 0.")] = 0
-    total_tokens: Annotated[Literal[0], says("Always 0.")] = 0
+    total_tokens: Annotated[int, says("The same as `input_tokens`.")]
     input_tokens_details: InputTokens
 
 
-NO_TOKENS = TokenUsage(input_tokens_details=InputTokens())
+def usage_of(prompt_tokens: int | None) -> TokenUsage:
+    """Tell the tokens of a job by those of its prompt; None: they are not known."""
+    tokens = prompt_tokens or 0
+    details = InputTokens(text_tokens=tokens)
+    return TokenUsage(input_tokens=tokens, total_tokens=tokens, input_tokens_details=details)
 
 
 @document("Additional members: the job, and its parameters.")

@@ -201,7 +201,7 @@ def _write(
             idempotency.fulfil(session, idempotent, tenant_id=tenant_id, answer=noted)
 
     whole = sum((job.megapixel_steps for job in accepted), Decimal(0))
-    with quotas.budget_charge(runtime, caller, whole):
+    with quotas.budget_charge(runtime, caller, whole, jobs=len(accepted)):
         run_transaction(runtime.database, write)
 
 

@@ -22,28 +22,38 @@ from edges import telemetry
 from edges.limits import BudgetResult
 from models import files, usage
 from models.database import transaction
-from policy.limits import Limits, UsageTotals, exceeded_stock
+from policy.limits import Limits, UsageTotals, exceeded_stock, stock_never_enough
+from policy.offers import offered_models, offered_tiers
 from policy.params import Resolved
 from policy.refusals import InvalidParam
 
 
-def check_allowed(caller: Caller, resolved: Resolved) -> None:
+def check_allowed(runtime: Runtime, caller: Caller, resolved: Resolved) -> None:
     """Raise Forbidden for a tier or model that the caller's tenant may not use."""
     limits = caller.limits
-    if not limits.allows(tier=resolved.tier, model=resolved.model):
-        allowed = {"tiers": limits.allowed_tiers, "models": limits.allowed_models}
-        accepted = {name: list(names) for name, names in allowed.items() if names is not None}
-        detail = f"Your tenant may not use tier {resolved.tier} with model {resolved.model}."
-        raise Forbidden(detail, accepted=accepted)
+    if limits.allows(tier=resolved.tier, model=resolved.model):
+        return
+    asker = runtime.asker(caller)
+    accepted = {}
+    if limits.allowed_tiers is not None:
+        accepted["tiers"] = list(offered_tiers(runtime.fleet, asker))
+    if limits.allowed_models is not None:
+        accepted["models"] = list(offered_models(runtime.fleet, asker))
+    detail = f"Your tenant may not use tier {resolved.tier} with model {resolved.model}."
+    raise Forbidden(detail, accepted=accepted)
 
 
 @contextmanager
-def budget_charge(runtime: Runtime, caller: Caller, amount: Decimal) -> Iterator[None]:
+def budget_charge(
+    runtime: Runtime, caller: Caller, amount: Decimal, *, jobs: int = 1
+) -> Iterator[None]:
     """Charge the caller's budget with `amount` megapixel-steps; an error within gives them back.
 
-    Raises BudgetSpent, or InvalidImageRequest when no waiting would help.
+    jobs: that need so much together.  Raises BudgetSpent, or InvalidImageRequest and Forbidden when
+    no waiting would help.
     """
     limits = caller.limits
+    _check_ever(limits, amount, jobs)
     per_minute = limits.megapixel_steps_per_minute
     burst = limits.burst_megapixel_steps
     if per_minute is None or burst is None:
@@ -72,6 +82,7 @@ def foresee(runtime: Runtime, caller: Caller, amount: Decimal, *, jobs: int = 1)
     Takes and locks nothing. Call it before expensive work that a refusal would waste; the decision
     is made by `budget_charge` and `check_stocks`.
     """
+    _check_ever(caller.limits, amount, jobs)
     _foresee_budget(runtime, caller, amount)
     if caller.limits.has_stocks:
         _foresee_stocks(runtime, caller, amount, jobs)
@@ -144,6 +155,21 @@ def check_stocks(session: Session, caller: Caller) -> None:
         session, tenant_id=caller.tenant_id, count_jobs_to=limits.max_concurrent_jobs
     )
     _check_totals(limits, totals)
+
+
+def _check_ever(limits: Limits, amount: Decimal, jobs: int) -> None:
+    """Refuse a request that a stock could not cover even if nothing else were used."""
+    exceeded = stock_never_enough(limits, amount=amount, jobs=jobs)
+    if exceeded is None:
+        return
+    if exceeded.stock == "jobs":
+        detail = f"are {jobs}; your tenant may have at most {exceeded.limit} unfinished"
+        raise invalid_param(InvalidParam("jobs", detail, {"max_items": int(exceeded.limit)}))
+    if exceeded.limit == 0:
+        raise Forbidden(f"Your tenant's quota of megapixel-steps per {exceeded.stock} is 0.")
+    most = float(exceeded.limit)
+    detail = f"make {amount} megapixel-steps; your quota of a {exceeded.stock} is {most:g}"
+    raise invalid_param(InvalidParam("steps", detail, {"max_megapixel_steps": most}))
 
 
 def _check_burst(amount: Decimal, burst: float) -> None:

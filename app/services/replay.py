@@ -69,9 +69,9 @@ def _check_fleet(fleet: Fleet, job: Job) -> None:
 
 
 def _check_digests(runtime: Runtime, job: Job) -> None:
-    """Raise ReplayImpossible if other files would render it than those that did, by their digests.
+    """Raise ReplayImpossible if other files or options would render it than those that did.
 
-    Files that no live worker tells of are not compared.
+    Files are told apart by their digests; those that no live worker tells of are not compared.
     """
     checkpoint = checkpoint_name(job.model, job.model_version)
     with transaction(runtime.database) as session:
@@ -82,7 +82,13 @@ def _check_digests(runtime: Runtime, job: Job) -> None:
         raise ReplayImpossible(
             f"The files of {checkpoint} were changed since the job was rendered.", gone="weights"
         )
-    offered = runtime.fleet.models[job.model].adapters
+    model = runtime.fleet.models[job.model]
+    options = dict(model.of_version(job.model_version).options)
+    if facts and facts.get("options", {}) != options:
+        raise ReplayImpossible(
+            f"The options of {checkpoint} were changed since the job was rendered.", gone="options"
+        )
+    offered = model.adapters
     for adapter in facts.get("adapters") or []:
         if offered[adapter["name"]].sha256 != adapter["sha256"]:
             raise ReplayImpossible(
@@ -100,6 +106,15 @@ def _pool(fleet: Fleet, job: Job, asker: Asker) -> str:
         raise ReplayImpossible(
             f"No pool of workers serves {job.model} in tier {job.tier} for you any more.",
             gone="pool",
+        )
+    pools = tuple(
+        pool for pool in pools if (job.bucket_rows or 0) <= fleet.pools[pool].max_batch_rows
+    )
+    if not pools:
+        raise ReplayImpossible(
+            f"The job was rendered in forward passes of {job.bucket_rows} rows; no pool that may"
+            " render it makes such large ones any more.",
+            gone="bucket_rows",
         )
     return choose_pool(fleet, pools, checkpoint_name(job.model, job.model_version), asker)
 

@@ -165,7 +165,7 @@ def resolve(runtime: Runtime, caller: Caller, requested: RequestedParams) -> Res
         resolved = runtime.resolve(requested, runtime.asker(caller))
     except InvalidParam as error:
         raise invalid_param(error) from None
-    quotas.check_allowed(caller, resolved)
+    quotas.check_allowed(runtime, caller, resolved)
     return resolved
 
 
@@ -205,7 +205,8 @@ def price_and_admit(
     """
     resolved = prepared.params
     fleet = runtime.fleet
-    quotas.check_allowed(caller, resolved)  # for replays, which were not resolved just now
+    # For replays, which were not resolved just now.
+    quotas.check_allowed(runtime, caller, resolved)
     tier = fleet.tiers[resolved.tier]
     deadline_s = start_deadline_s(prepared.start_within_s, tier.start_within_s)
     expected = runtime.forecaster.expect(resolved, caller.tenant_id, booked)

@@ -24,6 +24,7 @@ from app.spec.operations import OPERATIONS
 from app.spec.operations.webhooks import MESSAGES
 from policy.fleet import Fleet
 from policy.formats import FORMATS
+from policy.routing import Asker
 from policy.version import VERSION
 from settings import GatewaySettings
 
@@ -76,12 +77,15 @@ def paths_of(app: Flask) -> dict[tuple[str, str], tuple[str, dict[str, Schema]]]
     return found
 
 
-def build(app: Flask, fleet: Fleet, settings: GatewaySettings, root: str = "/") -> dict[str, Any]:
-    """Build the document; `root` is the path under which clients reach the gateway.
+def build(
+    app: Flask, fleet: Fleet, settings: GatewaySettings, *, asker: Asker, root: str = "/"
+) -> dict[str, Any]:
+    """Build the document; it names what `asker` may ask for, and nothing else of the fleet.
 
-    Raises KeyError for a route that `OPERATIONS` does not describe.
+    root: the path under which clients reach the gateway.  Raises KeyError for a route that
+    `OPERATIONS` does not describe.
     """
-    shapes = _Shapes(fleet)
+    shapes = _Shapes(fleet, asker)
     paths: dict[str, dict[str, Any]] = {}
     routes = sorted(paths_of(app).items(), key=lambda item: item[0][::-1])
     for (method, path), (endpoint, arguments) in routes:
@@ -137,7 +141,7 @@ class _PlainSchema(GenerateJsonSchema):
 class _Shapes:
     """The schemas of all operations, as components of one document."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, asker: Asker) -> None:
         wanted = list(dict.fromkeys(_kinds()))
         self._refs, whole = TypeAdapter.json_schemas(
             [(kind, mode, adapter_of(kind)) for kind, mode in wanted],
@@ -145,7 +149,7 @@ class _Shapes:
             ref_template=_REF,
         )
         self.definitions: dict[str, Schema] = whole["$defs"]
-        self._describe_jobs(fleet)
+        self._describe_jobs(fleet, asker)
         self._describe_limits()
 
     def of(self, kinds: Iterable[Any], mode: JsonSchemaMode = "serialization") -> Schema:
@@ -161,10 +165,10 @@ class _Shapes:
         """Return the schema of a body."""
         return kind if isinstance(kind, dict) else self.of((kind,), "validation")
 
-    def _describe_jobs(self, fleet: Fleet) -> None:
+    def _describe_jobs(self, fleet: Fleet, asker: Asker) -> None:
         """Describe a job's fields and their bounds; in `JobFields` none is required."""
         job = self.definitions[JobBody.__name__]
-        for name, keywords in job_fields(fleet).items():
+        for name, keywords in job_fields(fleet, asker).items():
             _add(job["properties"][name], keywords)
         fields = dict(job)
         del fields["required"]

@@ -5,7 +5,9 @@ from typing import Any
 from app.schemas.bodies import MAX_METADATA_CHARS, MAX_METADATA_KEY_CHARS, MAX_METADATA_KEYS
 from policy.catalog import MAX_SEED, RANDOM_SEED
 from policy.fleet import MAX_ADAPTERS, Fleet, checkpoint_name
+from policy.offers import offer_of, offered_models, offered_names, offered_tiers
 from policy.params import ASKED, PARAMS, Param
+from policy.routing import Asker
 
 ABOUT = {
     "prompt": "What the images show. It may be empty if `init_image` is given.",
@@ -37,15 +39,21 @@ ABOUT = {
 }
 
 
-def job_fields(fleet: Fleet) -> dict[str, dict[str, Any]]:
-    """Return JSON Schema keywords by the names of a job's fields; every accepted value fits."""
-    models, tiers = fleet.models.values(), fleet.tiers.values()
+def job_fields(fleet: Fleet, asker: Asker) -> dict[str, dict[str, Any]]:
+    """Return JSON Schema keywords by the names of a job's fields.
+
+    Every value fits that is accepted of this asker.
+    """
+    offered = offered_tiers(fleet, asker)
+    # To somebody who is offered nothing, the limits of all are told, and no names.
+    models = [fleet.models[name] for name in offered_models(fleet, asker) or fleet.models]
+    tiers = [fleet.tiers[name] for name in offered or fleet.tiers]
     longest_prompt = max(model.max_prompt_chars for model in models)
     bounds: dict[str, dict[str, Any]] = {
         "prompt": {"maxLength": longest_prompt},
         "negative_prompt": {"maxLength": longest_prompt},
-        "model": {"enum": _names_of_models(fleet)},
-        "tier": {"enum": list(fleet.tiers)},
+        "model": {"enum": _names_of_models(fleet, asker)},
+        "tier": {"enum": list(offered)},
         "size": {"enum": sorted({size for model in models for size in model.sizes})},
         "steps": {"minimum": 1, "maximum": max(tier.max_steps for tier in tiers)},
         "guidance": {"minimum": 0, "maximum": max(model.max_guidance for model in models)},
@@ -73,14 +81,18 @@ def job_fields(fleet: Fleet) -> dict[str, dict[str, Any]]:
     return pass_through | said
 
 
-def _names_of_models(fleet: Fleet) -> list[str]:
+def _names_of_models(fleet: Fleet, asker: Asker) -> list[str]:
     """List what a request may call a model, and after these what it may call a version."""
+    named = offered_names(fleet, asker)
+    if not asker.may_name_versions:
+        return list(named)
+    offers = {model: offer_of(fleet, model, asker) for model in fleet.models}
     versions = [
         checkpoint_name(name, version)
         for name, model in fleet.model_ids.items()
-        for version in fleet.models[model].as_served
+        for version in offers[model].versions
     ]
-    return [*fleet.model_ids, *versions]
+    return list(dict.fromkeys([*named, *versions]))
 
 
 def _bounds(param: Param) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from engine.inflight import InFlight
 from engine.previews import Projector
 from engine.request import ImageRequest
 from engine.tensors import Rows
-from engine.texts import UnreadText
+from engine.texts import ReadTexts
 
 Recall = Callable[[str, Callable[[], Rows]], Rows]
 """recall(key, encode): what `encode()` gave for this key before, or gives now.
@@ -113,8 +113,8 @@ class Family(Protocol):
 
     # --- of an image ---
 
-    def unread(self, request: ImageRequest) -> tuple[UnreadText, ...]:
-        """Tell what of its texts has no effect, by the tokens that its encoders take.
+    def read_texts(self, request: ImageRequest) -> ReadTexts:
+        """Tell what of its texts is read, by the tokens that its encoders take.
 
         Empty where a family cannot tell.
         """

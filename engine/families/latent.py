@@ -32,7 +32,7 @@ from engine.request import Fork, ImageRequest, Option
 from engine.samplers import step_arguments
 from engine.samplerstate import load_generator, load_sampler, save_generator, save_sampler
 from engine.tensors import Rows, Sampler, Tensors
-from engine.texts import UnreadText, cut_off, ignored, room
+from engine.texts import ReadTexts, count, cut_off, ignored, room
 
 # How diffusers and transformers tell of a package that they lack.
 _REQUIRES = re.compile(r"requires the (?P<package>[\w.-]+) library", re.IGNORECASE)
@@ -183,18 +183,17 @@ class LatentFamily(ABC):
         """Give the tokens of a text that each encoder reads, without those that frame it."""
         return {name: room(*reader) for name, reader in self.readers().items()}
 
-    def unread(self, request: ImageRequest) -> tuple[UnreadText, ...]:
-        """Tell what has no effect: without a second row no negative prompt has any."""
+    def read_texts(self, request: ImageRequest) -> ReadTexts:
+        """Tell what is read: without a second row no negative prompt has an effect."""
         readers = list(self.readers(request).values())
-        found = [cut_off("prompt", request.prompt, readers)]
-        if request.negative_prompt.strip():
-            is_read = self.rows(request) > 1
-            found.append(
-                (cut_off if is_read else ignored)(
-                    "negative_prompt", request.negative_prompt, readers
-                )
-            )
-        return tuple(text for text in found if text is not None)
+        prompt = count(request.prompt, readers)
+        found = [cut_off("prompt", prompt)]
+        if negative := request.negative_prompt.strip() and request.negative_prompt:
+            if self.rows(request) > 1:
+                found.append(cut_off("negative_prompt", count(negative, readers)))
+            else:
+                found.append(ignored("negative_prompt", negative, readers))
+        return ReadTexts(prompt=prompt, unread=tuple(text for text in found if text is not None))
 
     def start(self, image: InFlight, recall: Recall) -> None:
         conditioning = self.encode(image.request, recall)

@@ -75,6 +75,8 @@ class Job(Base):
     # Seconds until its end, as estimated at accept, before the learnt correction.
     eta_raw_s: Mapped[float | None]
     accepted_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    # When it came to its pool from another one; None: it was accepted there.
+    pool_since: Mapped[datetime | None]
     announced_at: Mapped[datetime | None]
     # Announced ahead of its tier's queue.
     is_front: Mapped[bool] = mapped_column(server_default=text("false"), default=False)
@@ -100,6 +102,9 @@ class Job(Base):
     failure_detail: Mapped[str | None]
     # Parts of its texts that had no effect.
     warnings: Mapped[list[dict[str, Any]] | None] = mapped_column(JSONB(none_as_null=True))
+    # Tokens of the prompt, and those that the model did not read; None: not known yet, or never.
+    prompt_tokens: Mapped[int | None]
+    truncated_tokens: Mapped[int | None]
     # The failed job that this one repeats.
     requeue_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"))
     # The job whose parameters these are.

@@ -33,6 +33,7 @@ from edges.snapshots import Snapshots
 from engine.engine import Engine
 from engine.errors import LoadFailure, NothingLoaded
 from fleet.consumer import TakenTask, tier_gate
+from models import workers
 from models.database import make_engine
 from policy import connections, gates, queues, tiers
 from policy.current import CurrentFleet, current
@@ -61,6 +62,7 @@ from tasks.revisions import EngineRevisions, described_engine
 from tasks.roles.consuming import consume, register
 from tasks.roles.following import following
 from tasks.verdicts import Verdicts
+from tasks.weights import Weights, wanted_of
 
 log = structlog.get_logger(__name__)
 
@@ -137,12 +139,14 @@ def build(
     when_empty: Callable[[], None],
     when_unfit: Callable[[Notice], None] | None = None,
     instance: uuid.UUID | None = None,
+    weights: Weights | None = None,
 ) -> WorkerParts:
     """Make a rendering worker's parts around an engine that is started; nothing is taken yet.
 
     when_empty: is called when the worker has to go and holds no job any more.
     when_unfit: is told when its health says that it has to go; None: it leaves.
     instance: of the process that has the worker's name already; None: a new one.
+    weights: which hold what the engine reads; None: it reads what lies on this machine.
     """
     database = make_engine(settings.database_url, pool_size=connections.WORKER)
     ended = EndedJobs.connect(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
@@ -154,10 +158,13 @@ def build(
     preemption = Preemption(keeper, when_empty=when_empty)
     unfit = when_unfit or preemption.begin
     health = Health(engine, stuck_after_s=settings.engine_stuck_after_s, leave=unfit)
-    residency = _residency(settings, followed, engine, keeper, database, give_up=health.give_up)
+    weights = weights or Weights(settings)
+    residency = _residency(
+        settings, followed, engine, keeper, database, weights, give_up=health.give_up
+    )
     leave = preemption.begin
     revisions = EngineRevisions(
-        settings, followed, engine, residency, keeper, database, leave=leave
+        settings, followed, engine, residency, keeper, database, weights, leave=leave
     )
     keeper.on_name_lost = lambda: health.give_up("another process has the name of this worker")
     renderer = _renderer(
@@ -248,7 +255,7 @@ def _identity(
         device=engine.config.device,
         slots=pool_of(settings, fleet).slots,
         terms=terms_of(fleet.pools[settings.worker_pool], settings.worker_class),
-        facts={"load_s": round(engine.load_s, 3)},
+        facts={"load_s": round(engine.load_s, 3), workers.DOING: ""},
         instance=instance,
     )
 
@@ -259,6 +266,7 @@ def _residency(
     engine: Engine,
     keeper: LeaseKeeper,
     database: Database,
+    weights: Weights,
     *,
     give_up: Callable[[str], None],
 ) -> Residency:
@@ -280,7 +288,7 @@ def _residency(
     assert described is not None, "the settings were checked against the fleet"
     residency = Residency(
         engine,
-        described.specs,
+        described.lacking_files_of(weights.absent).specs,
         described.rule,
         explain=explain,
         on_change=on_change,
@@ -366,7 +374,8 @@ def serve(settings: WorkerSettings, current: CurrentFleet) -> NoReturn:
     loading = _loading(settings, fleet)
     try:
         loading.start(on_taken=_refuse_at_once)
-        engine = _load_or_end(settings, fleet, loading)
+        weights = Weights(settings, tell=loading.tell)
+        engine = _load_or_end(settings, fleet, loading, weights)
         loading.end()
         parts = build(
             settings,
@@ -374,6 +383,7 @@ def serve(settings: WorkerSettings, current: CurrentFleet) -> NoReturn:
             engine=engine,
             when_empty=_end_process,
             instance=loading.identity.instance,
+            weights=weights,
         )
         status = _take_jobs(parts, sources)
     except _ToldToEnd:
@@ -382,10 +392,12 @@ def serve(settings: WorkerSettings, current: CurrentFleet) -> NoReturn:
     _end_at_once(status)
 
 
-def _load_or_end(settings: WorkerSettings, fleet: Fleet, loading: Loading) -> Engine:
+def _load_or_end(
+    settings: WorkerSettings, fleet: Fleet, loading: Loading, weights: Weights
+) -> Engine:
     """Start the engine; end the process, with the reason in the worker's row, if it cannot."""
     try:
-        return _start_engine(settings, fleet)
+        return _start_engine(settings, fleet, weights)
     except NothingLoaded as problem:
         root = settings.checkpoint_root
         sentences = [failure_sentence(fleet, failure, root) for failure in problem.failures]
@@ -500,14 +512,16 @@ def _log_ready(parts: WorkerParts) -> None:
     )
 
 
-def _start_engine(settings: WorkerSettings, fleet: Fleet) -> Engine:
+def _start_engine(settings: WorkerSettings, fleet: Fleet, weights: Weights) -> Engine:
     """Start the engine with the versions of the pool's models that it begins with, loaded and warm.
 
-    Those that cannot be loaded are left out. Raises NothingLoaded if that is all of them.
+    What is kept elsewhere is fetched first, and held while the process lives. Those that cannot be
+    loaded are left out. Raises NothingLoaded if that is all of them.
     """
     described = described_engine(settings, fleet)
     assert described is not None, "the settings were checked against the fleet"
-    engine = Engine(described.config, described.first_loaded())
+    absent = weights.stage(wanted_of(fleet, described.specs))
+    engine = Engine(described.config, described.lacking_files_of(absent).first_loaded())
     engine.start()
     return engine
 

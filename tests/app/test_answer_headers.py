@@ -97,7 +97,7 @@ def test_a_refusal_for_good_reaches_clients_with_the_word_not_to_retry(api, fini
         ("{job}/status", "private, max-age=1"),
         ("{job}/images/0", "no-store"),  # a redirect to a URL that expires
         ("{job}/images/0?redirect=false", "private, max-age=600"),
-        ("/openapi.json", "public, max-age=60"),
+        ("/openapi.json", "private, max-age=60"),  # of this key
         ("/v1/jobs/{nobody}", "no-store"),
         ("/v1/jobs", None),
         ("/healthz", None),

@@ -114,7 +114,8 @@ def limits_jobs(scene: Scene) -> Act:
 
 
 def exhausts_a_quota(scene: Scene) -> Act:
-    scene.limit(daily_megapixel_steps=Decimal(1))
+    scene.limit(daily_megapixel_steps=Decimal(str(1.5 * COST)))
+    scene.tenant.post()
     return scene.tenant.post
 
 

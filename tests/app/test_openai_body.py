@@ -16,14 +16,17 @@ from app.openai.answers import may_still_answer, problem_of_end
 from app.openai.body import EDIT, GENERATION, VARIATION, ImageCall, gathered, nearest_size, read
 from app.problems import InvalidImageRequest, JobFailed, ModelNotFound, NotOffered, Problem
 from models.tables import Job
+from policy.catalog import resolve
 from policy.failures import FailureCode
 from policy.fleet import parse_fleet, parse_size
 from policy.params import RequestedAdapter
+from policy.routing import ANYBODY, Asker
 from policy.text import is_human
 from settings import REPO
 from tests.builders import a_fleet
 
 FLEET = a_fleet()
+BIG = {"models": ["large"], "slots": 8, "max_batch_rows": 8}
 WORDS = [
     "prompt",
     "model",
@@ -266,8 +269,12 @@ def test_a_background_that_is_a_boolean_is_ours_and_a_word_is_theirs():
     assert keeps == {True: True, "true": True, "auto": False, "opaque": False}
 
 
+def tier_got(requested, fleet, asker=ANYBODY) -> str:
+    return resolve(fleet, requested, default_seed=7, asker=asker).tier
+
+
 def requested_steps(requested, fleet) -> int:
-    return requested.steps or fleet.default_steps(fleet.default_model(), requested.tier)
+    return resolve(fleet, requested, default_seed=7).num_steps
 
 
 @pytest.mark.parametrize(
@@ -279,7 +286,8 @@ def test_more_quality_has_more_steps(fleet):
         for quality in ("low", "medium", "high")
     ]
 
-    assert [requested.tier for requested in all_requested] == ["fast", "fast", "quality"]
+    tiers = [tier_got(requested, fleet) for requested in all_requested]
+    assert tiers == ["fast", "fast", "quality"]
     assert [requested_steps(requested, fleet) for requested in all_requested] == [4, 9, 20]
     for older, newer in (("standard", "medium"), ("hd", "high")):
         same = [
@@ -298,7 +306,7 @@ def test_a_quality_has_no_more_steps_than_its_tier(quality):
 
     requested = read(GENERATION, {"prompt": "x", "quality": quality}, fleet).requested
 
-    assert requested_steps(requested, fleet) <= fleet.tiers[requested.tier].max_steps
+    assert requested_steps(requested, fleet) <= fleet.tiers[tier_got(requested, fleet)].max_steps
 
 
 def test_each_quality_has_its_tier():
@@ -306,9 +314,33 @@ def test_each_quality_has_its_tier():
     tiers |= dict.fromkeys(("high", "xhigh", "max", "hd"), "quality")
 
     for quality, tier in tiers.items():
-        assert (
-            read(GENERATION, {"prompt": "x", "quality": quality}, FLEET).requested.tier == tier
-        ), quality
+        requested = read(GENERATION, {"prompt": "x", "quality": quality}, FLEET).requested
+        assert tier_got(requested, FLEET) == tier, quality
+
+
+@pytest.mark.parametrize("quality", ["auto", "low", "medium", "high"])
+@pytest.mark.parametrize(
+    ("changes", "asker"),
+    [
+        ({"pools.local.tiers": ["batch"]}, ANYBODY),
+        ({}, Asker(tiers=("batch",))),
+    ],
+    ids=["by its pool", "by the tenant's limits"],
+)
+def test_a_quality_has_a_tier_in_which_the_model_is_offered(quality, changes, asker):
+    fleet = a_fleet(changes | {"pools.big": {**BIG, "tiers": ["batch"]}})
+
+    requested = read(GENERATION, {"prompt": "x", "quality": quality}, fleet, asker).requested
+
+    assert tier_got(requested, fleet, asker) == "batch"
+
+
+def test_a_version_may_be_named_by_a_key_with_the_scope_for_it():
+    asker = Asker(may_name_versions=True)
+
+    assert read(GENERATION, {"prompt": "x", "model": "pocket@1"}, FLEET, asker).requested.model
+    with pytest.raises(ModelNotFound, match="a key with the scope `versions`"):
+        read(GENERATION, {"prompt": "x", "model": "pocket@1"}, FLEET)
 
 
 def test_steps_and_a_tier_that_are_named_win_over_quality():

@@ -253,7 +253,8 @@ def test_a_stream_shows_three_partial_images_that_are_made_of_its_latents(client
     # colours by a linear guess from the latents
     assert distance(shown[2], small) < distance(np.full_like(small, 128), small)
     assert events[-1].seed == 7
-    assert events[-1].usage.total_tokens == 0
+    usage = events[-1].usage
+    assert usage.total_tokens == usage.input_tokens == usage.input_tokens_details.text_tokens > 0
     assert {event.output_format for event in events} == {"png"}
 
 

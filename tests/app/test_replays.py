@@ -2,6 +2,7 @@
 pixels.
 """
 
+import json
 import uuid
 from types import SimpleNamespace
 
@@ -133,11 +134,32 @@ def test_a_replay_goes_to_another_pool_that_serves_the_version(gateway_with, new
     assert (answer.status_code, answer.json["replay_of"]) == (202, job["id"])
 
 
-def test_a_job_whose_weights_were_exchanged_cannot_be_replayed(api, stack_database):
+def test_a_reproducible_job_whose_rows_no_pool_makes_any_more_cannot_be_replayed(
+    gateway_with, new_key
+):
+    own = bearer(new_key())
+    job = gateway_with().post("/v1/jobs", json=BODY | {"tier": "quality"}, headers=own).json
+    fewer = {
+        "pools.local.max_batch_rows": 4,
+        "models.pocket.tiers.quality.bucket_rows": {"128x128": 4, "128x192": 4},
+    }
+
+    answer = gateway_with(a_fleet(fewer)).post(f"/v1/jobs/{job['id']}/replay", headers=own)
+
+    assert job["bucket_rows"] == 8
+    assert assert_problem(answer, 409, "replay-impossible")["gone"] == "bucket_rows"
+
+
+@pytest.mark.parametrize(
+    ("fact", "before"), [("weights", "of before"), ("options", {"max_sequence_length": 64})]
+)
+def test_a_job_whose_weights_or_options_were_changed_cannot_be_replayed(
+    api, stack_database, fact, before
+):
     body = BODY | {"steps": 1}
     job = api.post("/v1/jobs", json=body, headers={"Prefer": "wait=60"}).json()
     with transaction(stack_database) as session:
-        told = "jsonb_set(fingerprint_facts, '{weights}', '\"of before\"')"
+        told = f"jsonb_set(fingerprint_facts, '{{{fact}}}', '{json.dumps(before)}')"
         session.execute(
             text(f"UPDATE attempts SET fingerprint_facts = {told} WHERE job_id = :id"),
             {"id": job["id"]},
@@ -145,7 +167,7 @@ def test_a_job_whose_weights_were_exchanged_cannot_be_replayed(api, stack_databa
 
     problem = assert_problem(replay(api, job), 409, "replay-impossible")
 
-    assert problem["gone"] == "weights"
+    assert problem["gone"] == fact
 
 
 def a_job_with_the_adapter(name):

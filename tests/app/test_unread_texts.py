@@ -51,6 +51,18 @@ def test_nothing_is_told_of_a_prompt_that_is_read(api):
     assert render(api, prompt=KNOWN, negative_prompt="a green star", guidance=2.0)["warnings"] == []
 
 
+def test_a_job_tells_the_tokens_of_its_prompt_once_it_is_rendered(api):
+    waiting = api.post("/v1/jobs", json={**JOB_BODY, "prompt": LONG, "tier": "batch"}).json()
+    short, long = render(api, prompt=KNOWN), render(api, prompt=LONG)
+
+    [warning] = long["warnings"]
+    unread = warning["tokens_given"] - warning["tokens_read"]
+    assert (waiting["prompt_tokens"], waiting["truncated_tokens"]) == (None, None)
+    assert 0 < short["prompt_tokens"] <= ROOM
+    assert short["truncated_tokens"] == 0
+    assert (long["prompt_tokens"], long["truncated_tokens"]) == (warning["tokens_given"], unread)
+
+
 def test_a_negative_prompt_without_guidance_is_told_at_once_and_once(api):
     job_body = {**JOB_BODY, "prompt": KNOWN, "negative_prompt": "a green star", "guidance": 1.0}
 
@@ -81,6 +93,7 @@ def test_openai_s_clients_are_told(client):
     events = list(client.images.generate(prompt=LONG, stream=True, extra_body=JOB_BODY))
 
     assert answer.warnings[0]["code"] == "prompt_truncated"
+    assert answer.usage.input_tokens == answer.warnings[0]["tokens_given"]
     assert events[-1].warnings == answer.warnings
 
 

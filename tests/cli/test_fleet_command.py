@@ -6,9 +6,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cli.main import darkroom
-from models import revisions
+from models import revisions, tenants
 from models.database import transaction
-from tests.builders import fleet_text
+from tests.builders import a_closed_port, fleet_text
 from tests.models.conftest import Database, a_database
 
 
@@ -24,13 +24,11 @@ def unreadable(stack) -> Iterator[Database]:
 @pytest.fixture
 def run(unreadable, tmp_path, monkeypatch):
     file = tmp_path / "fleet.toml"
-    file.write_text(fleet_text())
     url = unreadable.app.url.render_as_string(hide_password=False)
     monkeypatch.setenv("DATABASE_URL", url)
 
-    def run(command: str, text: str = "") -> Result:
-        if text:
-            file.write_text(text)
+    def run(command: str, changes=None) -> Result:
+        file.write_text(fleet_text(changes))
         given = ["--data-dir", str(tmp_path), "fleet", command, str(file)]
         return CliRunner().invoke(darkroom, given)
 
@@ -55,10 +53,33 @@ def test_fleet_apply_puts_a_text_in_force_that_this_release_can_read(run, unread
         assert newest.content == fleet_text()
 
 
+@pytest.mark.parametrize("command", ["check", "diff", "apply"])
+def test_fleet_command_warns_of_pools_for_tenants_that_are_not_there(run, unreadable, command):
+    known = f"acme-{command}"
+    with transaction(unreadable.app) as session:
+        tenants.create(session, name=known, actor="tests")
+
+    done = run(command, {"pools.big.tenants": [known, f"acne-{command}"]})
+
+    assert done.exit_code == 0, done.output
+    assert f"warning: pools.big.tenants: there is no tenant 'acne-{command}'" in done.stderr
+    assert f"there is no tenant '{known}'" not in done.output
+
+
+def test_fleet_check_works_without_a_database(run, monkeypatch):
+    monkeypatch.setenv("DATABASE_URL", f"postgresql://nobody@127.0.0.1:{a_closed_port()}/none")
+
+    done = run("check", {"pools.big.tenants": ["acme"]})
+
+    assert done.exit_code == 0, done.output
+    assert "names of tenants were not checked" in done.stderr
+    assert "nothing is wrong" in done.stdout
+
+
 def test_fleet_check_names_a_version_that_the_memory_of_its_pool_never_holds(run):
     budget = {"pools.local.residency": "lru", "pools.local.device_memory_gb": 0.001}
 
-    done = run("check", fleet_text(budget))
+    done = run("check", budget)
 
     assert done.exit_code == 1
     assert (

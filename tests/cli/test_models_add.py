@@ -14,10 +14,11 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from cli import adding
+from cli import adding, trying
 from cli.main import darkroom
 from policy.fleet import parse_fleet
 from settings import REPO
+from tests.buckets import an_object_store
 
 POCKET = REPO / "pocket" / "checkpoint"
 
@@ -74,7 +75,7 @@ def trials_here(monkeypatch) -> None:
             code = importlib.import_module("cli.trial").main()
         return subprocess.CompletedProcess(command, code, told.getvalue(), "")
 
-    monkeypatch.setattr(adding.subprocess, "run", run_here)
+    monkeypatch.setattr(trying.subprocess, "run", run_here)
 
 
 def test_a_folder_becomes_a_model_with_pictures_a_curve_and_a_copy_of_the_file(place):
@@ -112,6 +113,34 @@ def test_print_shows_the_table_and_does_nothing(place):
     assert table["versions"][0]["quantize"] == "int8"
     assert place.fleet_file.read_bytes() == before
     assert place.files == ["my-fleet.toml", "weights"]
+
+
+def test_weights_in_s3_are_added_pulled_and_verified(place, tmp_path, monkeypatch):
+    with an_object_store(POCKET.parent) as store:
+        for name, value in store.items():
+            monkeypatch.setenv(name, value)
+        added = place.run("add", "far", "s3://checkpoint", "--print")
+        text = place.fleet_file.read_text().replace('["pocket"]', '["pocket", "far"]')
+        place.fleet_file.write_text(f"{text}\n{added.stdout}")
+        shutil.rmtree(place.data / "weights")
+
+        before = place.run("list")
+        pulled = place.run("pull", "far")
+        after = place.run("list")
+        [damaged] = (place.data / "weights").glob("folders/*/model_index.json")
+        damaged.resolve().chmod(0o644)
+        damaged.write_text("{}")
+        verified = place.run("verify", "far")
+        place.run("pull")
+
+    [version] = tomllib.loads(added.stdout)["models"]["far"]["versions"]
+    assert version["source"] == "s3://checkpoint"
+    assert "0 of 10 files are fetched" in before.stdout
+    assert (pulled.exit_code, pulled.stdout) == (0, "far@1: is here\n")
+    assert "are fetched" not in after.stdout
+    assert verified.exit_code == 1
+    assert "far@1: model_index.json: is damaged" in " ".join(verified.stderr.split())
+    assert place.run("verify", "far").exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -206,8 +235,8 @@ def test_a_trial_that_is_killed_leaves_the_file_as_it_was(place, monkeypatch):
     before = place.fleet_file.read_bytes()
     program = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     killed = [sys.executable, "-c", program]
-    run = adding.subprocess.run
-    monkeypatch.setattr(adding.subprocess, "run", lambda _, **told: run(killed, **told))
+    run = trying.subprocess.run
+    monkeypatch.setattr(trying.subprocess, "run", lambda _, **told: run(killed, **told))
 
     done = place.run("add", "killed", POCKET)
 
@@ -224,7 +253,7 @@ def test_a_file_that_somebody_edits_meanwhile_is_not_overwritten(place, monkeypa
         told = {"checkpoint": "other@1", "load_s": 0.0, "device": "cpu", "curves": ""}
         return {**told, "pictures": [], "notes": []}
 
-    monkeypatch.setattr(adding, "_trial", trial)
+    monkeypatch.setattr(adding, "trial", trial)
 
     done = place.run("add", "other", POCKET)
 
@@ -240,8 +269,8 @@ def test_a_file_that_somebody_edits_meanwhile_is_not_overwritten(place, monkeypa
         (["dall-e-3", POCKET], "'dall-e-3' is taken"),
         (["org/model", POCKET], "a name has letters, digits"),
         (["new", POCKET, "--pool", "gpu"], "'gpu' is none of local"),
+        (["new", "hf:org/repo@main"], "with all 40 hex digits of the commit"),
         (["new", POCKET, "--size", "60x64"], "'60x64': both sides must be multiples of 8"),
-        (["new", "s3://bucket/x"], "is not there yet"),
     ],
 )
 def test_what_cannot_be_added_is_told_before_anything_is_loaded(place, arguments, told):

@@ -61,8 +61,8 @@ def test_inspect_ends_with_1_where_something_is_missing(root):
     ("path", "told"),
     [
         ("nowhere", "nowhere is not there"),
-        ("s3://bucket/sdxl", "`add s3://…` is not there yet"),
-        ("hf:org/repo@0123", "`add hf:…` is not there yet"),
+        ("s3://bucket/sdxl", "`models add` and `models pull` fetch it"),
+        ("hf:org/repo@0123", "hf:org/repo@0123 is no path of this machine"),
     ],
 )
 def test_what_is_no_path_here_is_told_in_one_sentence(path, told):

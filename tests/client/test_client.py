@@ -463,6 +463,8 @@ def client_job():
 
 def test_a_job_is_read_with_all_that_it_tells():
     told = a_job(
+        prompt_tokens=30,
+        truncated_tokens=8,
         adapters=[{"name": "sepia", "strength": 0.5}],
         megapixel_steps=0.065536,
         run_by=None,
@@ -477,6 +479,7 @@ def test_a_job_is_read_with_all_that_it_tells():
     assert (job.rendered_at - job.started_at).total_seconds() == 1
     assert (job.start_by - job.created_at).total_seconds() == 600
     assert (job.run_by, job.erased_at.day) == (None, 22)
+    assert (job.prompt_tokens, job.truncated_tokens) == (30, 8)
     assert (job.urls["cancel"], job.metadata) == ("/v1/jobs/j1/cancel", {"order": "7"})
     assert (job.timing.total_s, job.cost.amount, job.images[0].seed) == (3.0, "0.000333", 7)
 

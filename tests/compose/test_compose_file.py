@@ -490,4 +490,15 @@ def test_workers_see_the_weights_and_the_curves_of_the_host(compose_text: str):
     assert "${CHECKPOINTS:-checkpoints}:/checkpoints:ro" in mounts
     assert "${CURVES:-curves}:/var/lib/darkroom/curves" in mounts
     volumes = yaml.safe_load(compose_text)["volumes"]
-    assert {"checkpoints", "curves"} <= set(volumes)
+    assert "${MODEL_CACHE:-weights}:/var/lib/darkroom/weights" in mounts
+    assert {"checkpoints", "curves", "weights"} <= set(volumes)
+
+
+def test_workers_that_fetch_weights_may_leave_and_are_told_only_what_their_settings_know():
+    added = yaml.safe_load((REPO / "docker-compose.weights.yml").read_text())["services"]
+    known = {field.upper() for field in WorkerSettings.model_fields}
+
+    assert set(added) == {"worker", "worker-second"}
+    for worker in added.values():
+        assert worker["networks"] == ["backend", "outside"]
+        assert set(worker["environment"]) <= known

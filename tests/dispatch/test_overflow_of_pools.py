@@ -7,7 +7,7 @@ from sqlalchemy import text
 
 from dispatch.release import Release
 from edges.broker import Broker
-from models import leases, workers
+from models import jobs, leases, overflowing, workers
 from models.database import transaction
 from models.tables import Job, Tenant
 from tests.builders import GONE, a_fleet, a_job, a_tenant
@@ -30,13 +30,14 @@ def spot() -> str:
 def release_with(database, settings, broker_redis, own, spot):
     """The release of a fleet whose pool `own` overflows into `spot`, which has `keys` more."""
 
-    def release_with(**keys) -> Release:
+    def release_with(changes=(), **keys) -> Release:
         shape = {"models": ["pocket"], "slots": 8, "max_batch_rows": 8}
         fleet = a_fleet(
             {
                 "pools.local": GONE,
                 f"pools.{own}": shape | {"overflow_to": spot, "overflow_after_s": AFTER_S},
                 f"pools.{spot}": shape | keys,
+                **dict(changes),
             }
         )
         return Release(database.app, Broker(settings, fleet), fleet, worker_silence_s=15)
@@ -65,7 +66,7 @@ def lives(database):
 def accept(database, own):
     """Accept that many jobs that have waited for so long; their ids in fair order."""
 
-    def accept(count, *, waited_s=2 * AFTER_S, pool=own, tenant=None):
+    def accept(count, *, waited_s=2 * AFTER_S, pool=own, tenant=None, num_images=1, first=0.0):
         with transaction(database.app) as session:
             mine = session.get(Tenant, tenant) if tenant else None
             made = [
@@ -75,7 +76,8 @@ def accept(database, own):
                     tenant=mine,
                     predicted_s=1.0,
                     start_within_s=600,
-                    release_tag=float(number),
+                    num_images=num_images,
+                    release_tag=first + number,
                 ).id
                 for number in range(count)
             ]
@@ -138,6 +140,74 @@ def test_a_job_stays_where_nobody_could_render_it(release_with, lives, accept, o
     accept(2)
 
     assert release_with().overflow(own, "fast") == 0
+
+
+def test_a_job_larger_than_the_room_does_not_keep_those_behind_it(
+    release_with, lives, accept, pool_of, own, spot
+):
+    lives(spot, slots=2)
+    [large] = accept(1, num_images=4)
+    small = accept(2, first=1.0)
+
+    assert release_with().overflow(own, "fast") == 2
+
+    assert [pool_of(job_id) for job_id in (large, *small)] == [own, spot, spot]
+
+
+def test_a_job_that_came_from_a_third_pool_has_not_waited_here_yet(
+    release_with, lives, accept, database, own, spot
+):
+    lives(spot)
+    [job_id] = accept(1, pool=f"gone-{own}")
+    with transaction(database.app) as session:
+        jobs.move(session, job_id, own)
+
+    assert release_with().overflow(own, "fast") == 0
+
+
+@pytest.mark.parametrize(
+    ("announced", "moved"), [(0, 2), (2, 0)], ids=["under its cap", "at its cap"]
+)
+def test_a_tenant_at_its_cap_gets_no_more_by_another_pool(
+    release_with, lives, accept, database, own, spot, announced, moved
+):
+    with transaction(database.app) as session:
+        tenant = a_tenant(session).id
+    release = release_with({"tiers.fast.max_in_hand_per_tenant": 2})
+    accept(announced, tenant=tenant)
+    lives(own)
+    release.release(own, "fast")
+    lives(spot)
+    accept(3, tenant=tenant, first=5.0)
+
+    assert release.overflow(own, "fast") == moved
+
+
+def test_an_announced_job_stays_where_a_live_worker_may_take_it(
+    release_with, lives, accept, own, spot
+):
+    release = release_with()
+    lives(own)
+    accept(2)
+    release.release(own, "fast")
+    lives(spot)
+
+    assert release.overflow(own, "fast") == 0
+
+
+def test_a_tenant_s_long_backlog_is_not_read_to_find_late_jobs(database, own, spot):
+    """By the plan: one probe of an index a tenant, and no sort of what waits."""
+    asked = {"pool": own, "tier": "fast", "room": 8, "after_s": AFTER_S, "without": []}
+    asked |= {"checkpoints": ["pocket@1"], "tenants": []}
+    with transaction(database.app) as session:
+        session.execute(text("SET LOCAL enable_seqscan = off"))
+        statement = overflowing._WAITING.compile(session.connection())
+        plan = session.connection().exec_driver_sql(
+            f"EXPLAIN {statement}", statement.construct_params(asked)
+        )
+        told = "\n".join(row[0] for row in plan)
+
+    assert "jobs_ready_by_tenant" in told, told
 
 
 def test_a_job_stays_while_jobs_of_the_other_pool_wait_themselves(

@@ -42,6 +42,7 @@ COUNTERS = {
     "darkroom_transaction_conflicts_total": ("kind",),
     "darkroom_webhook_attempts_total": ("outcome",),
     "darkroom_webhooks_deferred_total": (),
+    "darkroom_weights_fetched_bytes_total": ("source",),
     "darkroom_workers_unfit_total": (),
 }
 HISTOGRAMS = {
@@ -51,6 +52,7 @@ HISTOGRAMS = {
     "darkroom_model_wait_seconds": (),
     "darkroom_picture_seconds": (),
     "darkroom_webhook_attempt_seconds": (),
+    "darkroom_weights_stage_seconds": ("phase",),
 }
 GAUGES = {
     "darkroom_audit_months_ahead": (),

@@ -13,7 +13,7 @@ from tiny_flow_checkpoints import save_tiny_flux, save_tiny_sd3
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.events import Resumed, Started, Stepped
-from engine.texts import UnreadText
+from engine.texts import TokenCount, UnreadText
 
 ROOM = 14  # tokens of a text between the first and the last of the CLIP encoders' 16
 FITS, LONG = "red " * ROOM, "red " * (ROOM + 6)
@@ -83,6 +83,20 @@ def test_a_negative_prompt_without_guidance_is_told_and_has_no_effect(engine, na
     assert (text.field, text.tokens_read) == ("negative_prompt", 0)
     assert text.tokens_given >= 1
     assert np.array_equal(pixels, others)
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "counted"),
+    [
+        ("sd", FITS, TokenCount(given=ROOM, read=ROOM)),
+        ("sd", f"{LONG}circle", TokenCount(given=ROOM + 7, read=ROOM)),
+        ("sd", "", TokenCount(given=0, read=0)),
+    ],
+)
+def test_the_tokens_of_the_prompt_are_in_the_record_of_an_image(engine, name, prompt, counted):
+    request = a_request("image", checkpoint=name, sampler=NOISE[0], num_steps=2, prompt=prompt)
+
+    assert engine.submit(request).result(60).record.prompt == counted
 
 
 def test_a_negative_prompt_is_cut_off_as_a_prompt_is(engine):

@@ -8,6 +8,7 @@ import io
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +23,14 @@ from cli.sql import ask
 from darkroom_client import Client, Job, ProblemError
 from fleet.stack import Stack
 from policy.params import PARAMS
+from tests.buckets import an_object_store
+from tests.builders import until
 from tests.fleet.tiny_fleet import MODELS, fleet_of, tiny_weights
 from tests.pictures import png
 
 PROMPT = "a red circle on the blue background"
 FIELDS = {"seed": 7, "steps": 3, "guidance": 2.0, "tier": "quality"}
+FAR, FARTHER = "far-sdxl", "far-sd3"  # their weights are in an object store
 EDIT_MODELS = ("kontext", "pix2pix")
 KEEPING_MODELS = ("sd", "sdxl", "sd3", "flux-dev", "flux-schnell")  # they repaint by themselves
 
@@ -36,14 +40,17 @@ def families() -> Iterator[Stack]:
     """The stack. Not below pytest's own folder: Postgres could not read it."""
     folder = Path(tempfile.mkdtemp(prefix="darkroom-families-"))
     file = folder / "fleet.toml"
-    file.write_text(fleet_of(tiny_weights()))
+    file.write_text(fleet_of(tiny_weights(), far={FAR: "sdxl"}))
     stack = Stack(folder / "data", fleet_file=file)
-    try:
-        stack.up(wait_s=280)
-        yield stack
-    finally:
-        stack.down()
-        shutil.rmtree(folder, ignore_errors=True)
+    with an_object_store(tiny_weights()) as store, pytest.MonkeyPatch.context() as environment:
+        for name, value in store.items():
+            environment.setenv(name, value)
+        try:
+            stack.up(wait_s=280)
+            yield stack
+        finally:
+            stack.down()
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class Renders:
@@ -66,6 +73,11 @@ class Renders:
             for changes in each
         ]
         return [self.finished(job) for job in created]
+
+    def made_far(self, model: str, **changes: Any) -> Job:
+        """A job of a model whose weights are elsewhere, done."""
+        fields = {"prompt": PROMPT, "model": model, **FIELDS, **changes}
+        return self.finished(self.client.create_job(**fields))
 
     def finished(self, job: Job) -> Job:
         job = self.client.wait(job.id, timeout_s=120)
@@ -237,6 +249,39 @@ def test_generate_makes_what_the_api_makes(
     assert done.exit_code == 0, done.output
     (job,) = renders.made(model, fields)
     assert Path("out.png").read_bytes() == renders.client.image(job)
+
+
+# --- weights that are kept elsewhere ---
+
+
+def test_a_model_from_s3_makes_what_it_makes_from_a_folder(renders):
+    worn = {"adapters": [{"name": "peft"}]}
+
+    far, far_adapted = renders.made_far(FAR), renders.made_far(FAR, **worn)
+
+    [adapted] = renders.made("sdxl", worn)
+    assert pixels_of(far) == pixels_of(renders.plain("sdxl"))
+    assert pixels_of(far_adapted) == pixels_of(adapted)
+
+
+def test_a_model_from_s3_joins_the_running_worker(families, renders, tmp_path):
+    pids = {each.name: each.pid for each in families.status()}
+    file = tmp_path / "fleet.toml"
+    file.write_text(fleet_of(tiny_weights(), far={FAR: "sdxl", FARTHER: "sd3"}))
+    told = ["--data-dir", str(families.data_dir), "fleet", "apply", str(file), "--note", "a test"]
+
+    applied = CliRunner().invoke(darkroom, told)
+    assert applied.exit_code == 0, applied.output
+
+    def made() -> Job | None:
+        with suppress(ProblemError):  # the gateway does not know it yet, or no worker serves it
+            return renders.made_far(FARTHER)
+        return None
+
+    far = until(made, within_s=120, what="the worker")
+
+    assert pixels_of(far) == pixels_of(renders.plain("sd3"))
+    assert {each.name: each.pid for each in families.status()} == pids, "no process started anew"
 
 
 # --- what a request says reaches the engine ---

@@ -33,9 +33,10 @@ from fleet.addresses import (
     read_env,
     write_env,
 )
-from fleet.stack import Stack, StackError, _unready_parts
+from fleet.stack import Stack, StackError, _missing_workers, _unready_parts
 from fleet.supervision import MARK
 from migrations import roles
+from policy.workers import WorkerNow
 from settings import REPO
 
 SERVICES = {"postgres", "broker", "handoff", "s3"}
@@ -720,3 +721,19 @@ def serves(gunicorn_pid):
         return bool(psutil.Process(gunicorn_pid).children())
     except psutil.NoSuchProcess:
         return False
+
+
+@pytest.mark.parametrize(
+    ("state", "revision", "told"),
+    [
+        ("ready", 3, []),
+        ("ready", None, []),
+        ("loading", 3, ["workers of pool local (0 of 1)"]),
+        ("leaving", 3, ["workers of pool local (0 of 1)"]),
+        ("ready", 2, ["local-1@here (goes by revision 2 of the fleet, not by 3)"]),
+    ],
+)
+def test_up_waits_for_workers_that_take_jobs_by_the_new_revision(state, revision, told):
+    worker = WorkerNow("local-1@here", "local", state, is_silent=False, revision=revision)
+
+    assert _missing_workers([worker], {"local": 1}, 3) == told

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from policy.sources import is_fetched
 from settings import REPO
 from tests.builders import GONE, fleet_text
 
@@ -102,12 +103,42 @@ def _publish(made: Path, folder: Path) -> None:
             raise
 
 
-def fleet_of(weights: Path, names: Iterable[str] = tuple(MODELS), **keys: Any) -> str:
-    """The text of a fleet file with these of them in one pool, which has further keys."""
+def fleet_of(
+    weights: Path,
+    names: Iterable[str] = tuple(MODELS),
+    far: Mapping[str, str] | None = None,
+    **keys: Any,
+) -> str:
+    """The text of a fleet file with these of them in one pool, which has further keys.
+
+    far: names of further models, each with the weights of another, which are kept in an object
+    store that serves `weights`.
+    """
     models = {f"models.{name}": _table(name, MODELS[name], weights) for name in names}
-    pool = {"models": list(names), "slots": 8, "max_batch_rows": 8, "warm_floor": 1, **keys}
+    for name, like in (far or {}).items():
+        models[f"models.{name}"] = models[f"models.{like}"] | {
+            "title": name,
+            "versions": [_far_version(weights / like)],
+            "adapters": {
+                layout: told | {"source": f"s3://{ADAPTERS}/{like}/{layout}.safetensors"}
+                for layout, told in models[f"models.{like}"]["adapters"].items()
+            },
+        }
+    served = [key.partition(".")[2] for key in models]
+    pool = {"models": served, "slots": 8, "max_batch_rows": 8, "warm_floor": 1, **keys}
     gone = {"models.pocket": GONE, "models.large": GONE, "pools.big": GONE}
     return fleet_text({**gone, **models, "pools.local": pool})
+
+
+def _far_version(folder: Path) -> dict[str, Any]:
+    """A version in the bucket of the folder's name."""
+    files = [file for file in folder.rglob("*") if is_fetched(str(file.relative_to(folder)))]
+    digests = {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+        if file.is_file()
+    }
+    return {"id": "1", "source": f"s3://{folder.name}", "sha256": digests}
 
 
 def _table(name: str, model: TinyModel, weights: Path) -> dict[str, Any]:

@@ -82,8 +82,9 @@ def job_history(session, tenant) -> Rows:
     inputs.note_brought(session, job.id)
     leases.count_error(session, a_lease(session, job, worker="gpu1@b"), detail="no", max_attempts=5)
     lease = a_lease(session, job, worker="gpu0@a")
-    hand_off(session, lease, 0, steps=4, shared_steps=3, max_rows=6, max_images=2)
-    hand_off(session, lease, 1, steps=4, shared_steps=1, max_rows=4, max_images=5)
+    tokens = {"prompt_tokens": 30, "truncated_tokens": 8}
+    hand_off(session, lease, 0, steps=4, shared_steps=3, max_rows=6, max_images=2, **tokens)
+    hand_off(session, lease, 1, steps=4, shared_steps=1, max_rows=4, max_images=5, **tokens)
     store(session, job, 0, attempt=2)
     store(session, job, 1, attempt=2)
     instants = {
@@ -136,6 +137,7 @@ def job_history(session, tenant) -> Rows:
             "fleet_revision": None,
             "metadata": {"order": "12"},
             **wish,
+            **tokens,
         }
     ]
 

@@ -251,11 +251,21 @@ def test_a_tenant_with_enough_waiting_is_told_when_its_share_will_have_done_the_
     assert within_jitter(no.retry_after_s, wait_s)
 
 
-def test_a_first_job_is_let_in_however_large_it_is():
-    assert (
-        refused(job_device_s=1e6, fleet=a_fleet({"tiers.fast.max_queued_s_per_tenant": 100.0}))
-        is None
-    )
+@pytest.mark.parametrize(
+    "flows", [(), (waiting(0.0, jobs=0, is_own=True),)], ids=["its first ever", "the only one"]
+)
+def test_a_job_of_which_nothing_else_waits_is_let_in_however_large_it_is(flows):
+    fleet = a_fleet({"tiers.fast.max_queued_s_per_tenant": 100.0})
+
+    assert refused(*flows, job_device_s=1e6, fleet=fleet) is None
+
+
+def test_a_job_larger_than_what_may_wait_is_told_when_the_others_will_be_done():
+    fleet = a_fleet({"tiers.fast.max_queued_s_per_tenant": 100.0})
+
+    no = refused(waiting(60.0, is_own=True), job_device_s=1e6, fleet=fleet)
+
+    assert within_jitter(no.retry_after_s, 60)
 
 
 def test_while_the_hand_off_is_overfull_nothing_is_let_in():

@@ -127,6 +127,14 @@ def test_a_wrong_value_is_named_by_its_key(key, value):
             "models.pocket.block_cache_threshold",
             "means nothing to family 'sd'",
         ),
+        (
+            {
+                "pools.big.max_batch_rows": 1,
+                "models.large.tiers.quality.bucket_rows": {"1024x1024": 1},
+            },
+            "pools.big.max_batch_rows",
+            "model 'large' with guidance takes 2 rows; accepted: 2 to 1024",
+        ),
         ({"pools.big.slots": 7}, "pools.big.slots", "less than tiers.quality.max_images (8)"),
         ({"pools.big": GONE}, "models.large", "must be in a pool, is in none"),
         (

@@ -64,6 +64,20 @@ def a_keeper(here, **times):
         keeper.close()
 
 
+def test_keeper_tells_before_the_next_renewal_what_has_changed(here):
+    query = text("SELECT fleet_revision FROM workers WHERE name = :name")
+
+    def told() -> int | None:
+        with transaction(here.database) as session:
+            return session.scalar(query, {"name": NAME})
+
+    with a_keeper(here, renew_s=3600) as keeper:
+        keeper.revision = 7
+        keeper.beat_soon()
+
+        until(lambda: told() == 7, within_s=60, what="the row of the worker")
+
+
 @pytest.mark.parametrize("renewals", ["fail", "hang"])
 def test_keeper_drops_its_work_by_itself_when_nothing_was_renewed_for_stop_s(
     here,

@@ -25,7 +25,7 @@ from engine.families.pipeline.signature import CallSignature
 from engine.inflight import InFlight
 from engine.previews import Projector, fit
 from engine.request import ImageRequest
-from engine.texts import UnreadText
+from engine.texts import ReadTexts
 
 
 class CalledPipeline(ABC):
@@ -130,9 +130,9 @@ class CalledPipeline(ABC):
         """Give 0: how long a prompt has become shows in the calls, and so in their names."""
         return 0
 
-    def unread(self, request: ImageRequest) -> tuple[UnreadText, ...]:
-        """Give nothing: what a call makes of its texts is its own affair."""
-        return ()
+    def read_texts(self, request: ImageRequest) -> ReadTexts:
+        """Tell nothing: what a call makes of its texts is its own affair."""
+        return ReadTexts()
 
     # --- of an image ---
 

@@ -14,5 +14,6 @@ SELECT w.pool, w.name AS worker,
        ) AS problem,
        w.starts - 1 AS restarts, w.failed_starts, w.started_at,
        round(extract(epoch FROM clock_timestamp() - w.seen_at), 1) AS silent_s, w.host, w.pid,
-       w.fleet_revision, w.facts ->> 'waits_for' AS waits_for, w.capacity_class
+       w.fleet_revision, w.facts ->> 'waits_for' AS waits_for, w.capacity_class,
+       nullif(w.facts ->> 'doing', '') AS doing
 FROM workers w
