@@ -280,7 +280,7 @@ def test_a_picture_that_is_deleted_before_its_job_is_written_refuses_it(
         monkeypatch.setattr(quotas, "budget_charge", erase_first)
         return submit_batch(runtime, caller, iter([asked]))
 
-    def erase_first(*_):
+    def erase_first(*_, **__):
         """Delete the picture as the batch is about to be written: then it charges the budget."""
         files.erase(runtime, caller, file.id)
         return contextlib.nullcontext()

@@ -310,6 +310,8 @@ def test_a_stack_is_ready_when_its_parts_are_and_each_worker_that_was_asked_for_
         "fleet.stack.httpx.Client", lambda **options: client(**options, transport=transport)
     )
     stack = Stack(tmp_path, workers=2)
+    ready = [WorkerNow(f"local-{n}@here", "local", "ready", is_silent=False) for n in (1, 2)]
+    monkeypatch.setattr(stack, "_known_workers", lambda: ready)
 
     with pytest.raises(StackError, match=re.escape(f"the stack is not ready in time: {told}")):
         stack._wait_ready(time.monotonic() - 1, {"local": 2}, 1)

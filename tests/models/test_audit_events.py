@@ -436,7 +436,8 @@ def moving_to_another_pool(session, tenant):
 
 @appends("job:state:failed", actor=SWEEPER)
 def failing_for_want_of_its_model(session, tenant):
-    return partial(jobs.fail_gone, session, a_job(session, tenant=tenant).id)
+    job = a_job(session, tenant=tenant)
+    return partial(jobs.fail_gone, session, job.id, code=FailureCode.MODEL_GONE, detail="gone")
 
 
 @appends("job:state:failed", actor=SWEEPER)

@@ -441,7 +441,7 @@ def workers_now(session, tenant) -> Rows:
     usual = {"pool": pool, "device": "cpu", "slots": 8, "restarts": 0, "failed_starts": 0}
     usual |= {"capacity_class": ""}
     empty = ("models", "loaded", "failed_models", "problem")
-    empty += ("host", "pid", "fleet_revision", "waits_for")
+    empty += ("host", "pid", "fleet_revision", "waits_for", "doing")
     unknown = dict.fromkeys(empty)
     here = NEAR(Decimal(0), abs=Decimal(15))
     return [
@@ -481,6 +481,7 @@ def workers_now(session, tenant) -> Rows:
             "pid": 2,
             "fleet_revision": None,
             "waits_for": None,
+            "doing": None,
             "started_at": times[f"c@{pool}"],
             "silent_s": here,
         },
