@@ -294,8 +294,9 @@ class Loads:
         """Leave nobody waiting: the engine stops."""
         self._side.shutdown(wait=False, cancel_futures=True)
         # What a load changes in the whole process, such as where modules are built, is changed back
-        # at its end.
-        wait(list(self._reads), timeout=ENDS_WITHIN_S)
+        # at its end. One that was canceled before it began has none: `wait` would not return.
+        begun = [read for read in self._reads if not read.cancelled()]
+        wait(begun, timeout=ENDS_WITHIN_S)
         self._warm_ups.clear()
         leaving = [each.gone for each in self._leaving.values()]
         waiting: list[Future[Any]] = [*self._asked, *leaving, *self._put]
