@@ -54,15 +54,18 @@ class Following:
         database: Engine,
         *,
         goes_by: Callable[[Fleet], bool] = lambda fleet: True,
+        is_due_again: Callable[[], bool] = lambda: False,
     ) -> None:
         """Know what to keep up to date.
 
         goes_by: has the process go by a new fleet. Called once a second until it returns True,
-        with what is the newest then.
+        with what is the newest then.  is_due_again: asked once a second; tells whether `goes_by`
+        is to be called with the same fleet again.
         """
         self._current = current
         self._database = database
         self._goes_by = goes_by
+        self._is_due_again = is_due_again
         self._is_behind = False
         self._unreadable = 0  # number of the revision that could not be read last
         self._stop = threading.Event()
@@ -111,5 +114,5 @@ class Following:
                 return
 
     def _go_by_newest(self) -> None:
-        if self._is_behind:
+        if self._is_behind or self._is_due_again():
             self._is_behind = not self._goes_by(self._current.fleet)

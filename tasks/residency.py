@@ -144,13 +144,16 @@ class Residency:
 
         drawn: those that are loaded before anybody asks, as far as they fit: they are there then.
         """
-        new = {name: spec for name, spec in specs.items() if name not in self._specs}
+        new = {name: spec for name, spec in specs.items() if self._specs.get(name) != spec}
         sizes = sizes_of(new.values())
         with self._changed:
             for name in self._specs.keys() - specs.keys():
                 self._leaving[name] = None
                 for known in (self._sizes, self.weights, self.failed):
                     known.pop(name, None)
+            for name in new.keys() & self.failed.keys():  # its files have come since
+                del self.failed[name]
+                self._sizes.pop(name, None)
             self._specs = dict(specs)
             self._learn_sizes(new, sizes)
             self._ahead = [name for name in drawn if name not in self._loaded]

@@ -130,6 +130,10 @@ class EngineRevisions:
         """Tell whether the worker is to follow this revision and does not know of it yet."""
         return self._settings.follow_revisions and number > self._current.number
 
+    def is_to_fetch_again(self) -> bool:
+        """Tell whether to go by the same fleet again, as weights that failed are due again."""
+        return not self._keeper.leaving and self._staging.is_to_try_again()
+
     def go_by(self, new: Fleet) -> bool:
         """Have the engine go by a new fleet, or begin to leave.
 

@@ -4,6 +4,7 @@ A place that fails is the fault of its models alone: they are told as not here.
 """
 
 import threading
+import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -19,6 +20,8 @@ from settings import DeviceSettings
 log = structlog.get_logger(__name__)
 
 NO_CACHE = "MODEL_CACHE_DIR is not set, so nothing is fetched"
+FIRST_RETRY_S = 15.0  # after a fetch that failed; doubles with every failure
+LONGEST_RETRY_S = 1800.0
 PATIENCE_S = 0.5  # what is here already needs less, so nobody has to ask twice
 
 
@@ -140,6 +143,9 @@ class BackgroundStaging:
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
         self._turn: _Turn | None = None
+        self._absent = weights.absent
+        self._pause_s = FIRST_RETRY_S
+        self._again_at = time.monotonic() + FIRST_RETRY_S
 
     @property
     def doing(self) -> str:
@@ -159,12 +165,30 @@ class BackgroundStaging:
                 return None
             self._turn = None
         if not wanted:
-            return {}
+            self._absent = {}
+            return self._absent
         if self._turn is None:
             self._turn = _Turn(self._weights, wanted)
             self._turn.start()
         self._turn.join(PATIENCE_S)
-        return None if self._turn.is_alive() else self._turn.absent
+        if self._turn.is_alive():
+            return None
+        self._absent = self._turn.absent
+        return self._absent
+
+    def is_to_try_again(self) -> bool:
+        """Tell whether what could not be fetched is due again; if so, `stage` begins anew."""
+        if self._weights.cache is None or not self._absent:
+            self._pause_s = FIRST_RETRY_S
+            self._again_at = time.monotonic() + self._pause_s
+            return False
+        if self.doing or time.monotonic() < self._again_at:
+            return False
+        log.info("weights_tried_again", checkpoints=sorted(self._absent))
+        self._turn = None
+        self._pause_s = min(LONGEST_RETRY_S, self._pause_s * 2)
+        self._again_at = time.monotonic() + self._pause_s
+        return True
 
 
 class _GivenUp(Exception):

@@ -482,7 +482,13 @@ def _take_jobs(parts: WorkerParts, sources: Sequence[NoticeSource]) -> int:
         parts.start()
         _log_ready(parts)
         database = parts.renderer.database
-        with following(settings, parts.current, database, goes_by=parts.revisions.go_by):
+        with following(
+            settings,
+            parts.current,
+            database,
+            goes_by=parts.revisions.go_by,
+            is_due_again=parts.revisions.is_to_fetch_again,
+        ):
             status = consume(celery, names(), name=name, threads=threads)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1

@@ -1,5 +1,6 @@
 """Weights that are kept elsewhere, as a worker is told of them and has them brought here."""
 
+import hashlib
 import os
 import tomllib
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from engine.engine import Engine
 from engine.errors import LoadFailure, LoadProblem
 from policy.current import CurrentFleet
+from policy.sources import is_fetched
 from settings import REPO, DeviceSettings
 from tasks.engines import engine_config, failure_sentence, staged_specs
 from tasks.weights import (
@@ -143,3 +145,41 @@ def test_worker_serves_its_weights_until_those_of_a_changed_version_are_here(
 
         assert keeper.leaving
         assert keeper.identity.facts["doing"] == ""
+
+
+def test_fetch_that_failed_is_tried_again_after_a_pause_and_the_model_is_served_then(
+    bucket, fleet_here, settings_here, engine_here, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("tasks.weights.FIRST_RETRY_S", 0.0)
+    files = {
+        str(file.relative_to(POCKET)): file.read_bytes()
+        for file in POCKET.rglob("*")
+        if file.is_file() and is_fetched(str(file.relative_to(POCKET)))
+    }
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    far = fleet_here.models["pocket"].model_dump() | {"aliases": ()}
+    far["versions"] = [{"id": "1", "source": f"{bucket.source}/late", "sha256": digests}]
+    model = type(fleet_here.models["pocket"]).model_validate(far)
+    local = fleet_here.pools["local"].model_copy(update={"models": ("pocket", "far")})
+    new = fleet_here.model_copy(
+        update={
+            "models": {**fleet_here.models, "far": model},
+            "pools": {**fleet_here.pools, "local": local},
+        }
+    )
+    own = bucket.settings(model_cache_dir=tmp_path)
+    changed = {name: getattr(own, name) for name in OF_WEIGHTS}
+    settings = settings_here.model_copy(update=changed)
+    with a_worker(CurrentFleet(fleet_here, 1), settings, engine_here, name="cpu9@here") as worker:
+        worker.parts.revisions._current.replace(new, 2)
+        go_by = worker.parts.revisions.go_by
+        until(lambda: go_by(new), what="the revision")
+        assert "far@1" in worker.parts.revisions.lacking()
+
+        for name, content in files.items():
+            bucket.put(f"late/{name}", content)
+        until(worker.parts.revisions.is_to_fetch_again, what="the next try")
+        until(lambda: go_by(new), what="the weights")
+
+        assert "far@1" not in worker.parts.revisions.lacking()
+        go_by(fleet_here)
