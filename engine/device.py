@@ -60,6 +60,8 @@ class Stopwatch(Protocol):
 
     def stop(self) -> None: ...
 
+    def wait(self) -> None: ...
+
     def span(self) -> Span: ...
 
 
@@ -74,6 +76,9 @@ class HostStopwatch:
     def stop(self) -> None:
         """Take the time."""
         self._stopped_s = time.perf_counter()
+
+    def wait(self) -> None:
+        """Return: the work is done."""
 
     def span(self) -> Span:
         """Return when it was started and stopped."""
@@ -129,12 +134,16 @@ class CudaStopwatch:
         """Mark the end in the stream."""
         self._end.record()
 
+    def wait(self) -> None:
+        """Wait for the device to pass the end. Any thread; without the interpreter lock."""
+        self._end.synchronize()
+
     def span(self) -> Span:
         """Return when the device passed start and stop.
 
-        Waits for it to pass the end, without holding the interpreter lock.
+        Waits for it to pass the end.
         """
-        self._end.synchronize()
+        self.wait()
         start_s = self._clock.seconds_at(self._start)
         return Span(start_s, start_s + float(self._start.elapsed_time(self._end)) / 1000)
 
@@ -322,6 +331,7 @@ class Device:
             ],
             "fp16_accumulation": matmul.allow_fp16_accumulation,
             "blas": str(backends.cuda.preferred_blas_library()),
+            "sampler_factors": "host",  # where samplers compute their factors
             # cuBLAS chooses by it, and it is fewer under MPS and in a MIG instance.
             "multiprocessors": cuda.get_device_properties(self.torch_device).multi_processor_count,
             "sdp": self.attention_order,
