@@ -151,7 +151,8 @@ def add_noise(sampler: Any, clean: Tensor, noise: Tensor, timestep: Tensor) -> T
     else:
         mixed = sampler.add_noise(clean_parts, noise_parts, timestep[None])
     of_clean, of_noise = mixed.tolist()
-    return of_clean * clean + of_noise * noise
+    noisy: Tensor = of_clean * clean + of_noise * noise
+    return noisy
 
 
 def step_arguments(sampler: Sampler, generator: torch.Generator) -> dict[str, Any]:
