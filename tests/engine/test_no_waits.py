@@ -7,24 +7,23 @@ from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from adapter_builders import a_file, lora_tensors
 from claimed_cuda import claimed_cuda
-from diffusers import EulerDiscreteScheduler
+from diffusers import AutoModel, EulerDiscreteScheduler
 from engine_builders import ALWAYS, SAMPLERS, a_request, a_spec
 from tiny_checkpoints import a_mask, a_picture, save_repainting, save_tiny_sdxl
 from tiny_flow_checkpoints import save_tiny_flux, save_tiny_sd3
 from tiny_pipelines import a_pipeline_request, a_pipeline_spec, save_tiny_pipeline
 
 from engine.config import EngineConfig
-from engine.device import Device
 from engine.engine import Engine
 from engine.events import Finished, Previewed, Started, Stepped
 from engine.families.latent import LatentFamily
-from engine.loading import load_checkpoint
 from engine.request import AdapterUse
 from engine.samplers import FLOW_SAMPLERS
 
@@ -111,11 +110,10 @@ def spec_of(epsilon_checkpoint, tmp_path_factory):
 
 
 def an_adapter(spec, path):
-    networks = load_checkpoint(spec, Device("cpu", num_threads=1)).family.networks()
-    denoiser = "unet" if "unet" in networks else "transformer"
-    tensors = lora_tensors(
-        networks[denoiser], prefix=denoiser, seed=1, only=lambda layer: "attn" in layer
-    )
+    """A LoRA over the attention of the checkpoint's denoiser."""
+    folder = "unet" if (Path(spec.path) / "unet").is_dir() else "transformer"
+    network = AutoModel.from_pretrained(spec.path, subfolder=folder)
+    tensors = lora_tensors(network, prefix=folder, seed=1, only=lambda layer: "attn" in layer)
     return replace(a_file(path, tensors), name="own")
 
 
@@ -133,7 +131,11 @@ def engine_of(gpu, spec_of):
         @cache
         def engine_of(checkpoint, device):
             config = EngineConfig(
-                device=device, max_batch_rows=3, growth_ceiling=ALWAYS, previews_per_s=1e6
+                device=device,
+                max_batch_rows=3,
+                row_buckets=(3,),  # a short warm-up
+                growth_ceiling=ALWAYS,
+                previews_per_s=1e6,
             )
             return started.enter_context(Engine(config, [spec_of(checkpoint)]))
 
