@@ -421,6 +421,8 @@ class WorkerSettings(Settings, DeviceSettings):
     # A longer turn of the engine, or a load that does not move for longer, means that the device
     # hangs: the worker ends.
     engine_stuck_after_s: float = Field(300.0, gt=0)
+    # Workers that share this file load one after the other; None: one in the temporary folder.
+    load_lock_file: Path | None = None
     # Time to finish after SIGTERM; must be less than the sender waits before SIGKILL.
     shutdown_notice_s: float = Field(20.0, gt=0, le=3600)
     # The launcher starts a process for each of these GPUs; unset = all.

@@ -16,6 +16,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -60,10 +61,18 @@ class Engine:
     Every method may be called by any thread.
     """
 
-    def __init__(self, config: EngineConfig, checkpoints: Sequence[CheckpointSpec]) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        checkpoints: Sequence[CheckpointSpec],
+        *,
+        load_turn: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         """Put the parts together; nothing is loaded before `start`.
 
-        Raises `ValueError` where two checkpoints have one name or the config contradicts itself.
+        load_turn: surrounds the part of each load that needs the host's memory for a while beside
+        what is kept; it may wait for other processes.  Raises `ValueError` where two checkpoints
+        have one name or the config contradicts itself.
         """
         self.config = config
         self.costs = CostModel()
@@ -72,6 +81,7 @@ class Engine:
             checkpoints,
             max_batch_rows=max_rows,
             may_lack_some=config.may_lack_checkpoints,
+            load_turn=load_turn,
         )
         device = Device(
             config.device,

@@ -9,6 +9,7 @@ not know who submitted what, nor why one rank goes before another.
 from __future__ import annotations
 
 import logging
+import os
 import time
 import traceback
 from collections import Counter, deque
@@ -66,6 +67,7 @@ log = logging.getLogger(__name__)
 Launched = TypeVar("Launched")
 # Forwards launched beyond the one a GPU is busy with: it stays fed, and a cancel is soon.
 RUN_AHEAD = 1
+HASH_THREADS = min(4, os.cpu_count() or 1)  # while nothing is rendered yet
 
 
 class DeviceLoop:
@@ -165,7 +167,9 @@ class DeviceLoop:
         specs = self._checkpoints.specs
         for name, spec in specs.items():
             with self._checkpoints.may_fail(name, self._device):
-                loaded = self._checkpoints.read(spec, self._device, pace=self._pace.kept)
+                loaded = self._checkpoints.read(
+                    spec, self._device, pace=self._pace.kept, hash_threads=HASH_THREADS
+                )
                 self._checkpoints.add(loaded)
         self._checkpoints.check_any_is_loaded()
         started = time.perf_counter()

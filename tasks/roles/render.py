@@ -53,6 +53,7 @@ from tasks.health import Health
 from tasks.inputs import InputPictures
 from tasks.keeper import LeaseKeeper
 from tasks.lacking import LackingModels
+from tasks.loadturns import LoadTurns, default_file
 from tasks.preemption import Preemption, wait_while_a_notice_stands
 from tasks.previews import Previews
 from tasks.registration import Loading, NameTaken, WorkerIdentity
@@ -394,7 +395,8 @@ def serve(settings: WorkerSettings, current: CurrentFleet) -> NoReturn:
     try:
         loading.start(on_taken=_refuse_at_once)
         weights = Weights(settings, tell=loading.tell)
-        engine = _load_or_end(settings, fleet, loading, weights, watchdog)
+        turns = LoadTurns(settings.load_lock_file or default_file(), tell=loading.tell)
+        engine = _load_or_end(settings, fleet, loading, weights, watchdog, turns)
         loading.end()
         parts = build(
             settings,
@@ -414,11 +416,16 @@ def serve(settings: WorkerSettings, current: CurrentFleet) -> NoReturn:
 
 
 def _load_or_end(
-    settings: WorkerSettings, fleet: Fleet, loading: Loading, weights: Weights, watchdog: Watchdog
+    settings: WorkerSettings,
+    fleet: Fleet,
+    loading: Loading,
+    weights: Weights,
+    watchdog: Watchdog,
+    turns: LoadTurns,
 ) -> Engine:
     """Start the engine; end the process, with the reason in the worker's row, if it cannot."""
     try:
-        return _start_engine(settings, fleet, weights, watchdog)
+        return _start_engine(settings, fleet, weights, watchdog, turns)
     except NothingLoaded as problem:
         root = settings.checkpoint_root
         sentences = [failure_sentence(fleet, failure, root) for failure in problem.failures]
@@ -536,7 +543,7 @@ def _log_ready(parts: WorkerParts) -> None:
 
 
 def _start_engine(
-    settings: WorkerSettings, fleet: Fleet, weights: Weights, watchdog: Watchdog
+    settings: WorkerSettings, fleet: Fleet, weights: Weights, watchdog: Watchdog, turns: LoadTurns
 ) -> Engine:
     """Start the engine with the versions of the pool's models that it begins with, loaded and warm.
 
@@ -546,7 +553,8 @@ def _start_engine(
     described = described_engine(settings, fleet)
     assert described is not None, "the settings were checked against the fleet"
     absent = weights.stage(wanted_of(fleet, described.specs))
-    engine = Engine(described.config, described.lacking_files_of(absent).first_loaded())
+    specs = described.lacking_files_of(absent).first_loaded()
+    engine = Engine(described.config, specs, load_turn=turns.turn)
     watchdog.watch(engine)
     engine.start()
     return engine
