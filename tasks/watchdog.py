@@ -92,7 +92,9 @@ class Watchdog:
             error = DeviceLost(f"a load has not moved for {silent_s:.0f} s")
             return _Hang("load", EX_SOFTWARE, error)
         if self._ends_at is not None and time.monotonic() > self._ends_at:
-            return _Hang("end", EX_SOFTWARE, EngineStopped("its worker did not end in time"))
+            is_lost = self._engine is not None and self._engine.is_device_lost
+            status = EX_DEVICE_LOST if is_lost else EX_SOFTWARE
+            return _Hang("end", status, EngineStopped("its worker did not end in time"))
         return None
 
     def _end(self, hang: _Hang) -> None:

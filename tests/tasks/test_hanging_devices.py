@@ -1,5 +1,6 @@
-"""A device that hangs ends its worker, whatever it hangs in, within the limit of that, and no job
-is to blame.
+"""A device that hangs or is lost ends its worker, whatever it does, within the limit of that.
+
+No job is to blame.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,6 +21,7 @@ from engine.errors import DeviceLost
 from engine.warmup import _plain_request
 from policy import queues
 from settings import EX_DEVICE_LOST, REPO
+from tasks.roles import render
 from tasks.watchdog import EX_SOFTWARE, Watchdog
 from tests.builders import until
 from tests.tasks.conftest import end_left_jobs
@@ -182,6 +185,54 @@ def test_an_engine_whose_device_hangs_keeps_nobody_waiting_who_stops_it(here, mo
 
         assert engine.turn_s > 0, "it still hangs"
         hang.end()
+
+
+class Ended(Exception):
+    """Instead of the end of this process; its argument is the status."""
+
+
+@pytest.fixture
+def ends(monkeypatch):
+    def end(status):
+        raise Ended(status)
+
+    monkeypatch.setattr(render, "_end_at_once", end)
+
+
+def test_a_worker_whose_device_is_lost_as_it_loads_ends_with_a_status_of_its_own(
+    here, monkeypatch, ends
+):
+    def loses_it(*_):
+        raise DeviceLost("an illegal memory access")
+
+    told = SimpleNamespace(fail=lambda problem: None)
+    monkeypatch.setattr(render, "_start_engine", loses_it)
+
+    with pytest.raises(Ended, match=str(EX_DEVICE_LOST)):
+        render._load_or_end(here.settings, here.parts.fleet, told, None, None, None)
+
+
+def test_a_worker_whose_gpu_is_off_the_bus_ends_with_that_status(here, monkeypatch, ends):
+    def fails(settings):
+        raise RuntimeError("No CUDA GPUs are available")
+
+    monkeypatch.setattr(render, "device_name", fails)
+
+    with pytest.raises(Ended, match=str(EX_DEVICE_LOST)):
+        render._check_device(here.settings, here.parts.fleet)
+
+
+def test_a_worker_whose_device_is_lost_between_jobs_leaves_with_that_status(here, monkeypatch):
+    engine = here.engine
+    monkeypatch.setattr(engine._loop, "is_device_lost", True)
+    monkeypatch.setattr(render, "consume", lambda *_, **__: 0)
+    monkeypatch.setattr(engine, "stop", lambda within_s: None)  # other tests go on with it
+    settings = here.settings.model_copy(update={"worker_name": "cpu6@here"})
+    parts = render.build(settings, here.parts.fleet, engine=engine, when_empty=lambda: None)
+
+    assert render._take_jobs(parts, []) == EX_DEVICE_LOST
+
+    parts.renderer.database.dispose()
 
 
 _HANGS = """
