@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engine.config import CheckpointSpec, EngineConfig
+from engine.config import CheckpointSpec, EngineConfig, doublings
 from engine.costs import Curve
 from engine.curves import save_curves
 from engine.engine import Engine
 from engine.inflight import BatchKey
-from engine.warmup import doublings
 
 
 @dataclass(frozen=True)

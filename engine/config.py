@@ -29,8 +29,9 @@ class EngineConfig:
     max_batch_rows: int = 16  # rows of one forward; a guided image takes two
     # A forward grows while one more row costs less than this share of a single-row step.
     growth_ceiling: float = 0.85
-    # Sizes of best-effort forwards, padded up; (): exactly the rows there are.
-    row_buckets: tuple[int, ...] = ()
+    # Sizes of best-effort forwards, padded up; (): exactly the rows there are; None: as suits the
+    # device.
+    row_buckets: tuple[int, ...] | None = None
     max_encodes_between_steps: int = 4  # so that newcomers never stall the others for long
     conditioning_cache_bytes: int = 256 * 1024 * 1024
     latent_cache_bytes: int = 64 * 1024 * 1024  # latents kept for forks
@@ -42,6 +43,23 @@ class EngineConfig:
     curves_folder: str = ""
     # Start with those checkpoints that can be loaded, as long as there is one.
     may_lack_checkpoints: bool = False
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Give `row_buckets`; where nobody says, doublings on a GPU and none on a CPU.
+
+        The first forward of a row count costs a GPU up to seconds, for kernels are chosen then. A
+        few counts are tried before the first request; a CPU would only compute more zeros.
+        """
+        if self.row_buckets is not None:
+            return self.row_buckets
+        return () if self.device == "cpu" else doublings(self.max_batch_rows)
+
+
+def doublings(most: int) -> tuple[int, ...]:
+    """Return 1, 2, 4 … and `most` itself."""
+    powers = [1 << power for power in range(most.bit_length()) if 1 << power < most]
+    return (*powers, most)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +85,11 @@ class CheckpointSpec:
     sizes: tuple[tuple[int, int], ...]  # (width_px, height_px) that may be asked for
     samplers: tuple[str, ...]
     default_sampler: str | None = None  # renders the warm-up images; None: the first of `samplers`
+    # Size -> `bucket_rows` that requests will have, for the warm-up. Nothing else goes by it, so
+    # two that differ in it are the same checkpoint.
+    pinned_rows: Mapping[tuple[int, int], tuple[int, ...]] = field(
+        default_factory=dict, compare=False
+    )
     adapters: tuple[AdapterSpec, ...] = ()
     adapter_slots: int = 8  # different adapters in one forward
     max_adapter_rank: int = 64

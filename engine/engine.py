@@ -453,7 +453,7 @@ def _scheduler(
         max_inflight=config.max_inflight,
         max_batch_rows=config.max_batch_rows,
         max_encodes_between_steps=config.max_encodes_between_steps,
-        row_buckets=config.row_buckets,
+        row_buckets=config.buckets,
         rank_shares=config.rank_shares,
         share_patience_s=config.share_patience_s,
         growth_ceiling=config.growth_ceiling,

@@ -196,7 +196,7 @@ class DeviceLoop:
             device=self._device,
             costs=self._costs,
             max_batch_rows=self._config.max_batch_rows,
-            row_buckets=self._config.row_buckets,
+            row_buckets=self._config.buckets,
             repeats=self._config.warm_up_repeats,
             weights_bytes=self._checkpoints.weights_bytes,
             is_brief=is_brief,

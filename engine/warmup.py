@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.config import CheckpointSpec
+from engine.config import CheckpointSpec, doublings
 from engine.costs import CostModel
 from engine.device import Device, is_out_of_memory
 from engine.errors import UnsupportedRequest
@@ -39,12 +39,12 @@ def warm_up(
 ) -> Iterator[None]:
     """Render an image of every size, with and without guidance, and make a forward of every bucket.
 
-    Yields after each piece of work: an encode, the forwards of one size, a step or a decode. What
-    `costs` does not know yet is measured, `repeats` times.  weights_bytes: of all checkpoints; the
-    memory that is measured is what comes on top.  is_brief: render one image of the first size,
-    with the smallest forwards; the rest is learnt from what is asked for. Raises
-    `UnsupportedRequest` for a checkpoint that offers no size or no sampler, or one that nobody
-    could use.
+    Those that requests pin are among them. Yields after each piece of work: an encode, the forwards
+    of one size, a step or a decode. What `costs` does not know yet is measured, `repeats` times.
+    weights_bytes: of all checkpoints; the memory that is measured is what comes on top.  is_brief:
+    render one image of the first size, with the smallest forwards; the rest is learnt from what is
+    asked for. Raises `UnsupportedRequest` for a checkpoint that offers no size or no sampler, or
+    one that nobody could use.
     """
     if not spec.samplers or not spec.sizes:
         raise UnsupportedRequest(
@@ -56,7 +56,8 @@ def warm_up(
         request = _as_it_can_be_rendered(_plain_request(spec, width_px, height_px), validated)
         for sampler in spec.samplers:
             validated(replace(request, sampler=sampler))
-        buckets = row_buckets or doublings(max_batch_rows)
+        pinned = spec.pinned_rows.get((width_px, height_px), ())
+        buckets = sorted({*(row_buckets or doublings(max_batch_rows)), *pinned})
         for guidance in (1.0, 2.0) if max_batch_rows > 1 else (1.0,):
             image = validated(replace(request, guidance=guidance))
             fitting = [rows for rows in buckets if rows >= image.rows]
@@ -103,12 +104,6 @@ def _as_it_can_be_rendered(
             if refused.field == "mask" and "init_image" in pictures:
                 given["init_image"] = pictures.pop("init_image")  # a mask alone is refused as well
             request = replace(request, **given)
-
-
-def doublings(most: int) -> tuple[int, ...]:
-    """Return 1, 2, 4 … and `most` itself."""
-    powers = [1 << power for power in range(most.bit_length()) if 1 << power < most]
-    return (*powers, most)
 
 
 def _render(

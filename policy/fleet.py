@@ -286,8 +286,9 @@ class Pool(_Table):
     overflow_after_s: float | None = Field(None, gt=0)
     slots: int = Field(ge=1, le=1024)  # images resident on one device
     max_batch_rows: int = Field(ge=1, le=1024)
-    # Sizes of best-effort forwards, ascending; (): exactly the rows there are.
-    row_buckets: tuple[int, ...] = ()
+    # Sizes of best-effort forwards, ascending; (): exactly the rows there are; None: doublings on
+    # a GPU, () on a CPU.
+    row_buckets: tuple[int, ...] | None = None
     attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
     # Which of its models are in a device's memory: all of them, or those used last that fit.
     residency: Literal["all", "lru"] = "all"
@@ -560,13 +561,21 @@ def _contradictions_of_pool(fleet: Fleet, name: str, pool: Pool) -> list[str]:
         if model not in served
     ]
     problems += _contradictions_of_routes(fleet, name, pool)
-    possible = {rows for rows in pool.row_buckets if 0 < rows <= pool.max_batch_rows}
-    if list(pool.row_buckets) != sorted(possible):
+    buckets = pool.row_buckets or ()
+    possible = {rows for rows in buckets if 0 < rows <= pool.max_batch_rows}
+    if list(buckets) != sorted(possible):
         problems.append(
             f"pools.{name}.row_buckets: must be ascending numbers from 1 to max_batch_rows"
             f" ({pool.max_batch_rows})"
         )
     problems += _too_few_rows(fleet, name, pool)
+    if pool.row_buckets == ():
+        problems += [
+            f"pools.{name}.row_buckets: {model!r} records each forward pass (cuda_graphs), so name"
+            f" some sizes, or leave the key out"
+            for model in dict.fromkeys(model for model, _ in fleet.versions_in(name))
+            if fleet.models[model].cuda_graphs
+        ]
     if pool.residency == "all":
         problems += [
             f"pools.{name}.{key}: means something with residency 'lru' alone"

@@ -39,7 +39,7 @@ def checkpoint_specs(
     wanted = set(names)
     places = Places(root, cache)
     return [
-        _checkpoint_spec(name, model.of_version(version.id), version, places)
+        _checkpoint_spec(fleet, name, model.of_version(version.id), version, places)
         for name, model in fleet.models.items()
         for version in model.versions
         if wanted & {name, checkpoint_name(name, version.id)}
@@ -59,7 +59,7 @@ def staged_specs(
 
 
 def _checkpoint_spec(
-    name: str, model: Model, version: ModelVersion, places: Places
+    fleet: Fleet, name: str, model: Model, version: ModelVersion, places: Places
 ) -> CheckpointSpec:
     return CheckpointSpec(
         name=checkpoint_name(name, version.id),
@@ -71,6 +71,7 @@ def _checkpoint_spec(
         sizes=tuple(parse_size(size) for size in model.sizes),
         samplers=model.samplers,
         default_sampler=model.default_sampler,
+        pinned_rows=_pinned_rows(fleet, model),
         adapters=tuple(
             AdapterSpec(name=each, path=str(places.file_of(adapter)), sha256=adapter.sha256)
             for each, adapter in model.adapters.items()
@@ -85,6 +86,16 @@ def _checkpoint_spec(
         block_cache_threshold=model.block_cache_threshold,
         guidance_distilled=model.guidance_distilled if model.family == "flux" else None,
     )
+
+
+def _pinned_rows(fleet: Fleet, model: Model) -> dict[tuple[int, int], tuple[int, ...]]:
+    """Give the rows of a forward of reproducible requests, of all tiers, by size."""
+    pinned: dict[tuple[int, int], set[int]] = {}
+    for tier, own in model.tiers.items():
+        if fleet.tiers[tier].determinism == "reproducible":
+            for size, rows in own.bucket_rows.items():
+                pinned.setdefault(parse_size(size), set()).add(rows)
+    return {size: tuple(sorted(rows)) for size, rows in pinned.items()}
 
 
 def failure_sentence(fleet: Fleet, failure: LoadFailure, root: Path) -> str:

@@ -90,3 +90,31 @@ def test_a_calibration_is_what_a_worker_starts_with(checkpoint, tmp_path):
     assert all(point.step_s > 0 for point in points)
     steps = [[entry["steps"] for entry in data["keys"]] for data in (saved, known_at_start)]
     assert steps[0] == steps[1]  # nothing was measured at warm-up
+
+
+def test_rows_that_requests_pin_are_among_those_of_the_warm_up(checkpoint):
+    spec = a_spec(checkpoint)
+    pinned = replace(spec, pinned_rows={spec.sizes[0]: (3,)})
+
+    with Engine(EngineConfig(max_batch_rows=4), [pinned]) as engine:
+        curves = to_data(engine.costs)["keys"]
+
+    rows = {(key["width_px"], key["height_px"]): set() for key in (e["key"] for e in curves)}
+    for entry in curves:
+        size = entry["key"]["width_px"], entry["key"]["height_px"]
+        rows[size] |= {int(step[0]) for step in entry["steps"]}
+    assert 3 in rows.pop(spec.sizes[0])
+    assert all(3 not in others for others in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("given", "buckets"),
+    [
+        ({"device": "cuda:0", "max_batch_rows": 6}, (1, 2, 4, 6)),
+        ({"device": "cuda:0", "row_buckets": ()}, ()),
+        ({"device": "cuda:0", "row_buckets": (2, 8)}, (2, 8)),
+        ({"device": "cpu"}, ()),
+    ],
+)
+def test_row_buckets_are_doublings_on_a_gpu_unless_somebody_says(given, buckets):
+    assert EngineConfig(**given).buckets == buckets

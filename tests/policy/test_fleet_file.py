@@ -113,6 +113,11 @@ def test_a_wrong_value_is_named_by_its_key(key, value):
         ),
         ({"pools.local.row_buckets": [4, 32]}, "pools.local.row_buckets", "ascending numbers"),
         (
+            {"pools.local.row_buckets": [], "models.pocket.cuda_graphs": True},
+            "pools.local.row_buckets",
+            "name some sizes, or leave the key out",
+        ),
+        (
             {"models.pocket.pipeline_class": "SanaPipeline"},
             "models.pocket.pipeline_class",
             "means nothing to family 'sd'",

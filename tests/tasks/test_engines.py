@@ -1,5 +1,6 @@
 """fleet.toml's models as the engine is told of them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from tasks.engines import checkpoint_specs
@@ -39,3 +40,15 @@ def test_version_is_loaded_as_it_says_that_its_weights_are_quantised():
         ("pocket@1", None),
         ("pocket@small", "int8"),
     ]
+
+
+def test_checkpoint_knows_the_rows_that_reproducible_tiers_pin():
+    of_tiers = {
+        "quality": {"bucket_rows": {"128x128": 6, "128x192": 4}},
+        "fast": {"bucket_rows": {"128x128": 3}},  # a tier of best effort: nothing goes by it
+    }
+
+    [spec] = checkpoint_specs(a_fleet({"models.pocket.tiers": of_tiers}), ["pocket"], Path("/srv"))
+
+    assert spec.pinned_rows == {(128, 128): (6,), (128, 192): (4,)}
+    assert spec == replace(spec, pinned_rows={})  # another bucket is no reason to load it anew
