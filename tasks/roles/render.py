@@ -8,7 +8,7 @@ import sys
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NoReturn
 
 import structlog
@@ -317,13 +317,11 @@ def _residency(
 
 def _tell(keeper: LeaseKeeper, residency: Residency) -> None:
     """Have the next heartbeat say what is served and loaded, and why the rest is not."""
-    me = keeper.identity
-    keeper.identity = replace(
-        me,
+    keeper.describe(
         held=tuple(sorted(residency.serves)),
         loaded=residency.loaded,
         failed=dict(residency.failed),
-        facts=me.facts | {"weights": dict(residency.weights)},
+        facts={"weights": dict(residency.weights)},
     )
 
 
@@ -501,7 +499,7 @@ def _take_jobs(parts: WorkerParts, sources: Sequence[NoticeSource]) -> int:
     ]
     # Another worker of this host may have the port already.
     port = telemetry.serve_metrics(settings.metrics_port, settings.metrics_host, tries=PORTS_TRIED)
-    parts.keeper.identity.facts["metrics_port"] = port
+    parts.keeper.describe(facts={"metrics_port": port})
     telemetry.watch_engine(parts.engine.stats)
     threads = tiers.most_jobs(fleet, pool_of(settings, fleet).slots) + SPARE_THREADS
     name = parts.keeper.identity.name
