@@ -1,5 +1,6 @@
 """The device the engine owns: set up for repeatable bits, and timed without stalling it."""
 
+import ctypes
 import platform
 import time
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ OUT_OF_MEMORY = (
 # The share of free memory that is used: fragments and the libraries' workspaces take the rest.
 MEMORY_SHARE = 0.92
 CLOCK_S = 60.0
+MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; None: another library
 
 
 @dataclass(frozen=True)
@@ -350,6 +352,15 @@ class Device:
             "sdp": self.attention,
             "float32_matmul": torch.get_float32_matmul_precision(),
         }
+
+
+def give_back_host_memory() -> None:
+    """Have the C library give the kernel what it keeps of freed memory.
+
+    Of weights that have been moved to a GPU it would keep all: a second copy, for good.
+    """
+    if MALLOC_TRIM is not None:
+        MALLOC_TRIM(0)
 
 
 def is_out_of_memory(problem: BaseException) -> bool:

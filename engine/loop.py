@@ -9,6 +9,7 @@ not know who submitted what, nor why one rank goes before another.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 import traceback
@@ -70,6 +71,7 @@ log = logging.getLogger(__name__)
 Launched = TypeVar("Launched")
 # Forwards launched beyond the one a GPU is busy with: it stays fed, and a cancel is soon.
 RUN_AHEAD = 1
+HASH_THREADS = min(4, os.cpu_count() or 1)  # while nothing is rendered yet
 ENDED = frozenset({RenderState.FINISHED, RenderState.FAILED, RenderState.CANCELED})
 
 
@@ -118,6 +120,7 @@ class DeviceLoop:
         self._fetches = Fetches()  # of previews and latents to keep
         self._telling = threading.RLock()  # one event at a time, whichever thread tells it
         self._turn_began_at: float | None = None  # on the monotonic clock; None between two turns
+        self.is_device_lost = False
         self._outcomes: Counter[RenderState] = Counter()
         self._previews = 0
         self._parks = 0
@@ -128,7 +131,9 @@ class DeviceLoop:
     def turn_s(self) -> float:
         """Return the seconds that the turn in progress has taken; 0 between two turns.
 
-        A piece of a warm-up and an unload belong to the turn that they follow.
+        What callers ask for belongs to the turn before which it is done, as a snapshot does; a
+        piece of a warm-up and an unload to the turn that they follow. Before the first turn each
+        piece of a warm-up is one.
         """
         began_at = self._turn_began_at
         return time.monotonic() - began_at if began_at is not None else 0.0
@@ -153,18 +158,33 @@ class DeviceLoop:
 
     def prepare(self) -> None:
         """Load every checkpoint and warm it up, so that the first caller does not pay for it."""
+        try:
+            self._prepare()
+        except DeviceLost:
+            self.is_device_lost = True
+            raise
+        finally:
+            self._turn_began_at = None
+
+    def _prepare(self) -> None:
+        self._turn_began_at = time.monotonic()
         self._device.prepare()
+        self._turn_began_at = None
         self._checkpoints.prepare(self._device)
         specs = self._checkpoints.specs
         for name, spec in specs.items():
             with self._checkpoints.may_fail(name, self._device):
-                self._checkpoints.add(self._checkpoints.read(spec, self._device))
+                loaded = self._checkpoints.read(
+                    spec, self._device, pace=self._pace.kept, hash_threads=HASH_THREADS
+                )
+                self._checkpoints.add(loaded)
         self._checkpoints.check_any_is_loaded()
         started = time.perf_counter()
         for name in tuple(self._checkpoints.held):
             with self._checkpoints.may_fail(name, self._device):
+                self._turn_began_at = time.monotonic()
                 for _ in self._warm_up(specs[name]):
-                    pass
+                    self._turn_began_at = time.monotonic()
                 self._checkpoints.serve(name)
         self._checkpoints.check_any_is_loaded()
         self._memory_bytes = self._device.memory_budget_bytes()
@@ -212,7 +232,6 @@ class DeviceLoop:
         shutdown_error: Callable[[], EngineStopped] = partial(EngineStopped, why)
         try:
             while self._take_in():
-                self._turn_began_at = time.monotonic()
                 self._pace.begin_turn()
                 self._turn()
                 self._pace.end_turn()
@@ -221,7 +240,8 @@ class DeviceLoop:
         except BaseException as problem:
             log.exception("engine_died")
             shutdown_error = partial(EngineDied, f"the engine died: {problem!r}")
-            if self._device.is_lost():
+            self.is_device_lost = self._device.is_lost()
+            if self.is_device_lost:
                 shutdown_error = partial(DeviceLost, f"the device was lost: {problem!r}")
         finally:
             self._turn_began_at = None
@@ -235,6 +255,7 @@ class DeviceLoop:
         taken = self._inbox.take(may_wait=not self.loads.has_warm_up)
         if taken is None:
             return False
+        self._turn_began_at = time.monotonic()
         for image in taken.arrivals:
             self._tell(image, Queued(request_id=image.id))
         leaving: dict[InFlight, EngineError] = {

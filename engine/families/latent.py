@@ -400,6 +400,8 @@ def load_network(
     """
     check_weights(path, folder)
     options = _loading_options(network_class, dtype)
+    if quantize is None and _goes_straight_to(device):
+        options["device_map"] = {"": device}  # tensor by tensor: the host holds no second copy
     options["variant"] = variant_of(path / folder)
     network = _read_whole(network_class, path, folder, options)
     network.requires_grad_(False)
@@ -410,6 +412,18 @@ def load_network(
         for tensor in [*network.parameters(), *network.buffers()]:
             tensor.data = tensor.data.clone()
     return network
+
+
+def _goes_straight_to(device: torch.device) -> bool:
+    """Tell whether weights are read straight into the memory of this device.
+
+    Not beside a working engine: threads of the library would copy in the stream that the forwards
+    run in.
+    """
+    if device.type != "cuda" or not is_accelerate_available():
+        return False
+    cuda: Any = torch.cuda
+    return bool(cuda.current_stream(device) == cuda.default_stream(device))
 
 
 def _read_whole(network_class: Any, path: Path, folder: str, options: Mapping[str, Any]) -> Any:
