@@ -246,6 +246,8 @@ class Residency:
                 self._take_turn()
         except EngineStopped:
             log.info("residency_ended", reason="the engine was stopped")
+            if self._engine.is_device_lost:  # maybe with no job in hand that would tell
+                self._give_up("its device was lost")
         except Exception:
             log.exception("residency_failed")
             self._give_up("its models can be neither loaded nor unloaded any more")
