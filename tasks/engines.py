@@ -136,6 +136,7 @@ def engine_config(
         row_buckets=pool.row_buckets,
         rank_shares=_rank_shares(fleet),
         attention=pool.attention,
+        weights_room_bytes=residency_rule(settings, pool).device_bytes or 0,
         host_copy_bytes=int(pool.host_memory_gb * GB),
         curves_folder=str(settings.curves_folder or ""),
         warm_up_repeats=warm_up_repeats,
