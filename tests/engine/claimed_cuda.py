@@ -304,6 +304,7 @@ def _stubs(gpu: ClaimedCuda):
         "Stream": lambda *_: stream,
         "_lazy_init": lambda: None,
         "current_stream": lambda *_: stream,
+        "default_stream": lambda *_: None,  # not that one: weights cannot go straight to it
         "device": lambda *_: nullcontext(),
         "empty_cache": lambda: None,
         "get_device_capability": lambda *_: (9, 0),
