@@ -112,7 +112,7 @@ class DeviceLoop:
             warm_up=partial(self._warm_up, is_brief=True),
             on_change=self._note_change,
             forget=self._forget,
-            working_bytes=costs.working_bytes,
+            working_bytes=self._working_bytes,
             copies=HostCopies(config.host_copy_bytes),
         )
         self._memory_bytes: int | None = None  # of the device; None: nobody divides it
@@ -223,8 +223,12 @@ class DeviceLoop:
         held = self._checkpoints.held.values()
         self._scheduler.max_adapters = min((one.spec.adapter_slots for one in held), default=1)
         if self._memory_bytes is not None:
-            weights_bytes = self._checkpoints.weights_bytes
-            self._scheduler.memory_budget_bytes = self._memory_bytes - weights_bytes
+            room_bytes = max(self._checkpoints.weights_bytes, self._config.weights_room_bytes)
+            self._scheduler.memory_budget_bytes = self._memory_bytes - room_bytes
+
+    def _working_bytes(self) -> int:
+        """Return what a load leaves free for images; those leave room for it, where that is set."""
+        return 0 if self._config.weights_room_bytes else self._costs.working_bytes()
 
     def run(self) -> None:
         """Take turns until it is time to stop, and leave nobody waiting."""

@@ -149,8 +149,7 @@ class Residency:
         with self._changed:
             for name in self._specs.keys() - specs.keys():
                 self._leaving[name] = None
-                for known in (self._sizes, self.weights, self.failed):
-                    known.pop(name, None)
+                self._forget(name)
             self._specs = dict(specs)
             self._learn_sizes(new, sizes)
             self._ahead = [name for name in drawn if name not in self._loaded]
@@ -158,6 +157,10 @@ class Residency:
             self._changed.wait_for(lambda: self._is_over or not (self._leaving or self._ahead))
 
     # --- with the lock ---
+
+    def _forget(self, name: str) -> None:
+        for known in (self._sizes, self.weights, self.failed):
+            known.pop(name, None)
 
     def _learn_sizes(self, names: Iterable[str], sizes: Mapping[str, int]) -> None:
         """Note how much memory checkpoints take, and which of them the budget never holds."""
@@ -321,9 +324,12 @@ class Residency:
             elif gone.done():
                 gone.result()
                 log.info("checkpoint_left", checkpoint=name)
+                with self._changed:
+                    self._forget(name)  # its load may have ended since the revision came
                 self._note_gone(name)
                 with self._changed:
                     del self._leaving[name]
+                    self._changed.notify_all()
 
     def _begin_unload(self, name: str) -> Future[None]:
         try:

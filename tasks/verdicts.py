@@ -70,13 +70,17 @@ class Verdicts:
     def decide(self, held: HeldLease, error: BaseException) -> None:
         """Write down what becomes of the job; nothing if the lease was lost."""
         telemetry.RENDER_ERRORS.labels(type(error).__name__).inc()
-        _log(held, error)
+        is_by_revisions = isinstance(error, UnknownCheckpoint | UnsupportedRequest)
+        if not is_by_revisions:
+            _log(held, error)
         if isinstance(error, EngineStopped):
             self.health.give_up(str(error))  # a worker without its device thread is of no use
         is_ours = is_unplanned(error) and self.health.is_at_fault(str(held.lease.job_id))
         write = partial(self._write, held=held, error=error, is_ours=is_ours)
         with suppress(LeaseLost):
-            persist(lambda: self.ended.run_ending(self.database, write), DATABASE_AWAY)
+            job = persist(lambda: self.ended.run_ending(self.database, write), DATABASE_AWAY)
+            if is_by_revisions and job is not None:
+                _log_decision(held, error, job)
 
     def _write(
         self, session: Session, *, held: HeldLease, error: BaseException, is_ours: bool
@@ -146,6 +150,15 @@ def _log(held: HeldLease, error: BaseException) -> None:
         log.info("render_refused", attempt=held.lease.attempt, code=code, detail=str(error)[:300])
     else:
         log.warning("render_failed", attempt=held.lease.attempt, exc_info=error)
+
+
+def _log_decision(held: HeldLease, error: BaseException, job: Job) -> None:
+    """Log what became of a job that the engine does not know: only the fleet in force told."""
+    attempt, detail = held.lease.attempt, str(error)[:300]
+    if job.failure_code is None:
+        log.info("render_handed_over", attempt=attempt, pool=job.pool, detail=detail)
+    else:
+        log.info("render_refused", attempt=attempt, code=job.failure_code, detail=detail)
 
 
 def failure_code(error: BaseException, *, is_exclusive: bool) -> FailureCode | None:

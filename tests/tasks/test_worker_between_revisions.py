@@ -65,9 +65,14 @@ def test_worker_hands_a_job_to_the_pool_that_has_its_model_now(behind, holder):
     large = {"model": "large", "width_px": 1024, "height_px": 1024, "sampler": "euler"}
     job = behind.accept(tier="fast", pool="local", **large)
 
-    rendered(behind, job)
+    with capture_logs() as logged:
+        rendered(behind, job)
 
     row = behind.row(job)
+    events = [line["event"] for line in logged]
+    assert "render_refused" not in events
+    [handed_over] = [line for line in logged if line["event"] == "render_handed_over"]
+    assert handed_over["pool"] == "big"
     assert (row.state, row.failure_code, row.pool) == ("queued", None, "big")
     assert row.counted_attempts == 0
 
@@ -87,9 +92,11 @@ def test_worker_fails_a_job_whose_model_no_pool_has(behind, holder):
     holder.replace(a_fleet(CHANGES | {"models.large": GONE, "pools.big": GONE}), 2)
     job = behind.accept(tier="fast", pool="local", model="large", model_version="1")
 
-    rendered(behind, job)
+    with capture_logs() as logged:
+        rendered(behind, job)
 
     assert behind.row(job).failure_code == "model_gone"
+    assert [line["code"] for line in logged if line["event"] == "render_refused"] == ["model_gone"]
 
 
 @pytest.fixture
