@@ -94,11 +94,16 @@ def read_index(path: Path) -> dict[str, Any]:
 
 
 def classes_of(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """Return library and class of every part that is read, as an index names them."""
+    """Return library and class of every part that is read, as an index names them.
+
+    Raises `CheckpointCorrupt` for a part that is no folder of the checkpoint itself.
+    """
     classes = {}
     for name, place in index.items():
         is_private = name.startswith("_") or name == NOT_LOADED
         if not is_private and isinstance(place, list) and place != [None, None]:
+            if name in ("", ".", "..") or not name.isprintable() or {"/", "\\"} & set(name):
+                raise CheckpointCorrupt(INDEX, f"names a part {name[:64]!r}, which is no folder")
             library, kind = map(str, place) if len(place) == 2 else ("", "")
             classes[name] = (library, kind)
     return classes

@@ -171,7 +171,10 @@ class Loads:
         try:
             with self._device.beside(), self._pace.kept():
                 self._copies.put(loaded)
-        except Exception:
+        except Exception as problem:
+            if self._device.is_lost():
+                self._inbox.post(partial(_end_engine, problem))  # which ends `gone`, too
+                return
             log.exception("checkpoint_not_copied", extra={"checkpoint": name})
             loaded.free()
         self._device.free_cached_memory()

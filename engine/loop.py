@@ -616,7 +616,10 @@ class DeviceLoop:
         for image in left:
             self._fail(image, shutdown_error())
         for note in notes:
-            note()
+            try:
+                note()
+            except Exception:  # such as a load's that found the device lost, too; the others wait
+                log.exception("note_failed_at_the_end")
 
 
 def _forget_locals(problem: Exception) -> None:
