@@ -56,6 +56,7 @@ from policy.workers import class_problem
 
 REPO = Path(__file__).resolve().parent
 EX_CONFIG = 78  # sysexits.h: whoever supervises us knows that another start will not help
+EX_DEVICE_LOST = 74  # EX_IOERR: a worker's device broke or hangs, and no job is to blame
 DEVELOPMENT_ONLY = "development-only"  # in every secret that docker-compose.yml has a default for
 _ORIGIN = re.compile(
     r"[a-z][a-z0-9+.-]*://[a-z0-9._-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:.]+\](:[0-9]{1,5})?"
@@ -417,8 +418,11 @@ class WorkerSettings(Settings, DeviceSettings):
     # Source of notices that the machine will be taken away: aws, gcp, azure or file:/PATH, in
     # which {worker} stands for the worker's name.
     preemption_notices: str = ""
-    # A longer turn of the engine means that the device hangs: the worker ends.
+    # A longer turn of the engine, or a load that does not move for longer, means that the device
+    # hangs: the worker ends.
     engine_stuck_after_s: float = Field(300.0, gt=0)
+    # Workers that share this file load one after the other; None: one in the temporary folder.
+    load_lock_file: Path | None = None
     # Time to finish after SIGTERM; must be less than the sender waits before SIGKILL.
     shutdown_notice_s: float = Field(20.0, gt=0, le=3600)
     # The launcher starts a process for each of these GPUs; unset = all.

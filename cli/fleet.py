@@ -131,7 +131,7 @@ def _apply(
 ) -> None:
     from models import revisions
 
-    actor = f"{_user()}@{socket.gethostname()}"
+    actor = f"{user_name()}@{socket.gethostname()}"
     with installation.transaction() as session:
         before = revisions.newest(session)
         revision, is_new = revisions.apply(session, content, actor=actor, note=note, rollback_of=of)
@@ -147,7 +147,7 @@ def _apply(
     click.echo(f"revision {number} is in force; every process follows within two seconds")
 
 
-def _user() -> str:
+def user_name() -> str:
     """Name the user of this process; by number where the machine has no name for it."""
     try:
         return getpass.getuser()

@@ -49,6 +49,7 @@ _MODULES = {
     "sql": "cli.sql",
     "tenants": "cli.tenants",
     "keys": "cli.keys",
+    "workers": "cli.workers",
     "usage": "cli.usage",
     "audit": "cli.audit",
     "prune": "cli.prune",

@@ -68,6 +68,9 @@ def fetched(
             return cache.bring(folder, digests), digests
         except (WeightsError, CheckpointCorrupt) as problem:
             raise click.ClickException(str(problem)) from None
+        except OSError as problem:  # also of names that no folder of this machine can have
+            file = str(problem.filename or cache.folder)[-100:]
+            raise click.ClickException(f"{name}: {file}: {problem.strerror}") from None
 
 
 def _read_of(names: list[str], index: Path) -> list[str]:

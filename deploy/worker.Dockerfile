@@ -10,12 +10,18 @@ ARG PIP_FIND_LINKS=
 # A second index to find torch in. The default build of torch brings CUDA along, several gigabytes of it; a host without a GPU
 # does with an index of CPU builds (their version, 2.13.0+cpu, satisfies the pin and is preferred to the plain one).
 ARG TORCH_INDEX_URL=
+# Packages of Debian that are added: models with compile_blocks need "gcc libc6-dev" on a GPU, "g++" on a CPU.
+ARG APT_PACKAGES=
 
 # The root file system is read-only in service, so bytecode is written now or never. Downloads by themselves are not a worker's
 # business: what it serves is pinned in fleet.toml and lies on its disk.
 ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOME=/tmp HF_HUB_OFFLINE=1
+# A volume, for /tmp is lost with the container and may not hold programs.
+ENV TORCHINDUCTOR_CACHE_DIR=/var/lib/darkroom/compiled/inductor TRITON_CACHE_DIR=/var/lib/darkroom/compiled/triton
 
 WORKDIR /app
+RUN if [ -n "$APT_PACKAGES" ]; then apt-get update && apt-get install -y --no-install-recommends $APT_PACKAGES \
+    && rm -rf /var/lib/apt/lists/*; fi
 COPY requirements/base.txt requirements/engine.txt requirements/
 RUN python -m pip install --no-cache-dir --disable-pip-version-check --root-user-action=ignore \
     ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -r requirements/engine.txt
@@ -23,7 +29,7 @@ RUN python -m pip install --no-cache-dir --disable-pip-version-check --root-user
 # A number and not only a name: Kubernetes checks runAsNonRoot by the number.
 RUN groupadd --system --gid 10001 darkroom \
     && useradd --system --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin darkroom \
-    && install -d -o 10001 -g 10001 /var/lib/darkroom/curves /var/lib/darkroom/weights
+    && install -d -o 10001 -g 10001 /var/lib/darkroom/curves /var/lib/darkroom/weights /var/lib/darkroom/compiled
 
 COPY pocket/checkpoint pocket/checkpoint
 COPY settings.py celeryconfig.py fleet.toml ./

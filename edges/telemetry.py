@@ -227,6 +227,11 @@ LIVE_WORKERS = Gauge(
 FAILING_WORKERS = Gauge(
     "darkroom_failing_workers", "Workers that do not get ready, however often started", ["pool"]
 )
+QUARANTINED_DEVICES = Gauge(
+    "darkroom_quarantined_devices",
+    "Devices that were lost twice, and on which no worker is started",
+    ["pool"],
+)
 MODELS_NOT_LOADED = Gauge(
     "darkroom_models_not_loaded",
     "Live workers that cannot load a version of a model",

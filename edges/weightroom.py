@@ -116,8 +116,11 @@ class Room:
 
     def _short_of(self, size_bytes: int, digests: Set[str]) -> int:
         """Return how many bytes are lacking, by the budget and on the disk."""
-        present = sum(bytes_of(self._files.partial(each)) for each in digests)
-        used = sum(map(bytes_of, self._files.blobs()))
+        present = sum(
+            bytes_of(self._files.partial(each)) + bytes_of(self._files.blob(each))
+            for each in digests
+        )
+        used = sum(bytes_of(blob) for blob in self._files.blobs() if blob.name not in digests)
         outstanding = 0
         for partial in self._files.partials():
             if partial.name in digests:

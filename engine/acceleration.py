@@ -8,6 +8,7 @@ fingerprint, for each can change the last bits. None of it has a kernel of its o
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ cuda: Any = torch.cuda
 # blocks, and for one row or more. Torch's own limit of 8 is passed by the second UNet of a worker,
 # and images fail from then on.
 RECOMPILE_LIMIT = 64
+# What torch.compile builds its kernels, or their launchers, with.
+COMPILERS = {"cpu": ("g++", "clang++"), "cuda": ("gcc", "clang")}
 
 
 def accelerate(family: Family, spec: CheckpointSpec, device: Device) -> None:
@@ -43,14 +46,14 @@ def accelerate(family: Family, spec: CheckpointSpec, device: Device) -> None:
             )
         denoiser.to(memory_format=torch.channels_last)
     if spec.compile_blocks:
-        _compile_blocks(denoiser, spec)
+        _compile_blocks(denoiser, spec, device)
     if spec.cuda_graphs:
         if not device.is_cuda or not isinstance(family, LatentFamily):
             raise UnsupportedRequest("cuda_graphs", "are for native families on a GPU")
         family.graphs = CudaGraphs(family.denoise)
 
 
-def _compile_blocks(denoiser: Any, spec: CheckpointSpec) -> None:
+def _compile_blocks(denoiser: Any, spec: CheckpointSpec, device: Device) -> None:
     if not getattr(denoiser, "_repeated_blocks", None):
         raise UnsupportedRequest(
             "compile_blocks", f"the denoiser of family {spec.family!r} names no repeated blocks"
@@ -59,6 +62,11 @@ def _compile_blocks(denoiser: Any, spec: CheckpointSpec) -> None:
         raise UnsupportedRequest(
             "compile_blocks",
             "with adapters or the block cache, a block would be compiled again for every row count",
+        )
+    compilers = COMPILERS["cuda" if device.is_cuda else "cpu"]
+    if not any(map(shutil.which, compilers)):
+        raise UnsupportedRequest(
+            "compile_blocks", f"needs a compiler, and none of {', '.join(compilers)} is in PATH"
         )
     compile_repeated(denoiser)
 

@@ -21,8 +21,11 @@ For `torch.compile`: hooks and weights stay on the layers from construction to `
 compiled network does not look for hooks that come later. The hook is one for all layers and breaks
 no graph: without adapters a regionally compiled network needs no compilation more than without a
 bank, with them one of each kind of block for every number of rows and of most adapters per row (so
-give both a few fixed values, and the compiler room for them). A CUDA graph would need slots and
-strengths in buffers that stay.
+give both a few fixed values, and the compiler room for them). Slots and strengths lie in buffers
+that stay, one pair for each number of rows and of adapters, as a CUDA graph would need them.
+
+Nothing here waits for the device: what a forward wears is written behind the forwards launched
+before, and so are the weights of an adapter that had no slot, from pinned memory.
 """
 
 from __future__ import annotations
@@ -53,6 +56,7 @@ from engine.config import AdapterSpec
 from engine.errors import CheckpointCorrupt, EngineError, UnsupportedRequest
 from engine.inspection import trigger_words
 from engine.request import AdapterUse
+from engine.transfers import to_device
 
 MAX_STRENGTH = 10.0
 
@@ -104,6 +108,8 @@ class AdapterBank:
             spec.name: read_adapter(spec, networks, max_rank=max_rank, dtype=dtype)
             for spec in specs
         }
+        if device.type == "cuda":
+            self._files = {name: file.pinned() for name, file in self._files.items()}
         self.slots = min(slots, len(specs))
         self.rank = max((file.rank for file in self._files.values()), default=0)
         self.hits = 0
@@ -112,6 +118,8 @@ class AdapterBank:
         self._device = device
         # Adapter -> its slot, least recently used first.
         self._slot_of: OrderedDict[str, int] = OrderedDict()
+        # Slots and strengths of a forward, by their shape: adapters of a row, rows.
+        self._buffers: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._whole_call: ForwardAdapters | None = None  # with all rows
         self._call: ForwardAdapters | None = None  # with those the coming layers hold
         self._layers: dict[LayerName, Any] = {}
@@ -223,7 +231,7 @@ class AdapterBank:
         if whole is None or rows is None:
             self._call = whole
             return
-        chosen = torch.tensor(rows, dtype=torch.int64, device=self._device)
+        chosen = to_device(torch.tensor(rows, dtype=torch.int64), self._device)
         self._call = replace(
             whole,
             slots=tuple(slots[chosen] for slots in whole.slots),
@@ -251,11 +259,22 @@ class AdapterBank:
             for nth, use in enumerate(uses):
                 slots[nth, row] = self._slot_of[use.name]
                 strengths[nth, row] = use.strength
+        slots_buffer, strengths_buffer = self._buffers_of(slots.shape)
+        slots_buffer.copy_(to_device(torch.from_numpy(slots), self._device))
+        strengths_buffer.copy_(to_device(torch.from_numpy(strengths), self._device))
         return ForwardAdapters(
-            slots=torch.from_numpy(slots).to(self._device).unbind(),
-            strengths=torch.from_numpy(strengths[..., None, None]).to(self._device).unbind(),
+            slots=slots_buffer.unbind(),
+            strengths=strengths_buffer[..., None, None].unbind(),
             changes=np.logical_or.reduce([self._changes[name] for name in names]).tolist(),
         )
+
+    def _buffers_of(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Return the buffers for slots and strengths of this shape."""
+        if shape not in self._buffers:
+            zeros = partial(torch.zeros, shape, device=self._device)
+            with torch.inference_mode(False):  # else they could be written in that mode alone
+                self._buffers[shape] = zeros(dtype=torch.int64), zeros(dtype=torch.float32)
+        return self._buffers[shape]
 
     def _fill_slots(self, names: Sequence[str]) -> None:
         """See that every one of these adapters has a slot."""
@@ -362,7 +381,9 @@ class Slots:
         self.down[slot].zero_()  # enough: where `down` gives zeros, what is left in `up` has no say
         if update is not None:
             for stack, part in ((self.down, update.down), (self.up, update.up)):
-                stack[slot][tuple(slice(size) for size in part.shape)].copy_(part)
+                stack[slot][tuple(slice(size) for size in part.shape)].copy_(
+                    part, non_blocking=True
+                )
 
 
 # Each function returns the output with every row's own update added, in place where possible.
@@ -415,6 +436,21 @@ class AdapterFile:
     sha256: str
     updates: Mapping[LayerName, Update]
     trigger_words: tuple[str, ...] = ()
+
+    def pinned(self) -> AdapterFile:
+        """Give the same in pinned memory.
+
+        All in one block, for torch rounds each block up to a power of two.
+        """
+        halves = [half for update in self.updates.values() for half in (update.down, update.up)]
+        block = torch.cat([half.flatten() for half in halves]).pin_memory()
+        parts = block.split([half.numel() for half in halves])
+        views = iter(part.view(half.shape) for part, half in zip(parts, halves, strict=True))
+        updates = {
+            place: Update(next(views), next(views), update.rank)
+            for place, update in self.updates.items()
+        }
+        return replace(self, updates=updates)
 
     @property
     def rank(self) -> int:

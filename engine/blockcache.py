@@ -31,6 +31,7 @@ from cachetools import LRUCache
 from torch import Tensor, nn
 
 from engine.errors import EngineError, UnsupportedRequest
+from engine.transfers import to_device
 
 # These stand in the order in which a network runs them.
 BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")
@@ -243,7 +244,9 @@ class BlockCache:
         computed = [row for row in range(len(before)) if row not in skipped]
         self.rows_skipped += len(skipped)
         self.rows_computed += sum(forward.keys[row] is not None for row in computed)
-        index = torch.tensor(computed, dtype=torch.int64, device=image.device) if skipped else None
+        index = None
+        if skipped:
+            index = to_device(torch.tensor(computed, dtype=torch.int64), image.device)
         forward.first = FirstBlock(added, text, image, skipped, computed, index)
         if index is None:
             return text, image

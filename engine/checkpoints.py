@@ -43,18 +43,24 @@ class LoadedCheckpoints(Mapping[str, LoadedCheckpoint]):
     """
 
     def __init__(
-        self, specs: Sequence[CheckpointSpec], *, max_batch_rows: int, may_lack_some: bool = False
+        self,
+        specs: Sequence[CheckpointSpec],
+        *,
+        max_batch_rows: int,
+        may_lack_some: bool = False,
+        load_turn: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Raise `ValueError` where two have one name.
 
         max_batch_rows: of one forward.  may_lack_some: one that cannot be loaded does not keep the
-        others from being served.
+        others from being served.  load_turn: see `Engine`.
         """
         self.specs = {spec.name: spec for spec in specs}
         if len(self.specs) != len(specs):
             raise ValueError("two checkpoints have one name")
         self.failures: Mapping[str, LoadFailure] = {}  # by checkpoint
         self._may_lack_some = may_lack_some
+        self._load_turn = load_turn
         self.load_s = 0.0  # reading and verifying all of them, those that are gone included
         self._max_batch_rows = max_batch_rows
         # Never changed in place: other threads iterate.
@@ -87,9 +93,17 @@ class LoadedCheckpoints(Mapping[str, LoadedCheckpoint]):
         *,
         pace: Callable[[], AbstractContextManager[None]] = nullcontext,
         working_bytes: int = 0,
+        hash_threads: int = 1,
     ) -> LoadedCheckpoint:
         """Verify and read a checkpoint; it is not held yet. Raises as `load_checkpoint`."""
-        return load_checkpoint(spec, device, pace=pace, working_bytes=working_bytes)
+        return load_checkpoint(
+            spec,
+            device,
+            pace=pace,
+            turn=self._load_turn,
+            working_bytes=working_bytes,
+            hash_threads=hash_threads,
+        )
 
     def add(self, loaded: LoadedCheckpoint) -> None:
         """Hold a checkpoint, not served yet. Raises `ValueError` where one has its name."""

@@ -35,6 +35,9 @@ class EngineConfig:
     max_encodes_between_steps: int = 4  # so that newcomers never stall the others for long
     conditioning_cache_bytes: int = 256 * 1024 * 1024
     latent_cache_bytes: int = 64 * 1024 * 1024  # latents kept for forks
+    # Device memory that images leave to weights, also while fewer are loaded: or a load that comes
+    # while they run would find none.
+    weights_room_bytes: int = 0
     # Host memory for copies of weights that left the device and may return.
     host_copy_bytes: int = 0
     warm_up_repeats: int = 1  # measurements of each bucket of which no curve is known

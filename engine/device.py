@@ -1,5 +1,6 @@
 """The device the engine owns: set up for repeatable bits, and timed without stalling it."""
 
+import ctypes
 import platform
 import time
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ OUT_OF_MEMORY = (
 # The share of free memory that is used: fragments and the libraries' workspaces take the rest.
 MEMORY_SHARE = 0.92
 CLOCK_S = 60.0
+MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; None: another library
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Stopwatch(Protocol):
 
     def stop(self) -> None: ...
 
+    def wait(self) -> None: ...
+
     def span(self) -> Span: ...
 
 
@@ -74,6 +78,9 @@ class HostStopwatch:
     def stop(self) -> None:
         """Take the time."""
         self._stopped_s = time.perf_counter()
+
+    def wait(self) -> None:
+        """Return: the work is done."""
 
     def span(self) -> Span:
         """Return when it was started and stopped."""
@@ -129,12 +136,16 @@ class CudaStopwatch:
         """Mark the end in the stream."""
         self._end.record()
 
+    def wait(self) -> None:
+        """Wait for the device to pass the end. Any thread; without the interpreter lock."""
+        self._end.synchronize()
+
     def span(self) -> Span:
         """Return when the device passed start and stop.
 
-        Waits for it to pass the end, without holding the interpreter lock.
+        Waits for it to pass the end.
         """
-        self._end.synchronize()
+        self.wait()
         start_s = self._clock.seconds_at(self._start)
         return Span(start_s, start_s + float(self._start.elapsed_time(self._end)) / 1000)
 
@@ -322,6 +333,7 @@ class Device:
             ],
             "fp16_accumulation": matmul.allow_fp16_accumulation,
             "blas": str(backends.cuda.preferred_blas_library()),
+            "sampler_factors": "host",  # where samplers compute their factors
             # cuBLAS chooses by it, and it is fewer under MPS and in a MIG instance.
             "multiprocessors": cuda.get_device_properties(self.torch_device).multi_processor_count,
             "sdp": self.attention_order,
@@ -340,6 +352,15 @@ class Device:
             "sdp": self.attention,
             "float32_matmul": torch.get_float32_matmul_precision(),
         }
+
+
+def give_back_host_memory() -> None:
+    """Have the C library give the kernel what it keeps of freed memory.
+
+    Of weights that have been moved to a GPU it would keep all: a second copy, for good.
+    """
+    if MALLOC_TRIM is not None:
+        MALLOC_TRIM(0)
 
 
 def is_out_of_memory(problem: BaseException) -> bool:

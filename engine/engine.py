@@ -11,10 +11,12 @@ two of its turns.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -48,6 +50,8 @@ from engine.validation import check_integer, check_seconds
 if TYPE_CHECKING:
     from torch import Tensor
 
+log = logging.getLogger(__name__)
+
 NOTHING_YET = State({})
 
 
@@ -57,10 +61,18 @@ class Engine:
     Every method may be called by any thread.
     """
 
-    def __init__(self, config: EngineConfig, checkpoints: Sequence[CheckpointSpec]) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        checkpoints: Sequence[CheckpointSpec],
+        *,
+        load_turn: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         """Put the parts together; nothing is loaded before `start`.
 
-        Raises `ValueError` where two checkpoints have one name or the config contradicts itself.
+        load_turn: surrounds the part of each load that needs the host's memory for a while beside
+        what is kept; it may wait for other processes.  Raises `ValueError` where two checkpoints
+        have one name or the config contradicts itself.
         """
         self.config = config
         self.costs = CostModel()
@@ -69,6 +81,7 @@ class Engine:
             checkpoints,
             max_batch_rows=max_rows,
             may_lack_some=config.may_lack_checkpoints,
+            load_turn=load_turn,
         )
         device = Device(
             config.device,
@@ -125,14 +138,17 @@ class Engine:
         self._ready.set()
         self._loop.run()
 
-    def stop(self) -> None:
+    def stop(self, within_s: float | None = None) -> None:
         """Stop after the turn in progress; what is not finished fails with `EngineStopped`.
 
-        Harmless when repeated.
+        within_s: return after so many seconds, whatever the turn does: on a device that hangs it
+        does not end; None: wait for it.  Harmless when repeated.
         """
         self._inbox.stop()
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(within_s)
+            if self._thread.is_alive():
+                log.critical("engine_not_stopped", extra={"turn_s": self.turn_s})
 
     def __enter__(self) -> Engine:
         self.start()
@@ -160,10 +176,15 @@ class Engine:
         return self._loop.turn_s
 
     @property
+    def is_device_lost(self) -> bool:
+        """Tell whether the engine ended because nothing will work on its device any more."""
+        return self._loop.is_device_lost
+
+    @property
     def load_silent_s(self) -> float:
         """Return the seconds since a load that brings weights to the device last moved.
 
-        0 without one. A load that does not move means that the device hangs, too.
+        0 without one. A load that does not move means that the device hangs, too, or the disk.
         """
         return self._loop.load_silent_s
 

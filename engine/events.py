@@ -2,9 +2,9 @@
 
 They are Queued, Started (or Resumed, from a snapshot), Stepped…, then Finished or Failed.
 
-Previewed comes after a Stepped while somebody watches; Parked and Resumed come in pairs between two
-steps, when a better rank takes the image's seat and gives it back. Events are values; `on_event` is
-called with them from the engine's own thread and must be fast.
+Previewed comes some time after its Stepped while somebody watches; Parked and Resumed come in pairs
+between two steps, when a better rank takes the image's seat and gives it back. Events are values;
+`on_event` is called with them from the engine's own threads, one event at a time, and must be fast.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +94,16 @@ def read_index(path: Path) -> dict[str, Any]:
 
 
 def classes_of(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """Return library and class of every part that is read, as an index names them."""
+    """Return library and class of every part that is read, as an index names them.
+
+    Raises `CheckpointCorrupt` for a part that is no folder of the checkpoint itself.
+    """
     classes = {}
     for name, place in index.items():
         is_private = name.startswith("_") or name == NOT_LOADED
         if not is_private and isinstance(place, list) and place != [None, None]:
+            if name in ("", ".", "..") or not name.isprintable() or {"/", "\\"} & set(name):
+                raise CheckpointCorrupt(INDEX, f"names a part {name[:64]!r}, which is no folder")
             library, kind = map(str, place) if len(place) == 2 else ("", "")
             classes[name] = (library, kind)
     return classes
@@ -214,12 +220,19 @@ def _variant_in(name: str) -> str | None:
 # --- digests ---
 
 
-def hash_files(path: Path, parts: Iterable[str]) -> dict[str, str]:
+def hash_files(path: Path, parts: Iterable[str], *, threads: int = 1) -> dict[str, str]:
     """Return the sha256 of every file of these parts that is read, by its name relative to `path`.
 
-    Raises `CheckpointCorrupt` for a checkpoint that is no folder, or lacks one of them.
+    threads: files hashed at once; a thread that hashes does not hold the interpreter.  Raises
+    `CheckpointCorrupt` for a checkpoint that is no folder, or lacks one of them.
     """
-    return {name: sha256_of(path / name) for name in files_read(path, parts)}
+    names = files_read(path, parts)
+    # The largest first, or it would be left for last and alone.
+    by_size = sorted(names, key=lambda name: (path / name).stat().st_size, reverse=True)
+    with ThreadPoolExecutor(threads, thread_name_prefix="hash") as pool:
+        hashed = pool.map(lambda name: sha256_of(path / name), by_size)
+        digests = dict(zip(by_size, hashed, strict=True))
+    return {name: digests[name] for name in names}
 
 
 def files_read(path: Path, parts: Iterable[str]) -> list[str]:

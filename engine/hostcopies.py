@@ -47,7 +47,10 @@ class HostCopies:
     def take(self, spec: CheckpointSpec, device: Device) -> LoadedCheckpoint | None:
         """Move a checkpoint back to the device; None if there is none that is loaded as `spec`."""
         kept = self._kept.pop(spec.name, None)
-        if kept is None or kept.spec != spec:
+        if kept is None:
+            return None
+        if kept.spec != spec:
+            kept.free()
             return None
         started = time.perf_counter()
         try:

@@ -20,7 +20,7 @@ from engine.adapters import AdapterBank
 from engine.blockcache import BlockCache
 from engine.capabilities import Capabilities
 from engine.config import CheckpointSpec
-from engine.device import Device
+from engine.device import Device, give_back_host_memory
 from engine.errors import (
     CheckpointAbsent,
     CheckpointCorrupt,
@@ -127,12 +127,15 @@ def load_checkpoint(
     device: Device,
     *,
     pace: Callable[[], AbstractContextManager[None]] = nullcontext,
+    turn: Callable[[], AbstractContextManager[None]] = nullcontext,
     working_bytes: int = 0,
+    hash_threads: int = 1,
 ) -> LoadedCheckpoint:
     """Verify and read one checkpoint.
 
-    pace: what surrounds all that needs the interpreter for long.  working_bytes: what an image
-    needs besides the weights.
+    pace: what surrounds all that needs the interpreter for long.  turn: what surrounds all that
+    needs the host's memory for a while.  working_bytes: what an image needs besides the weights.
+    hash_threads: files verified at once.
 
     Raises `TooLittleMemory`, and `CheckpointCorrupt`, naming the file, when a file is missing,
     unreadable or not what `spec.sha256` says, and when weights would be read that `spec.sha256`
@@ -151,16 +154,19 @@ def load_checkpoint(
     family_class = family_named(spec.family)
     parts = family_class.folders(path)
     _check_room(spec, device, working_bytes)
-    found = hash_files(path, parts)
+    found = hash_files(path, parts, threads=hash_threads)
     _verify(path, dict(spec.sha256), found)
     _quiet_progress_bars()
     dtype = PRECISIONS[spec.precision]
-    with _ONE_LOAD, pace(), own_default_dtype():
+    hash_s = time.perf_counter() - started
+    with turn(), _ONE_LOAD, pace(), own_default_dtype():
+        started = time.perf_counter()
         family = family_class.load(spec, dtype=dtype, device=device.torch_device)
         _check_guidance(spec, family)
         accelerate(family, spec, device)
         bank = adapter_bank(spec, family, device)
-    load_s = time.perf_counter() - started
+        give_back_host_memory()
+    load_s = hash_s + time.perf_counter() - started
     digest = digest_of_quantised(digest_of(found), spec.quantize)
     log.info(
         "checkpoint_loaded",

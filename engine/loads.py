@@ -16,7 +16,7 @@ from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor, wa
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from engine.checkpoints import LoadedCheckpoints
 from engine.config import CheckpointSpec
@@ -156,7 +156,10 @@ class Loads:
                     working_bytes=self._working_bytes(),
                 )
         except Exception as problem:  # noqa: BLE001  told to who asked for the load
-            self._fail(spec, problem, done)
+            if self._device.is_lost():
+                self._inbox.post(partial(_end_engine, problem))
+            else:
+                self._fail(spec, problem, done)
             return
         turns = TURNS_PER_AWAITED_PIECE if is_awaited else TURNS_PER_PIECE
         warm_up = _WarmUp(loaded, done, turns_per_piece=turns, is_copied=copied is not None)
@@ -168,7 +171,10 @@ class Loads:
         try:
             with self._device.beside(), self._pace.kept():
                 self._copies.put(loaded)
-        except Exception:
+        except Exception as problem:
+            if self._device.is_lost():
+                self._inbox.post(partial(_end_engine, problem))  # which ends `gone`, too
+                return
             log.exception("checkpoint_not_copied", extra={"checkpoint": name})
             loaded.free()
         self._device.free_cached_memory()
@@ -240,7 +246,9 @@ class Loads:
             )
             log.info("checkpoint_joined", extra={"checkpoint": name, "warm_up_s": warm_up_s})
             _succeed_unless_done(warm_up.done, times)
-        except Exception as problem:  # noqa: BLE001  told to who asked for the load
+        except Exception as problem:
+            if self._device.is_lost():
+                raise
             self._warm_ups.popleft()
             self._take_out(name)
             self._fail(warm_up.loaded.spec, problem, warm_up.done)
@@ -303,6 +311,11 @@ class Loads:
         for future in waiting:
             _fail_unless_done(future, EngineStopped("the engine was stopped"))
         self._leaving.clear()
+
+
+def _end_engine(problem: Exception) -> NoReturn:
+    """End the device thread: nothing will work on its device any more."""
+    raise problem
 
 
 def _fail_unless_done(future: Future[Any], error: Exception) -> None:

@@ -9,6 +9,8 @@ not know who submitted what, nor why one rank goes before another.
 from __future__ import annotations
 
 import logging
+import os
+import threading
 import time
 import traceback
 from collections import Counter, deque
@@ -17,6 +19,8 @@ from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+
+from torch import Tensor
 
 from engine.checkpoints import LoadedCheckpoints
 from engine.conditioning import ConditioningCache
@@ -46,6 +50,7 @@ from engine.events import (
     Started,
     Stepped,
 )
+from engine.fetches import Fetches
 from engine.hostcopies import HostCopies
 from engine.inbox import Inbox
 from engine.inflight import InFlight, RenderState
@@ -66,6 +71,8 @@ log = logging.getLogger(__name__)
 Launched = TypeVar("Launched")
 # Forwards launched beyond the one a GPU is busy with: it stays fed, and a cancel is soon.
 RUN_AHEAD = 1
+HASH_THREADS = min(4, os.cpu_count() or 1)  # while nothing is rendered yet
+ENDED = frozenset({RenderState.FINISHED, RenderState.FAILED, RenderState.CANCELED})
 
 
 class DeviceLoop:
@@ -105,12 +112,15 @@ class DeviceLoop:
             warm_up=partial(self._warm_up, is_brief=True),
             on_change=self._note_change,
             forget=self._forget,
-            working_bytes=costs.working_bytes,
+            working_bytes=self._working_bytes,
             copies=HostCopies(config.host_copy_bytes),
         )
         self._memory_bytes: int | None = None  # of the device; None: nobody divides it
         self._pending_decodes: deque[tuple[Decode, PendingDecode]] = deque()  # as launched
+        self._fetches = Fetches()  # of previews and latents to keep
+        self._telling = threading.RLock()  # one event at a time, whichever thread tells it
         self._turn_began_at: float | None = None  # on the monotonic clock; None between two turns
+        self.is_device_lost = False
         self._outcomes: Counter[RenderState] = Counter()
         self._previews = 0
         self._parks = 0
@@ -121,7 +131,9 @@ class DeviceLoop:
     def turn_s(self) -> float:
         """Return the seconds that the turn in progress has taken; 0 between two turns.
 
-        A piece of a warm-up and an unload belong to the turn that they follow.
+        What callers ask for belongs to the turn before which it is done, as a snapshot does; a
+        piece of a warm-up and an unload to the turn that they follow. Before the first turn each
+        piece of a warm-up is one.
         """
         began_at = self._turn_began_at
         return time.monotonic() - began_at if began_at is not None else 0.0
@@ -146,18 +158,33 @@ class DeviceLoop:
 
     def prepare(self) -> None:
         """Load every checkpoint and warm it up, so that the first caller does not pay for it."""
+        try:
+            self._prepare()
+        except DeviceLost:
+            self.is_device_lost = True
+            raise
+        finally:
+            self._turn_began_at = None
+
+    def _prepare(self) -> None:
+        self._turn_began_at = time.monotonic()
         self._device.prepare()
+        self._turn_began_at = None
         self._checkpoints.prepare(self._device)
         specs = self._checkpoints.specs
         for name, spec in specs.items():
             with self._checkpoints.may_fail(name, self._device):
-                self._checkpoints.add(self._checkpoints.read(spec, self._device))
+                loaded = self._checkpoints.read(
+                    spec, self._device, pace=self._pace.kept, hash_threads=HASH_THREADS
+                )
+                self._checkpoints.add(loaded)
         self._checkpoints.check_any_is_loaded()
         started = time.perf_counter()
         for name in tuple(self._checkpoints.held):
             with self._checkpoints.may_fail(name, self._device):
+                self._turn_began_at = time.monotonic()
                 for _ in self._warm_up(specs[name]):
-                    pass
+                    self._turn_began_at = time.monotonic()
                 self._checkpoints.serve(name)
         self._checkpoints.check_any_is_loaded()
         self._memory_bytes = self._device.memory_budget_bytes()
@@ -196,8 +223,12 @@ class DeviceLoop:
         held = self._checkpoints.held.values()
         self._scheduler.max_adapters = min((one.spec.adapter_slots for one in held), default=1)
         if self._memory_bytes is not None:
-            weights_bytes = self._checkpoints.weights_bytes
-            self._scheduler.memory_budget_bytes = self._memory_bytes - weights_bytes
+            room_bytes = max(self._checkpoints.weights_bytes, self._config.weights_room_bytes)
+            self._scheduler.memory_budget_bytes = self._memory_bytes - room_bytes
+
+    def _working_bytes(self) -> int:
+        """Return what a load leaves free for images; those leave room for it, where that is set."""
+        return 0 if self._config.weights_room_bytes else self._costs.working_bytes()
 
     def run(self) -> None:
         """Take turns until it is time to stop, and leave nobody waiting."""
@@ -205,7 +236,6 @@ class DeviceLoop:
         shutdown_error: Callable[[], EngineStopped] = partial(EngineStopped, why)
         try:
             while self._take_in():
-                self._turn_began_at = time.monotonic()
                 self._pace.begin_turn()
                 self._turn()
                 self._pace.end_turn()
@@ -214,12 +244,14 @@ class DeviceLoop:
         except BaseException as problem:
             log.exception("engine_died")
             shutdown_error = partial(EngineDied, f"the engine died: {problem!r}")
-            if self._device.is_lost():
+            self.is_device_lost = self._device.is_lost()
+            if self.is_device_lost:
                 shutdown_error = partial(DeviceLost, f"the device was lost: {problem!r}")
         finally:
             self._turn_began_at = None
             self._pace.end_turn()
             self._fail_everyone(shutdown_error)
+            self._fetches.close()
             self.loads.close()
 
     def _take_in(self) -> bool:
@@ -227,6 +259,7 @@ class DeviceLoop:
         taken = self._inbox.take(may_wait=not self.loads.has_warm_up)
         if taken is None:
             return False
+        self._turn_began_at = time.monotonic()
         for image in taken.arrivals:
             self._tell(image, Queued(request_id=image.id))
         leaving: dict[InFlight, EngineError] = {
@@ -390,23 +423,35 @@ class DeviceLoop:
             self._show(image)
 
     def _keep_latents(self, image: InFlight) -> None:
+        """Launch a copy of the image's latents, which are kept once they have arrived."""
         digest = self._checkpoints[image.request.checkpoint].weights_digest
+        told = partial(StepLatents, image.request, digest, image.step)
         try:
-            latents = self._runner.latents(image)
-            self._kept_latents.keep(StepLatents(image.request, digest, image.step, latents))
+            fetched = self._runner.latents(image)
+            self._fetches.add(
+                image.id, fetched, lambda latents: self._kept_latents.keep(told(latents))
+            )
         except Exception:  # a courtesy: the image goes on without
             log.exception("latents_not_kept", extra={"image_id": image.id})
 
     def _show(self, image: InFlight) -> None:
+        """Launch a preview, which is packed and told of once it has arrived."""
         try:
-            pixels = self._runner.preview(image)
-            if pixels is not None:
-                self._previews += 1
-                packed = jpeg(pixels)
-                self._tell(image, Previewed(request_id=image.id, step=image.step, jpeg=packed))
+            fetched = self._runner.preview(image)
+            if fetched is not None:
+                tell = partial(self._tell_preview, image, image.step)
+                self._fetches.add(image.id, fetched, tell)
         except Exception:  # a courtesy, too
             log.exception("preview_failed", extra={"image_id": image.id})
             image.is_watched = False
+
+    def _tell_preview(self, image: InFlight, step: int, pixels: Tensor) -> None:
+        """Pack a preview and tell of it, unless the image has ended. Not on the device thread."""
+        packed = jpeg(pixels.numpy())
+        with self._telling:
+            if image.state not in ENDED:
+                self._previews += 1
+                self._tell(image, Previewed(request_id=image.id, step=step, jpeg=packed))
 
     # --- decode ---
 
@@ -439,6 +484,7 @@ class DeviceLoop:
             self._fail(image, self._error_of_image(problem, "decode"))
             return
         self._ledger.book_decode(work, pending.watch.span())
+        self._fetches.finish(image.id)  # the device has passed them all
         record = render_record(image, self._checkpoints.fingerprint_of(image))
         finished = FinishedImage(request=image.request, pixels=pixels, record=record)
         self._close(image, RenderState.FINISHED, finished)
@@ -542,6 +588,7 @@ class DeviceLoop:
         """End the image: off the device, its last event told, its handle resolved."""
         image.state = state
         image.eta_s = 0.0 if state is RenderState.FINISHED else None
+        self._fetches.forget(image.id)
         try:
             self._runner.release(image)
         except Exception:  # whoever waits for the image must hear of its end all the same
@@ -558,7 +605,8 @@ class DeviceLoop:
         if on_event is None:
             return
         try:
-            on_event(event)
+            with self._telling:
+                on_event(event)
         except Exception:
             what = {"image_id": image.id, "event_type": type(event).__name__}
             log.exception("on_event_failed", extra=what)
@@ -568,7 +616,10 @@ class DeviceLoop:
         for image in left:
             self._fail(image, shutdown_error())
         for note in notes:
-            note()
+            try:
+                note()
+            except Exception:  # such as a load's that found the device lost, too; the others wait
+                log.exception("note_failed_at_the_end")
 
 
 def _forget_locals(problem: Exception) -> None:

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from engine.transfers import to_device
+
 Rgb = tuple[float, float, float]
 
 # How a scheduler class of diffusers writes noisy latents x of clean latents x0 and unit noise n.
@@ -107,18 +109,15 @@ class Projector:
     # How much of each colour's variance a fit explains; None for a published table.
     r_squared: Rgb | None = None
 
-    def project(self, latents: Tensor) -> NDArray[np.uint8]:
-        """Give one pixel per latent, [h, w, 3], of unpacked latents [1, c, h, w].
+    def project(self, latents: Tensor) -> Tensor:
+        """Give one pixel per latent, [h, w, 3] uint8, of unpacked latents [1, c, h, w].
 
-        Computed on their device, then fetched.
+        On their device, without waiting for it.
         """
         terms = _terms(latents[0].float().permute(1, 2, 0), with_squares=bool(self.squares))
-        factors = torch.tensor(self.factors + self.squares, device=latents.device)
-        rgb = terms @ factors + torch.tensor(self.bias, device=latents.device)
-        pixels: NDArray[np.uint8] = (
-            ((rgb * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
-        )
-        return pixels
+        factors = to_device(torch.tensor(self.factors + self.squares), latents.device)
+        rgb = terms @ factors + to_device(torch.tensor(self.bias), latents.device)
+        return ((rgb * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def _terms(channels: Tensor, *, with_squares: bool) -> Tensor:

@@ -19,6 +19,7 @@ from engine.conditioning import ConditioningCache
 from engine.device import Device, Stopwatch
 from engine.errors import ImageNotFinite
 from engine.families.contract import Family, Recall, State
+from engine.fetches import Fetched
 from engine.inflight import InFlight
 from engine.loading import LoadedCheckpoint
 from engine.previews import Projector
@@ -31,11 +32,11 @@ class PendingDecode:
     """An image's pixels on their way off the device."""
 
     def __init__(
-        self, if_not_finite: str, floats: Tensor, is_finite: Tensor, watch: Stopwatch
+        self, if_not_finite: str, pixels: Tensor, is_finite: Tensor, watch: Stopwatch
     ) -> None:
         self.watch = watch  # of the decode
         self._if_not_finite = if_not_finite
-        self._floats = floats  # [1, 3, h, w] in 0..1, on the CPU, there when the watch is ready
+        self._pixels = pixels  # [h, w, 3] uint8 on the CPU, there when the watch is ready
         self._is_finite = is_finite
 
     @property
@@ -48,12 +49,10 @@ class PendingDecode:
 
         Waits for the device; raises `ImageNotFinite`.
         """
-        self.watch.span()
+        self.watch.wait()
         if not bool(self._is_finite):
             raise ImageNotFinite(self._if_not_finite)
-        pixels = self._floats.permute(0, 2, 3, 1).float().numpy()[0]
-        finished: NDArray[np.uint8] = np.ascontiguousarray((pixels * 255).round().astype(np.uint8))
-        return finished
+        return self._pixels.numpy().copy()  # pinned memory is not the caller's to hold
 
 
 class Runner:
@@ -125,10 +124,10 @@ class Runner:
             watch = self._device.stopwatch()
             decoded = loaded.family.decode(image)
             is_finite = self._device.fetch(torch.isfinite(decoded).all())
-            floats = self._device.fetch((decoded * 0.5 + 0.5).clamp(0, 1))
+            pixels = self._device.fetch(as_bytes(decoded))
             watch.stop()
         complaint = f"image {image.id} decoded to NaN or infinity after {image.step} steps"
-        return PendingDecode(complaint, floats, is_finite, watch)
+        return PendingDecode(complaint, pixels, is_finite, watch)
 
     @torch.inference_mode()
     def save(self, image: InFlight) -> State:
@@ -136,13 +135,13 @@ class Runner:
         return self._family_of(image).save(image)
 
     @torch.inference_mode()
-    def latents(self, image: InFlight) -> Tensor:
-        """Give a copy of the image's noisy latents on the CPU, as `fork` takes them."""
-        return self._family_of(image).latents(image).to("cpu", copy=True)
+    def latents(self, image: InFlight) -> Fetched:
+        """Launch a copy of the image's noisy latents, as `fork` takes them."""
+        return self._fetched(self._family_of(image).latents(image).clone())
 
     @torch.inference_mode()
-    def preview(self, image: InFlight) -> NDArray[np.uint8] | None:
-        """Tell what the last step took the finished image to be, [h/8, w/8, 3].
+    def preview(self, image: InFlight) -> Fetched | None:
+        """Launch what shows what the last step took the finished image to be, [h/8, w/8, 3] uint8.
 
         None when nobody watched that step.
         """
@@ -152,7 +151,15 @@ class Runner:
         if clean is not None and name not in self._projectors:
             self._projectors[name] = family.projector()
         projector = self._projectors.get(name)
-        return None if clean is None or projector is None else projector.project(clean)
+        if clean is None or projector is None:
+            return None
+        return self._fetched(projector.project(clean))
+
+    def _fetched(self, tensor: Tensor) -> Fetched:
+        watch = self._device.stopwatch()
+        fetched = self._device.fetch(tensor)
+        watch.stop()
+        return Fetched(fetched, watch)
 
     def keep_only(self, held: Collection[str]) -> None:
         """Let go of what is remembered of checkpoints that are not held any more."""
@@ -213,3 +220,12 @@ class Runner:
 
     def _family_of(self, image: InFlight) -> Family:
         return self._checkpoints[image.request.checkpoint].family
+
+
+def as_bytes(decoded: Tensor) -> Tensor:
+    """Give decoded pixels [1, 3, h, w] in -1..1 as [h, w, 3] uint8.
+
+    On their device: a quarter of the bytes are fetched.
+    """
+    unit = (decoded[0] * 0.5 + 0.5).clamp(0, 1).float()
+    return (unit * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()

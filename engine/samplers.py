@@ -27,9 +27,11 @@ from functools import cache
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from engine.capabilities import SamplerLimits
 from engine.tensors import Sampler
+from engine.transfers import without_waits
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,40 @@ def fresh_sampler(name: str, config: Mapping[str, Any]) -> Sampler:
     renamed = {ours: config[theirs] for ours, theirs in recipe.renames.items() if theirs in config}
     kind = _scheduler_class(recipe.scheduler_class)
     return cast(Sampler, kind.from_config(dict(config), **recipe.overrides, **renamed))
+
+
+def sampler_step(
+    sampler: Sampler,
+    prediction: Tensor,
+    timestep: Tensor,
+    latents: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """Advance latents by one step of their own sampler, as `pipe(...)` does.
+
+    Waits for no device: noise is drawn on the host and its copy launched, and the factors of
+    multi-step samplers are computed on the host.
+    """
+    with without_waits(latents.device, keeps_numbers=True):
+        more = step_arguments(sampler, generator)
+        return sampler.step(prediction, timestep, latents, **more)[0]
+
+
+def add_noise(sampler: Any, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    """Mix clean latents with noise as they are before this timestep, bit for bit as the sampler.
+
+    The sampler is asked on the host what part of each there is: it would move its tables to the
+    latents' device, and look for its place there.
+    """
+    clean_parts = torch.tensor([1.0, 0.0], dtype=clean.dtype)
+    noise_parts = torch.tensor([0.0, 1.0], dtype=clean.dtype)
+    if hasattr(sampler, "scale_noise"):  # of a flow; it takes the same arguments in another order
+        mixed = sampler.scale_noise(clean_parts, timestep[None], noise_parts)
+    else:
+        mixed = sampler.add_noise(clean_parts, noise_parts, timestep[None])
+    of_clean, of_noise = mixed.tolist()
+    noisy: Tensor = of_clean * clean + of_noise * noise
+    return noisy
 
 
 def step_arguments(sampler: Sampler, generator: torch.Generator) -> dict[str, Any]:

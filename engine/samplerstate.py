@@ -18,6 +18,7 @@ from torch import Tensor
 
 from engine.errors import SnapshotRefused
 from engine.snapshots import differences
+from engine.transfers import to_device
 
 # Fields as facts. JSON's own numbers, strings, booleans, null and lists stand for themselves; the
 # rest is a tagged object:
@@ -130,7 +131,8 @@ def _read(value: Any, tensors: Mapping[str, Tensor], device: str | torch.device)
     """Tell what `_written` was given."""
     match value:
         case {"tensor": name, "on": place}:
-            return tensors[name].to("cpu" if place == "cpu" else device, copy=True)
+            own = tensors[name].to("cpu", copy=True)
+            return own if place == "cpu" else to_device(own, torch.device(device))
         case {"array": name}:
             return tensors[name].numpy().copy()
         case {"scalar": name}:

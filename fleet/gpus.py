@@ -72,6 +72,19 @@ def parse_listed(lines: str) -> tuple[list[str], list[str]]:
     return gpus, others
 
 
+def cards_of(lines: str) -> dict[str, str]:
+    """Return the card of every instance that `nvidia-smi -L` prints."""
+    cards: dict[str, str] = {}
+    card = ""
+    for line in lines.splitlines():
+        if listed := LISTED.match(line):
+            if listed["uuid"].startswith("GPU-"):
+                card = listed["uuid"]
+            else:
+                cards[listed["uuid"]] = card
+    return cards
+
+
 def _listed() -> tuple[list[str], list[str]]:
     """Return what nvidia-smi lists, and what it says besides; one lost GPU hides no other."""
     if shutil.which("nvidia-smi") is None:

@@ -110,6 +110,7 @@ GRANTS: dict[str, tuple[May, ...]] = {
         May("jobs", "SELECT"),
         May("attempts", "INSERT"),
         May("workers", "INSERT, UPDATE, DELETE"),
+        May("lost_devices", "SELECT, INSERT, UPDATE"),
         May("capabilities", "SELECT, INSERT, UPDATE"),
         May("learnt_costs", "SELECT, INSERT, UPDATE"),
     ),
@@ -126,6 +127,7 @@ GRANTS: dict[str, tuple[May, ...]] = {
         May("fleet_revisions", "SELECT"),
         May("jobs", "SELECT", but=TENANT_TEXTS),
         May("workers", "DELETE"),
+        May("lost_devices", "SELECT"),
         May("learnt_costs", "SELECT, INSERT, UPDATE"),
         May("learnt_etas", "SELECT, INSERT, UPDATE"),
         # To empty prompts that are older than their tier keeps them; never to read them.

@@ -42,6 +42,8 @@ class EventName(StrEnum):
     WEBHOOK_ENDPOINT_DISABLED = "webhook:endpoint:disabled"  # its receiver answered 410
     WEBHOOK_SECRET_ROTATED = "webhook:secret:rotated"
     WEBHOOK_DELIVERY_REDELIVERED = "webhook:delivery:redelivered"
+    DEVICE_QUARANTINE_STARTED = "device:quarantine:started"  # lost twice: it gets no worker
+    DEVICE_QUARANTINE_ENDED = "device:quarantine:ended"  # an operator has released it
     FLEET_REVISION_APPLIED = "fleet:revision:applied"  # fleet.toml as it is from then on
     USAGE_DAYS_PRUNED = "usage:days:pruned"
     AUDIT_MONTH_PRUNED = "audit:month:pruned"  # by audit_prune_month

@@ -32,6 +32,7 @@ from policy.states import ACTIVE_STATES, TAKEN_BACK, ImageState, JobState, Outco
 from policy.workers import WorkerTerms
 
 OVERDUE_S = 30.0  # past its run deadline
+DEVICE_LOST = "DeviceLost"  # how the error of an attempt begins whose device was lost
 
 
 class LeaseLost(Exception):
@@ -315,6 +316,21 @@ def give_back(
     if pool is not None:
         jobs.note_pool_change(session, job, left=left, actor=lease.worker)
     return job
+
+
+def return_of_lost_device(session: Session, lease: Lease, *, detail: str, max_attempts: int) -> Job:
+    """Return a job whose device was lost: the try does not count, unless one was lost before.
+
+    For a job may itself break every device that it runs on. Raises LeaseLost.
+    """
+    job = _held(session, lease)
+    losses = select(Attempt.attempt).where(
+        Attempt.job_id == job.id, Attempt.error.startswith(DEVICE_LOST)
+    )
+    if session.scalar(losses.limit(1)) is None:
+        return give_back(session, lease, reason=DEVICE_LOST)
+    detail = f"{DEVICE_LOST}: {detail}"
+    return count_error(session, lease, detail=detail, max_attempts=max_attempts)
 
 
 def preempt(

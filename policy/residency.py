@@ -171,7 +171,10 @@ def _evicted_for(
     """Name those that give way to a checkpoint; None if too few may."""
     if rule.device_bytes is None:
         return ()
-    excess_bytes = sum(one.size_bytes for one in residents) + awaited.size_bytes - rule.device_bytes
+    # Its adapters' slots may take it above the budget, which is known once it was loaded: then it
+    # has the device to itself.
+    needed_bytes = min(awaited.size_bytes, rule.device_bytes)
+    excess_bytes = sum(one.size_bytes for one in residents) + needed_bytes - rule.device_bytes
     evicted = []
     for one in sorted(residents, key=lambda one: (one.jobs > 0, one.used_at)):
         if excess_bytes <= 0:

@@ -6,6 +6,7 @@ A worker's row is there from its start on, before any model is loaded.
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from enum import StrEnum
 
 from policy.fleet import Pool
@@ -15,6 +16,8 @@ CRASH_LOOP_AFTER = 3
 MOST_WORKERS = 64  # processes of one pool on one machine
 # Waits before a start, by the number of starts in a row that did not get ready.
 START_PAUSES_S = (0.0, 0.0, 2.0, 5.0, 15.0, 30.0, 60.0)
+# A device that is lost twice within that time gets no worker until an operator releases it.
+LOST_TWICE_WITHIN = timedelta(hours=24)
 
 
 class WorkerState(StrEnum):
@@ -112,6 +115,11 @@ def device_label(device_id: str) -> str:
     kind, _, uuid = device_id.lower().partition("-")
     is_plain = all(len(part) in (4, 8, 12) for part in uuid.split("-"))
     return f"{kind}-{uuid[:8] if is_plain else uuid.replace('/', '-')}"
+
+
+def device_key(device_id: str, host: str) -> str:
+    """Name a device apart from those of all hosts: by its UUID, or by its index and its host."""
+    return f"{device_id}@{host}" if device_id.isdigit() else device_id
 
 
 def worker_name(pool: str, device: str, host: str) -> str:

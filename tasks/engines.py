@@ -99,16 +99,19 @@ def _pinned_rows(fleet: Fleet, model: Model) -> dict[tuple[int, int], tuple[int,
 
 
 def failure_sentence(fleet: Fleet, failure: LoadFailure, root: Path) -> str:
-    """Say which version of which model cannot be loaded, from where, why, and what helps."""
-    model, version, source = next(
-        (model, version.id, version.source)
-        for model, entry in fleet.models.items()
-        for version in entry.versions
-        if checkpoint_name(model, version.id) == failure.checkpoint
-    )
-    place = source if remote_source(source) is not None else root / source
+    """Say which version of which model cannot be loaded, from where, why, and what helps.
+
+    A newer fleet than the one that it was loaded by may lack it: then by its name alone.
+    """
+    named = f"model {failure.checkpoint!r}"
+    for model, entry in fleet.models.items():
+        for version in entry.versions:
+            if checkpoint_name(model, version.id) == failure.checkpoint:
+                is_remote = remote_source(version.source) is not None
+                place = version.source if is_remote else root / version.source
+                named = f"model {model!r}, version {version.id!r} ({place})"
     return (
-        f"model {model!r}, version {version!r} ({place}) cannot be loaded: "
+        f"{named} cannot be loaded: "
         f"{failure.problem}; {_WAY_OUT[failure.kind]}, then start the worker again"
     )
 
@@ -133,6 +136,7 @@ def engine_config(
         row_buckets=pool.row_buckets,
         rank_shares=_rank_shares(fleet),
         attention=pool.attention,
+        weights_room_bytes=residency_rule(settings, pool).device_bytes or 0,
         host_copy_bytes=int(pool.host_memory_gb * GB),
         curves_folder=str(settings.curves_folder or ""),
         warm_up_repeats=warm_up_repeats,

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import structlog
 from sqlalchemy import Engine
@@ -68,7 +69,7 @@ class LeaseKeeper:
         """
         self._database = database
         self._beats = beats or database
-        self.identity = identity
+        self.identity = identity  # changed by `describe` alone
         self._ended = ended
         self._ttl_s = ttl_s
         self._renew_s = renew_s
@@ -111,6 +112,11 @@ class LeaseKeeper:
             self._stop.wait(RETRY_S)
         for thread in self._threads:
             thread.start()
+
+    def describe(self, **changes: Any) -> None:
+        """Have the heartbeats to come say this of the worker: see `WorkerIdentity.changed`."""
+        with self._lock:  # threads that tell of different things must not undo each other's
+            self.identity = self.identity.changed(**changes)
 
     @property
     def leaving(self) -> str:

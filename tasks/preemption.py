@@ -20,6 +20,7 @@ from tasks.keeper import LeaseKeeper
 log = structlog.get_logger(__name__)
 
 LOOK_EVERY_S = 0.1
+ENDS_WITHIN_S = 15.0  # after the notice's time; supervisors wait for 25 s before SIGKILL
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,21 @@ class Preemption:
     From the first call on the worker takes nothing more.
     """
 
-    def __init__(self, keeper: LeaseKeeper, *, when_empty: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        keeper: LeaseKeeper,
+        *,
+        when_empty: Callable[[], None],
+        end_within: Callable[[float], None],
+    ) -> None:
+        """Empty the worker of this keeper.
+
+        when_empty: is called when it holds no job any more.  end_within: is told of the seconds
+        after which the process may be ended, whatever hangs.
+        """
         self._keeper = keeper
         self._when_empty = when_empty
+        self._end_within = end_within
         self._end: _End | None = None
         self._lock = threading.Lock()
 
@@ -57,6 +70,7 @@ class Preemption:
             detail=notice.detail,
         )
         telemetry.NOTICES.labels(notice.source).inc()
+        self._end_within(notice.within_s + ENDS_WITHIN_S)
         if is_first:
             self._keeper.take_no_more(end.reason)
             threading.Thread(target=self._run, name="preemption", daemon=True).start()

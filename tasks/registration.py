@@ -12,7 +12,7 @@ import threading
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import structlog
@@ -54,6 +54,14 @@ class WorkerIdentity:
     held: tuple[str, ...] | None = None
     loaded: tuple[str, ...] | None = None
     failed: Mapping[str, str] = field(default_factory=dict)
+
+    def changed(
+        self, *, facts: Mapping[str, Any] | None = None, **changes: Any
+    ) -> "WorkerIdentity":
+        """Return the same with other fields; `facts` are added, and None takes one away."""
+        told = self.facts | dict(facts or {})
+        kept = {name: fact for name, fact in told.items() if fact is not None}
+        return replace(self, facts=kept, **changes)
 
 
 class NameClaim:

@@ -149,11 +149,9 @@ class Residency:
         with self._changed:
             for name in self._specs.keys() - specs.keys():
                 self._leaving[name] = None
-                for known in (self._sizes, self.weights, self.failed):
-                    known.pop(name, None)
+                self._forget(name)
             for name in new.keys() & self.failed.keys():  # its files have come since
-                del self.failed[name]
-                self._sizes.pop(name, None)
+                self._forget(name)
             self._specs = dict(specs)
             self._learn_sizes(new, sizes)
             self._ahead = [name for name in drawn if name not in self._loaded]
@@ -161,6 +159,10 @@ class Residency:
             self._changed.wait_for(lambda: self._is_over or not (self._leaving or self._ahead))
 
     # --- with the lock ---
+
+    def _forget(self, name: str) -> None:
+        for known in (self._sizes, self.weights, self.failed):
+            known.pop(name, None)
 
     def _learn_sizes(self, names: Iterable[str], sizes: Mapping[str, int]) -> None:
         """Note how much memory checkpoints take, and which of them the budget never holds."""
@@ -249,6 +251,8 @@ class Residency:
                 self._take_turn()
         except EngineStopped:
             log.info("residency_ended", reason="the engine was stopped")
+            if self._engine.is_device_lost:  # maybe with no job in hand that would tell
+                self._give_up("its device was lost")
         except Exception:
             log.exception("residency_failed")
             self._give_up("its models can be neither loaded nor unloaded any more")
@@ -322,9 +326,12 @@ class Residency:
             elif gone.done():
                 gone.result()
                 log.info("checkpoint_left", checkpoint=name)
+                with self._changed:
+                    self._forget(name)  # its load may have ended since the revision came
                 self._note_gone(name)
                 with self._changed:
                     del self._leaving[name]
+                    self._changed.notify_all()
 
     def _begin_unload(self, name: str) -> Future[None]:
         try:

@@ -142,7 +142,7 @@ class EngineRevisions:
         """
         wanted = described_engine(self._settings, new)
         absent = self._staging.stage(wanted_of(new, wanted.specs if wanted else ()))
-        self._keeper.identity.facts[workers.DOING] = self._staging.doing
+        self._keeper.describe(facts={workers.DOING: self._staging.doing})
         if absent is None:
             return False
         if self._has is None or wanted is None or self._must_start_anew(self._has, wanted):
@@ -164,8 +164,7 @@ class EngineRevisions:
     def _go_on_by_terms_of(self, fleet: Fleet) -> None:
         """Have the attempts from now on go by the price and the market that the fleet says."""
         pool = fleet.pools[self._settings.worker_pool]
-        terms = terms_of(pool, self._settings.worker_class)
-        self._keeper.identity = replace(self._keeper.identity, terms=terms)
+        self._keeper.describe(terms=terms_of(pool, self._settings.worker_class))
 
     @staticmethod
     def _must_start_anew(has: DescribedEngine, wanted: DescribedEngine) -> bool:
@@ -208,11 +207,8 @@ class EngineRevisions:
 
     def _tell_of_wait(self, waits_for: str | None) -> None:
         """Have the log and the next heartbeat say for which worker this one waits; None: none."""
-        me = self._keeper.identity
-        if waits_for == me.facts.get(workers.WAITS_FOR):
+        if waits_for == self._keeper.identity.facts.get(workers.WAITS_FOR):
             return
-        facts = {name: fact for name, fact in me.facts.items() if name != workers.WAITS_FOR}
         if waits_for is not None:
             log.info("start_anew_waits", number=self._current.number, waits_for=waits_for)
-            facts[workers.WAITS_FOR] = waits_for
-        self._keeper.identity = replace(me, facts=facts)
+        self._keeper.describe(facts={workers.WAITS_FOR: waits_for})

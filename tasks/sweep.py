@@ -37,6 +37,7 @@ from models import (
     jobs,
     learning,
     leases,
+    quarantine,
     releasing,
     revisions,
     sweeping,
@@ -497,12 +498,15 @@ class Sweeper:
             rows = session.execute(_QUEUE_NOW).all()
             telemetry.WEBHOOKS_PENDING.set(webhooks.pending(session))
             known = workers.now(session, silent_for_s=self.settings.lease_ttl_s)
+            quarantined = quarantine.count_by_pool(session)
             lacking = inputs.asked_and_lacking(session)
         telemetry.JOBS_LACKING_INPUTS.clear()
         for (pool, tier), jobs_lacking in lacking.items():
             telemetry.JOBS_LACKING_INPUTS.labels(pool, tier).set(jobs_lacking)
         _gauge_queues(rows)
         _gauge_workers(self.fleet.pools, known)
+        for pool in {*self.fleet.pools, *quarantined}:
+            telemetry.QUARANTINED_DEVICES.labels(pool).set(quarantined[pool])
         telemetry.HANDOFF_FILL.set(self.fill())
 
     def _etas(self) -> None:

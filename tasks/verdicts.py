@@ -2,7 +2,8 @@
 
 `OutOfDeviceMemory` is tried again, at last alone on the device. An error that no retry helps fails
 the job at once. An outage or the worker's own fault does not count as a try; an unplanned error
-does. A job that only a newer revision of the fleet offers waits until the worker follows that.
+does, and so does a lost device, from the second one of a job on. A job that only a newer revision
+of the fleet offers waits until the worker follows that.
 """
 
 import time
@@ -23,6 +24,7 @@ from edges import telemetry
 from edges.handoff import HandoffUnavailable
 from engine.errors import (
     DeadlinePassed,
+    DeviceLost,
     EngineDied,
     EngineError,
     EngineStopped,
@@ -91,6 +93,10 @@ class Verdicts:
         code = failure_code(error, is_exclusive=held.is_exclusive)
         if code is not None:
             return leases.fail(session, lease, code=code, detail=str(error))
+        if isinstance(error, DeviceLost):
+            return leases.return_of_lost_device(
+                session, lease, detail=str(error)[:500], max_attempts=self.max_attempts
+            )
         was_stopped = isinstance(error, EngineStopped) and not isinstance(error, EngineDied)
         if is_ours or was_stopped or isinstance(error, AWAY):
             return leases.give_back(

@@ -158,10 +158,11 @@ class BackgroundStaging:
 
         What was begun before is given up if something else is wanted now.
         """
-        if self._turn is not None and self._turn.wanted != wanted:
-            self._turn.is_given_up = True
-            self._turn.join(PATIENCE_S)
-            if self._turn.is_alive():
+        turn = self._turn
+        if turn is not None and (turn.is_given_up or turn.wanted != wanted):
+            turn.is_given_up = True
+            turn.join(PATIENCE_S)
+            if turn.is_alive():
                 return None
             self._turn = None
         if not wanted:

@@ -278,6 +278,13 @@ def test_a_page_that_code_or_a_setting_names_exists():
 # --- Examples ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("page", [*PAGES, REPO / "CHANGELOG.md"], ids=name_of)
+def test_no_line_of_prose_is_longer_than_100_columns(page):
+    lines = without_fences(page.read_text()).splitlines()
+
+    assert [line for line in lines if len(line) > 100 and not line.lstrip().startswith("|")] == []
+
+
 def test_every_example_says_its_language():
     assert [each.place for each in EXAMPLES if each.language not in LANGUAGES | OTHERS] == []
 

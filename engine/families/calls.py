@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 # The largest shared tensor that is compared: for a larger one, the comparison at every step costs
@@ -177,8 +178,7 @@ class Shared(Form):
                 or value.nbytes > MAX_COMPARED_BYTES
             ):
                 raise CallsDiffer
-            content = value.cpu().reshape(-1).view(torch.uint8).numpy()
-            return [str(value.dtype), *value.shape, hashlib.sha256(content.data).hexdigest()]
+            return [str(value.dtype), *value.shape, _digest(value)]
         if type(value) is not self.kind:
             raise CallsDiffer
         return repr(value)
@@ -194,6 +194,25 @@ class Shared(Form):
     def spread(self, one: Any, other: Any) -> Form:
         is_number = self.kind is Tensor and self.ndim <= 1 and one.numel() == 1 == other.numel()
         return Spread(self.ndim) if is_number and not torch.equal(one, other) else self
+
+
+# Of shared tensors with several numbers, by the tensor itself, not by its content.
+_digests: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _digest(tensor: Tensor) -> str:
+    """Give the sha256 of a shared tensor; of one with several numbers only once.
+
+    Pipelines make such tensors (positions, masks) before their loop and pass the same at every
+    step, and to read one again is to wait for the device. A single number may be written anew.
+    """
+    known = _digests.get(tensor)
+    if known is None:
+        content = tensor.cpu().reshape(-1).view(torch.uint8).numpy()
+        known = hashlib.sha256(content.data).hexdigest()
+        if tensor.numel() > 1:
+            _digests[tensor] = known
+    return str(known)
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,9 @@ from engine.families.latent import (
 from engine.folders import part_names
 from engine.inflight import InFlight
 from engine.request import ImageRequest, Option
-from engine.samplers import FLOW_SAMPLERS, Recipe, fresh_sampler, sampler_limits
+from engine.samplers import FLOW_SAMPLERS, Recipe, add_noise, fresh_sampler, sampler_limits
 from engine.tensors import Rows, Sampler
+from engine.transfers import to_device
 
 LATENTS_PER_TOKEN = 2  # along each side: both transformers take patches of 2x2 latents
 MOST_TEXT_TOKENS = 512  # of T5, in both pipelines
@@ -240,10 +241,10 @@ class FlowFamily(LatentFamily):
         picture = picture_tensor(request.init_image, self.dtype, self.device)
         clean = self.encode_picture(picture, generator)
         noise = self.draw_noise(request, generator)
-        latents = self.pack(sampler.scale_noise(clean, timesteps[:1], noise))
+        latents = self.pack(add_noise(sampler, clean, noise, timesteps[0]))
         if request.mask is None:
             return Beginning(latents, timesteps)
-        mask = mask_tensor(request.mask).to(self.device, self.dtype)
+        mask = to_device(mask_tensor(request.mask), self.device, self.dtype)
         return Beginning(
             latents, timesteps, self.remember_mask(mask, picture, clean, noise, generator)
         )
@@ -252,7 +253,7 @@ class FlowFamily(LatentFamily):
         """Draw the latents [1, c, h, w] of a picture [1, 3, H, W] in -1..1 from the VAE's
         posterior.
         """
-        drawn: Tensor = self._vae.encode(picture).latent_dist.sample(generator)
+        drawn = self.draw_posterior(picture, generator)
         latents: Tensor = (drawn - self._vae.config.shift_factor) * self._vae.config.scaling_factor
         return latents
 
@@ -284,13 +285,11 @@ class FlowFamily(LatentFamily):
         tensors = image.tensors
         if "mask" not in tensors.extras:
             return
-        sampler: Any = tensors.sampler
         kept = tensors.extras["clean"]
         mask = tensors.extras["mask"]
         if image.step < image.num_steps - 1:
-            kept = sampler.scale_noise(
-                kept, tensors.timesteps[image.step + 1].view(1), tensors.extras["noise"]
-            )
+            timestep = tensors.timesteps[image.step + 1]
+            kept = add_noise(tensors.sampler, kept, tensors.extras["noise"], timestep)
         tensors.latents = (1 - mask) * kept + mask * tensors.latents
 
     def decode(self, image: InFlight) -> Tensor:
@@ -310,8 +309,7 @@ class FlowFamily(LatentFamily):
         tokens = self._tokenizers[tokenizer](
             text, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
-        ids: Tensor = tokens.input_ids.to(self.device)
-        return ids
+        return to_device(tokens.input_ids, self.device)
 
     def encode_t5(self, number: int, text: str, length: int) -> Rows:
         """Encode one text alone by the T5 encoder of this number: {"text": [1, length, width]}.

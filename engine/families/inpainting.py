@@ -18,6 +18,7 @@ from torch import Tensor
 
 from engine.errors import UnsupportedRequest
 from engine.request import ImageRequest, Picture
+from engine.transfers import to_device
 
 
 def picture_tensor(picture: Picture, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -26,7 +27,7 @@ def picture_tensor(picture: Picture, dtype: torch.dtype, device: torch.device) -
     Computed in float32 on the CPU, then moved.
     """
     unit = torch.from_numpy(picture.pixels.astype(np.float32) / 255.0)
-    return (2.0 * unit.permute(2, 0, 1)[None].contiguous() - 1.0).to(device, dtype)
+    return to_device(2.0 * unit.permute(2, 0, 1)[None].contiguous() - 1.0, device, dtype)
 
 
 def mask_tensor(picture: Picture) -> Tensor:

@@ -29,10 +29,11 @@ from engine.inflight import InFlight
 from engine.previews import Projector, clean_latents, fit
 from engine.quantisation import quantise
 from engine.request import Fork, ImageRequest, Option
-from engine.samplers import step_arguments
+from engine.samplers import sampler_step
 from engine.samplerstate import load_generator, load_sampler, save_generator, save_sampler
 from engine.tensors import Rows, Sampler, Tensors
 from engine.texts import ReadTexts, count, cut_off, ignored, room
+from engine.transfers import to_device
 
 # How diffusers and transformers tell of a package that they lack.
 _REQUIRES = re.compile(r"requires the (?P<package>[\w.-]+) library", re.IGNORECASE)
@@ -130,7 +131,14 @@ class LatentFamily(ABC):
         """
         side = self.pixels_per_latent
         shape = (1, self.latent_channels, request.height_px // side, request.width_px // side)
-        return torch.randn(shape, generator=generator, dtype=self.dtype).to(self.device)
+        return to_device(torch.randn(shape, generator=generator, dtype=self.dtype), self.device)
+
+    def draw_posterior(self, picture: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw what the VAE makes of a picture on the device, as `latent_dist.sample` does."""
+        posterior: Any = self._vae.encode(picture).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator, dtype=posterior.mean.dtype)
+        drawn: Tensor = posterior.mean + posterior.std * to_device(noise, self.device)
+        return drawn
 
     def guide(self, image: InFlight, prediction: Tensor) -> Tensor:
         """Apply classifier-free guidance: [rows, ...] in the order uncond, cond to [1, ...]."""
@@ -234,8 +242,9 @@ class LatentFamily(ABC):
             if image.is_watched
             else None
         )
-        more = step_arguments(tensors.sampler, tensors.generator)
-        tensors.latents = tensors.sampler.step(guided, timestep, tensors.latents, **more)[0]
+        tensors.latents = sampler_step(
+            tensors.sampler, guided, timestep, tensors.latents, tensors.generator
+        )
         self.repaint(image)
         image.count_step()
 
@@ -297,10 +306,10 @@ class LatentFamily(ABC):
             sampler=sampler,
             timesteps=sampler.timesteps[-image.num_steps :],
             conditioning=conditioning,
-            latents=state.tensors["latents"].to(self.device),
+            latents=to_device(state.tensors["latents"], self.device),
             generator=load_generator(state.tensors["generator"]),
             extras={
-                name: tensor.to(self.device)
+                name: to_device(tensor, self.device)
                 for name, tensor in _under("extras.", state.tensors).items()
             },
         )
@@ -317,7 +326,8 @@ class LatentFamily(ABC):
         begin_at(
             image.tensors.sampler, len(image.tensors.sampler.timesteps) - image.num_steps + step
         )
-        image.tensors.latents = latents.to(self.device, image.tensors.latents.dtype, copy=True)
+        dtype = image.tensors.latents.dtype
+        image.tensors.latents = to_device(latents.clone(), self.device, dtype)
 
     def latents(self, image: InFlight) -> Tensor:
         return image.tensors.latents
@@ -350,10 +360,7 @@ def stack_rows(parts: Sequence[Rows], bucket_rows: int, device: torch.device) ->
         if padding > 0:
             tensors.append(first.new_zeros((padding, *first.shape[1:])))
         together = torch.cat(tensors).contiguous()
-        if together.device.type != device.type:
-            # Otherwise the copy would wait for all work already launched on the device.
-            together = together.pin_memory()
-        stacked[name] = together.to(device, non_blocking=True)
+        stacked[name] = to_device(together, device)
     return stacked
 
 
@@ -393,6 +400,8 @@ def load_network(
     """
     check_weights(path, folder)
     options = _loading_options(network_class, dtype)
+    if quantize is None and _goes_straight_to(device):
+        options["device_map"] = {"": device}  # tensor by tensor: the host holds no second copy
     options["variant"] = variant_of(path / folder)
     network = _read_whole(network_class, path, folder, options)
     network.requires_grad_(False)
@@ -403,6 +412,18 @@ def load_network(
         for tensor in [*network.parameters(), *network.buffers()]:
             tensor.data = tensor.data.clone()
     return network
+
+
+def _goes_straight_to(device: torch.device) -> bool:
+    """Tell whether weights are read straight into the memory of this device.
+
+    Not beside a working engine: threads of the library would copy in the stream that the forwards
+    run in.
+    """
+    if device.type != "cuda" or not is_accelerate_available():
+        return False
+    cuda: Any = torch.cuda
+    return bool(cuda.current_stream(device) == cuda.default_stream(device))
 
 
 def _read_whole(network_class: Any, path: Path, folder: str, options: Mapping[str, Any]) -> Any:

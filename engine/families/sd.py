@@ -37,8 +37,9 @@ from engine.folders import part_names
 from engine.inflight import InFlight
 from engine.previews import FACTORS
 from engine.request import ImageRequest
-from engine.samplers import fresh_sampler, sampler_limits
+from engine.samplers import add_noise, fresh_sampler, sampler_limits
 from engine.tensors import Rows, Sampler
+from engine.transfers import to_device
 
 
 class StableDiffusion(LatentFamily):
@@ -155,9 +156,9 @@ class StableDiffusion(LatentFamily):
             return_tensors="pt",
         )
         uses_mask = getattr(self._text_encoder.config, "use_attention_mask", False)
-        mask = tokens.attention_mask.to(self.device) if uses_mask else None
+        mask = to_device(tokens.attention_mask, self.device) if uses_mask else None
         encoded = self._text_encoder(
-            tokens.input_ids.to(self.device),
+            to_device(tokens.input_ids, self.device),
             attention_mask=mask,
             output_hidden_states=clip_skip > 0,
         )
@@ -187,7 +188,7 @@ class StableDiffusion(LatentFamily):
             )
         clean = self.encode_picture(picture, generator)
         noise = self.draw_noise(request, generator)
-        return Beginning(sampler.add_noise(clean, noise, timesteps[:1]), timesteps)
+        return Beginning(add_noise(sampler, clean, noise, timesteps[0]), timesteps)
 
     def _begin_inpainting(
         self,
@@ -210,7 +211,7 @@ class StableDiffusion(LatentFamily):
         latents = (
             noise * sampler.init_noise_sigma
             if is_strongest
-            else sampler.add_noise(clean, noise, timesteps[:1])
+            else add_noise(sampler, clean, noise, timesteps[0])
         )
         extras = self._remember_mask(mask, picture, clean, noise, generator)
         return Beginning(latents, timesteps, extras)
@@ -224,7 +225,8 @@ class StableDiffusion(LatentFamily):
         generator: torch.Generator,
     ) -> dict[str, Any]:
         """Tell what inpainting needs at every step, for `Tensors.extras`."""
-        extras = {"mask": interpolate(mask, size=noise.shape[-2:]).to(self.device, self.dtype)}
+        latent_mask = interpolate(mask, size=noise.shape[-2:])
+        extras = {"mask": to_device(latent_mask, self.device, self.dtype)}
         if self._sees_mask:
             masked = self.encode_picture(picture * (mask < 0.5), generator)
             return extras | {"masked": masked}
@@ -238,10 +240,8 @@ class StableDiffusion(LatentFamily):
 
         Returns clean latents as the denoiser sees them.
         """
-        posterior = self._vae.encode(
-            picture.to(self.device, self.dtype).to(self._encoder_dtype)
-        ).latent_dist
-        return self._scaled(posterior.sample(generator).to(self.dtype))
+        picture = to_device(picture, self.device, self.dtype).to(self._encoder_dtype)
+        return self._scaled(self.draw_posterior(picture, generator).to(self.dtype))
 
     @property
     def _encoder_dtype(self) -> torch.dtype:
@@ -280,10 +280,8 @@ class StableDiffusion(LatentFamily):
         mask = tensors.extras["mask"]
         kept = tensors.extras["clean"]
         if image.step + 1 < image.num_steps:
-            sampler: Any = tensors.sampler
-            kept = sampler.add_noise(
-                kept, tensors.extras["noise"], tensors.timesteps[image.step + 1][None]
-            )
+            timestep = tensors.timesteps[image.step + 1]
+            kept = add_noise(tensors.sampler, kept, tensors.extras["noise"], timestep)
         tensors.latents = (1 - mask) * kept + mask * tensors.latents
 
     def decode(self, image: InFlight) -> Tensor:

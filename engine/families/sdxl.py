@@ -33,6 +33,7 @@ from engine.folders import part_names
 from engine.previews import FACTORS
 from engine.request import ImageRequest
 from engine.tensors import Rows
+from engine.transfers import to_device
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -108,9 +109,8 @@ class StableDiffusionXL(StableDiffusion):
             )
         elif request.is_guided:
             encoded.insert(0, self._recalled(request.negative_prompt, 0, recall))
-        sizes = torch.tensor(
-            [_size_ids(request.height_px, request.width_px)], dtype=self.dtype, device=self.device
-        )
+        size_ids = torch.tensor([_size_ids(request.height_px, request.width_px)], dtype=self.dtype)
+        sizes = to_device(size_ids, self.device)
         rows = {name: torch.cat([each[name] for each in encoded]) for name in ("text", "pooled")}
         return {**rows, "time_ids": sizes.expand(len(encoded), -1)}
 
@@ -137,7 +137,9 @@ class StableDiffusionXL(StableDiffusion):
                 truncation=True,
                 return_tensors="pt",
             )
-            encoded = text_encoder(tokens.input_ids.to(self.device), output_hidden_states=True)
+            encoded = text_encoder(
+                to_device(tokens.input_ids, self.device), output_hidden_states=True
+            )
             hidden.append(encoded.hidden_states[-(clip_skip + 2)])
         return {"text": torch.cat(hidden, dim=-1).to(self.dtype), "pooled": encoded.text_embeds}
 
@@ -171,7 +173,7 @@ class StableDiffusionXL(StableDiffusion):
         known = self._mean_and_std()
         if known is None:
             return super()._scaled(latents)
-        mean, std = (each.to(latents) for each in known)
+        mean, std = (to_device(each, latents.device, latents.dtype) for each in known)
         scaled: Tensor = (latents - mean) * self._vae.config.scaling_factor / std
         return scaled
 
@@ -179,7 +181,7 @@ class StableDiffusionXL(StableDiffusion):
         known = self._mean_and_std()
         if known is None:
             return super()._unscaled(latents)
-        mean, std = (each.to(latents) for each in known)
+        mean, std = (to_device(each, latents.device, latents.dtype) for each in known)
         unscaled: Tensor = latents * std / self._vae.config.scaling_factor + mean
         return unscaled
 

@@ -10,11 +10,12 @@ tenants ─┬─ api_keys, usage_ledger, idempotency_keys
          └─ flows ── fair_clocks                  learnt_costs, learnt_etas (what jobs took)
 audit_events ── audit_chains (heads)              workers (live ones), capabilities (theirs)
              ── audit_checkpoints (of pruned months)  job_labels (jobs by metadata)
-fleet_revisions (fleet.toml as it was applied)
+fleet_revisions (fleet.toml as it was applied)   lost_devices (which get no worker)
 """
 
 from models.tables.audit import AuditChain, AuditCheckpoint, AuditEvent
 from models.tables.base import NOW, Base
+from models.tables.devices import LostDevice
 from models.tables.fairness import FairClock, Flow, LearntCost, LearntEta
 from models.tables.files import File, StoredFiles, Upload
 from models.tables.fleet import FleetRevision
@@ -43,6 +44,7 @@ __all__ = [
     "JobLabel",
     "LearntCost",
     "LearntEta",
+    "LostDevice",
     "StoredFiles",
     "Tenant",
     "Upload",

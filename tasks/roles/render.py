@@ -8,7 +8,7 @@ import sys
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NoReturn
 
 import structlog
@@ -31,7 +31,7 @@ from edges.notices import (
 from edges.progress import CANCELS, WATCHES, Listener, ProgressWriter
 from edges.snapshots import Snapshots
 from engine.engine import Engine
-from engine.errors import LoadFailure, NothingLoaded
+from engine.errors import DeviceLost, EngineStopped, LoadFailure, NothingLoaded
 from fleet.consumer import TakenTask, tier_gate
 from models import workers
 from models.database import make_engine
@@ -39,7 +39,7 @@ from policy import connections, gates, queues, tiers
 from policy.current import CurrentFleet, current
 from policy.fleet import Fleet
 from policy.workers import class_key, device_label, is_of_gpu_class, terms_of, worker_name
-from settings import EX_CONFIG, WorkerSettings, refuse
+from settings import EX_CONFIG, EX_DEVICE_LOST, WorkerSettings, refuse
 from tasks import capabilities
 from tasks.checkpoints import Checkpoints
 from tasks.engines import (
@@ -49,10 +49,11 @@ from tasks.engines import (
     failure_sentence,
     pool_of,
 )
-from tasks.health import EX_SOFTWARE, Health
+from tasks.health import Health
 from tasks.inputs import InputPictures
 from tasks.keeper import LeaseKeeper
 from tasks.lacking import LackingModels
+from tasks.loadturns import LoadTurns, default_file
 from tasks.preemption import Preemption, wait_while_a_notice_stands
 from tasks.previews import Previews
 from tasks.registration import Loading, NameTaken, WorkerIdentity
@@ -62,12 +63,15 @@ from tasks.revisions import EngineRevisions, described_engine
 from tasks.roles.consuming import consume, register
 from tasks.roles.following import following
 from tasks.verdicts import Verdicts
+from tasks.watchdog import EX_SOFTWARE, Watchdog
 from tasks.weights import Weights, wanted_of
 
 log = structlog.get_logger(__name__)
 
 PORTS_TRIED = 10  # for metrics, from METRICS_PORT on
 SPARE_THREADS = 4  # they drop duplicates at once while every slot is taken
+STOPS_WITHIN_S = 5.0  # an engine; a turn that takes longer, or hangs, ends with the process
+NO_DEVICE = "No CUDA GPUs are available"  # says torch of a GPU that is off the bus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,14 +125,25 @@ class WorkerParts:
 
         From here on nothing that hangs can keep other workers from its jobs.
         """
-        self.renderer.health.close()
         self.keeper.close()
+
+    def give_back(self, error: EngineStopped) -> None:
+        """Give every job back that is held, for the worker is at fault; what it is, `error` says.
+
+        Those that cannot be given back by then are lost when their leases expire.
+        """
+        for held in self.keeper.all_held():
+            self.renderer.verdicts.decide(held, error)
 
     def put_away(self) -> None:
         """Store snapshots and send progress that is left. The caller stops the engine."""
         self.residency.close()
         self.renderer.checkpoints.close()
         self.renderer.progress.close()
+
+
+def _never(within_s: float) -> None:
+    """End nothing."""
 
 
 def build(
@@ -140,6 +155,7 @@ def build(
     when_unfit: Callable[[Notice], None] | None = None,
     instance: uuid.UUID | None = None,
     weights: Weights | None = None,
+    end_within: Callable[[float], None] = _never,
 ) -> WorkerParts:
     """Make a rendering worker's parts around an engine that is started; nothing is taken yet.
 
@@ -147,6 +163,7 @@ def build(
     when_unfit: is told when its health says that it has to go; None: it leaves.
     instance: of the process that has the worker's name already; None: a new one.
     weights: which hold what the engine reads; None: it reads what lies on this machine.
+    end_within: is told of the seconds after which a leaving worker may be ended, whatever hangs.
     """
     database = make_engine(settings.database_url, pool_size=connections.WORKER)
     ended = EndedJobs.connect(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
@@ -155,9 +172,9 @@ def build(
     keeper = _keeper(settings, identity, database, ended)
     keeper.revision = followed.number or None
     gauge = Gauge(settings.handoff_url, trusted_for_s=gates.HANDOFF_SILENT_AFTER_S)
-    preemption = Preemption(keeper, when_empty=when_empty)
+    preemption = Preemption(keeper, when_empty=when_empty, end_within=end_within)
     unfit = when_unfit or preemption.begin
-    health = Health(engine, stuck_after_s=settings.engine_stuck_after_s, leave=unfit)
+    health = Health(leave=unfit)
     weights = weights or Weights(settings)
     residency = _residency(
         settings, followed, engine, keeper, database, weights, give_up=health.give_up
@@ -300,13 +317,11 @@ def _residency(
 
 def _tell(keeper: LeaseKeeper, residency: Residency) -> None:
     """Have the next heartbeat say what is served and loaded, and why the rest is not."""
-    me = keeper.identity
-    keeper.identity = replace(
-        me,
+    keeper.describe(
         held=tuple(sorted(residency.serves)),
         loaded=residency.loaded,
         failed=dict(residency.failed),
-        facts=me.facts | {"weights": dict(residency.weights)},
+        facts={"weights": dict(residency.weights)},
     )
 
 
@@ -365,7 +380,10 @@ def serve(settings: WorkerSettings, current: CurrentFleet) -> NoReturn:
     # Until Celery's own handler is there; loading takes a while.
     signal.signal(signal.SIGTERM, _raise_end)
     fleet = current.fleet
-    _check_device(settings, fleet)
+    watchdog = Watchdog(stuck_after_s=settings.engine_stuck_after_s)
+    watchdog.start()
+    with watchdog.limited():
+        _check_device(settings, fleet)
     sources = _notice_sources(settings, fleet)
     try:
         wait_while_a_notice_stands(sources)
@@ -375,7 +393,8 @@ def serve(settings: WorkerSettings, current: CurrentFleet) -> NoReturn:
     try:
         loading.start(on_taken=_refuse_at_once)
         weights = Weights(settings, tell=loading.tell)
-        engine = _load_or_end(settings, fleet, loading, weights)
+        turns = LoadTurns(settings.load_lock_file or default_file(), tell=loading.tell)
+        engine = _load_or_end(settings, fleet, loading, weights, watchdog, turns)
         loading.end()
         parts = build(
             settings,
@@ -384,7 +403,9 @@ def serve(settings: WorkerSettings, current: CurrentFleet) -> NoReturn:
             when_empty=_end_process,
             instance=loading.identity.instance,
             weights=weights,
+            end_within=watchdog.end_within,
         )
+        watchdog.give_back = parts.give_back
         status = _take_jobs(parts, sources)
     except _ToldToEnd:
         loading.leave()
@@ -393,11 +414,16 @@ def serve(settings: WorkerSettings, current: CurrentFleet) -> NoReturn:
 
 
 def _load_or_end(
-    settings: WorkerSettings, fleet: Fleet, loading: Loading, weights: Weights
+    settings: WorkerSettings,
+    fleet: Fleet,
+    loading: Loading,
+    weights: Weights,
+    watchdog: Watchdog,
+    turns: LoadTurns,
 ) -> Engine:
     """Start the engine; end the process, with the reason in the worker's row, if it cannot."""
     try:
-        return _start_engine(settings, fleet, weights)
+        return _start_engine(settings, fleet, weights, watchdog, turns)
     except NothingLoaded as problem:
         root = settings.checkpoint_root
         sentences = [failure_sentence(fleet, failure, root) for failure in problem.failures]
@@ -406,7 +432,7 @@ def _load_or_end(
     except Exception as error:
         log.exception("engine_not_started")
         loading.fail(f"the engine does not start: {type(error).__name__}: {error}"[:500])
-        _end_at_once(EX_SOFTWARE)
+        _end_at_once(EX_DEVICE_LOST if isinstance(error, DeviceLost) else EX_SOFTWARE)
 
 
 class _ToldToEnd(BaseException):
@@ -473,7 +499,7 @@ def _take_jobs(parts: WorkerParts, sources: Sequence[NoticeSource]) -> int:
     ]
     # Another worker of this host may have the port already.
     port = telemetry.serve_metrics(settings.metrics_port, settings.metrics_host, tries=PORTS_TRIED)
-    parts.keeper.identity.facts["metrics_port"] = port
+    parts.keeper.describe(facts={"metrics_port": port})
     telemetry.watch_engine(parts.engine.stats)
     threads = tiers.most_jobs(fleet, pool_of(settings, fleet).slots) + SPARE_THREADS
     name = parts.keeper.identity.name
@@ -502,8 +528,10 @@ def _take_jobs(parts: WorkerParts, sources: Sequence[NoticeSource]) -> int:
         for listener in listeners:
             listener.close()
         parts.sign_off()
-        parts.engine.stop()
+        parts.engine.stop(within_s=STOPS_WITHIN_S)
         parts.put_away()
+    if parts.engine.is_device_lost:
+        return EX_DEVICE_LOST
     # One that gave up was told to end, but by itself.
     return EX_SOFTWARE if parts.renderer.health.gave_up else status
 
@@ -518,7 +546,9 @@ def _log_ready(parts: WorkerParts) -> None:
     )
 
 
-def _start_engine(settings: WorkerSettings, fleet: Fleet, weights: Weights) -> Engine:
+def _start_engine(
+    settings: WorkerSettings, fleet: Fleet, weights: Weights, watchdog: Watchdog, turns: LoadTurns
+) -> Engine:
     """Start the engine with the versions of the pool's models that it begins with, loaded and warm.
 
     What is kept elsewhere is fetched first, and held while the process lives. Those that cannot be
@@ -527,7 +557,9 @@ def _start_engine(settings: WorkerSettings, fleet: Fleet, weights: Weights) -> E
     described = described_engine(settings, fleet)
     assert described is not None, "the settings were checked against the fleet"
     absent = weights.stage(wanted_of(fleet, described.specs))
-    engine = Engine(described.config, described.lacking_files_of(absent).first_loaded())
+    specs = described.lacking_files_of(absent).first_loaded()
+    engine = Engine(described.config, specs, load_turn=turns.turn)
+    watchdog.watch(engine)
     engine.start()
     return engine
 
@@ -537,7 +569,13 @@ def _check_device(settings: WorkerSettings, fleet: Fleet) -> None:
     if problems := device_misfits(settings, fleet):
         refuse([f"fleet.toml: {problem}" for problem in problems])
     gpu_class = pool_of(settings, fleet).gpu_class
-    name = device_name(settings)
+    try:
+        name = device_name(settings)
+    except RuntimeError as problem:
+        if NO_DEVICE not in str(problem):
+            raise
+        print(f"{settings.device}: {problem}", file=sys.stderr)
+        _end_at_once(EX_DEVICE_LOST)
     if not is_of_gpu_class(gpu_class, name):
         refuse(
             [

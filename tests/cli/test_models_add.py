@@ -16,6 +16,7 @@ from PIL import Image
 
 from cli import adding, trying
 from cli.main import darkroom
+from edges.weightsources import S3Folder
 from policy.fleet import parse_fleet
 from settings import REPO
 from tests.buckets import an_object_store
@@ -141,6 +142,32 @@ def test_weights_in_s3_are_added_pulled_and_verified(place, tmp_path, monkeypatc
     assert verified.exit_code == 1
     assert "far@1: model_index.json: is damaged" in " ".join(verified.stderr.split())
     assert place.run("verify", "far").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("names", "index", "told"),
+    [
+        (["unet/a.json", "unet/a.json/b.json"], {}, "unet/a.json"),
+        ([f"unet/{'a' * 300}.json"], {}, "File name too long"),
+        ([], {"../outside": ["diffusers", "UNet2DConditionModel"]}, "names a part '../outside'"),
+    ],
+)
+def test_names_that_no_folder_can_have_are_told_in_a_sentence(
+    place, monkeypatch, names, index, told
+):
+    listed = ["model_index.json", *names]
+    monkeypatch.setattr(S3Folder, "names", lambda self: listed)
+    bucket = place.data.parent / "buckets" / "hostile"
+    bucket.mkdir(parents=True)
+    (bucket / "model_index.json").write_text(json.dumps(index))
+    with an_object_store(bucket.parent) as store:
+        for name, value in store.items():
+            monkeypatch.setenv(name, value)
+        added = place.run("add", "far", "s3://hostile", "--print")
+
+    assert isinstance(added.exception, SystemExit), added.exception
+    assert added.exit_code == 1
+    assert told in " ".join(added.stderr.split())
 
 
 @pytest.mark.parametrize(

@@ -468,7 +468,11 @@ def test_the_gpu_file_changes_the_workers_alone_and_builds_torch_with_cuda(
     assert set(gpu_services) == {"worker", "worker-second"}
     assert gpu_services["worker-second"] == worker
     assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
-    assert worker["build"]["args"] == {"TORCH_INDEX_URL": "", "PIP_FIND_LINKS": ""}
+    assert worker["build"]["args"] == {
+        "TORCH_INDEX_URL": "",
+        "PIP_FIND_LINKS": "",
+        "APT_PACKAGES": "gcc libc6-dev",
+    }
     assert worker["image"] != services["worker"]["image"]
 
 
@@ -491,7 +495,8 @@ def test_workers_see_the_weights_and_the_curves_of_the_host(compose_text: str):
     assert "${CURVES:-curves}:/var/lib/darkroom/curves" in mounts
     volumes = yaml.safe_load(compose_text)["volumes"]
     assert "${MODEL_CACHE:-weights}:/var/lib/darkroom/weights" in mounts
-    assert {"checkpoints", "curves", "weights"} <= set(volumes)
+    assert "compiled:/var/lib/darkroom/compiled" in mounts
+    assert {"checkpoints", "compiled", "curves", "weights"} <= set(volumes)
 
 
 def test_workers_that_fetch_weights_may_leave_and_are_told_only_what_their_settings_know():

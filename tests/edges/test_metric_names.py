@@ -73,6 +73,7 @@ GAUGES = {
     "darkroom_live_workers": ("pool",),
     "darkroom_failing_workers": ("pool",),
     "darkroom_models_not_loaded": ("pool", "model"),
+    "darkroom_quarantined_devices": ("pool",),
     "darkroom_queue_jobs": ("pool", "tier", "state"),
     "darkroom_queue_oldest_wait_seconds": ("pool", "tier"),
     "darkroom_upload_spool_reserved_bytes": (),

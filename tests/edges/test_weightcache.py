@@ -255,3 +255,29 @@ def test_file_is_let_go_when_it_is_held_no_more(bucket, tmp_path):
 
     assert names_in(cache, "blobs") == {digests["kept.safetensors"], digests["new.safetensors"]}
     cache.hold_only(set())
+
+
+class ArrivesMeanwhile:
+    """A folder whose file another process has brought by the time that its size is told."""
+
+    def __init__(self, folder, other: WeightCache, digests) -> None:
+        self._folder = folder
+        self._other = other
+        self._digests = digests
+
+    def size_bytes(self, name: str) -> int:
+        self._other.bring(self._folder, self._digests)
+        return self._folder.size_bytes(name)
+
+
+def test_file_that_another_process_has_just_brought_needs_no_second_room(bucket, tmp_path):
+    one = WeightCache(tmp_path, budget_gb=0.0001)
+    other = WeightCache(tmp_path, budget_gb=0.0001)
+    digests = {"large.safetensors": bucket.put("large.safetensors", os.urandom(70_000))}
+
+    folder = one.bring(ArrivesMeanwhile(bucket.folder(), other, digests), digests)
+
+    assert (folder / "large.safetensors").stat().st_size == 70_000
+    assert bucket.gets == {"large.safetensors": 1}
+    other.hold_only(set())
+    one.hold_only(set())

@@ -110,6 +110,19 @@ def test_a_compiled_block_takes_no_adapters(checkpoint, tmp_path):
     assert refused.value.field == "compile_blocks"
 
 
+def test_compiled_blocks_without_a_compiler_stop_the_start_by_name(
+    checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    engine = Engine(EngineConfig(), [a_spec(checkpoint, compile_blocks=True)])
+
+    with pytest.raises(
+        UnsupportedRequest, match="none of g\\+\\+, clang\\+\\+ is in PATH"
+    ) as refused:
+        engine.start()
+    assert refused.value.field == "compile_blocks"
+
+
 def test_an_attention_kernel_nobody_knows_is_refused():
     with pytest.raises(ValueError, match="none of auto, flash"):
         Device("cpu", num_threads=1, attention="fastest")

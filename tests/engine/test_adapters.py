@@ -284,6 +284,19 @@ def test_a_forward_cannot_wear_more_adapters_than_there_are_slots(tmp_path):
         bank.check((A, B, C))
 
 
+def test_what_forwards_of_as_many_rows_wear_is_written_to_the_same_memory(tmp_path):
+    network = adapter_builders.a_unet()
+    bank = a_bank({"unet": network}, three_adapters(tmp_path, network, "unet"))
+
+    places = []
+    for worn in ([(A,), (), (B,), ()], [(C,), (A,), (), ()]):
+        with bank.rows(worn):
+            call = bank._call
+            places.append([part.data_ptr() for part in (*call.slots, *call.strengths)])
+
+    assert places[0] == places[1]
+
+
 def test_slots_take_the_memory_they_say(tmp_path):
     network = nn.Sequential(nn.Linear(6, 10), nn.Conv2d(4, 8, 3))
     spec = a_file(tmp_path / "a.safetensors", lora_tensors(network, prefix="unet", seed=1, rank=4))

@@ -10,7 +10,8 @@ from engine.acceleration import RECOMPILE_LIMIT, compile_repeated
 from engine.config import EngineConfig
 from engine.device import Device, is_out_of_memory
 from engine.engine import Engine
-from engine.errors import DeviceLost, EngineDied
+from engine.errors import DeviceLost, EngineDied, EngineStopped
+from tests.builders import until
 from tests.engine.engine_builders import a_request, a_spec
 
 ILLEGAL = "CUDA error: an illegal memory access was encountered"
@@ -91,6 +92,45 @@ def test_a_device_that_is_lost_while_it_loads_takes_down_more_than_one_model(
 
     with pytest.raises(DeviceLost):
         engine.start()
+
+
+def test_a_stop_tells_everyone_though_a_load_found_the_device_lost_meanwhile(
+    checkpoint, monkeypatch
+):
+    def fails(*_, **__):
+        raise torch.AcceleratorError(ILLEGAL)
+
+    with Engine(EngineConfig(), [a_spec(checkpoint)]) as engine:
+        monkeypatch.setattr("engine.checkpoints.LoadedCheckpoints.read", fails)
+        monkeypatch.setattr(Device, "is_lost", lambda self: True)
+        asked = []
+
+        def ask_and_stop():  # on the device thread: what is left now is found at its end
+            loading = engine.load(a_spec(checkpoint, name="other"))
+            until(lambda: engine._inbox._notes, what="the load that fails")
+            asked.extend([loading, engine.unload("tiny")])
+            engine._inbox.stop()
+
+        engine._inbox.post(ask_and_stop)
+        until(lambda: len(asked) == 2, what="both")
+
+        for each in asked:
+            with pytest.raises(EngineStopped):
+                each.result(30)
+
+
+def test_a_device_that_is_lost_while_weights_leave_it_ends_the_engine(checkpoint, monkeypatch):
+    def fails(*_):
+        raise torch.AcceleratorError(ILLEGAL)
+
+    with Engine(EngineConfig(), [a_spec(checkpoint)]) as engine:
+        monkeypatch.setattr("engine.hostcopies.HostCopies.put", fails)
+        monkeypatch.setattr(Device, "free_cached_memory", fails)
+        monkeypatch.setattr(Device, "is_lost", lambda self: True)
+
+        with pytest.raises(EngineStopped):
+            engine.unload("tiny", may_return=True).result(30)
+        until(lambda: engine.is_device_lost, what="the end of the engine")
 
 
 @pytest.fixture

@@ -184,6 +184,15 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, name, content, told)
         inspect(tmp_path / name)
 
 
+@pytest.mark.parametrize("part", ["../unet", "/etc", "unet/..", "..", ".", "", "a\\b", "a\0b"])
+def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path, part):
+    index = {"_class_name": "AnyPipeline", part: ["diffusers", "UNet2DConditionModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+
+    with pytest.raises(CheckpointCorrupt, match=r"model_index\.json: names a part"):
+        inspect(tmp_path)
+
+
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(CheckpointCorrupt, match="no checkpoint of diffusers"):
         inspect(tmp_path)

@@ -1,6 +1,8 @@
 """What is read from a checkpoint folder is what the catalog says, or nothing."""
 
 import shutil
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from engine.engine import Engine
 from engine.errors import CheckpointCorrupt, UnsupportedRequest
 from engine.families.sd import StableDiffusion
 from engine.folders import hash_files
-from engine.loading import load_checkpoint
+from engine.loading import load_checkpoint, tensors_of
 
 CPU = Device("cpu", num_threads=1)
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -136,3 +138,46 @@ def test_a_file_rewritten_in_place_does_not_change_running_weights(folder):
         torch.equal(one, other)
         for one, other in zip(before, family._unet.parameters(), strict=True)
     )
+
+
+def test_digests_are_the_same_however_many_threads_hash(folder):
+    parts = StableDiffusion.folders(folder)
+
+    found = hash_files(folder, parts, threads=4)
+
+    assert found == hashes(folder)
+    assert list(found) == list(hashes(folder)), "in the order of the parts"
+
+
+def test_weights_that_go_straight_to_the_device_are_the_same(folder, monkeypatch):
+    through_the_host = load_checkpoint(a_spec(folder), CPU)
+    monkeypatch.setattr("engine.families.latent._goes_straight_to", lambda device: True)
+
+    straight = load_checkpoint(a_spec(folder), CPU)
+
+    tensors = zip(tensors_of(straight.family), tensors_of(through_the_host.family), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in tensors)
+    assert not any(
+        hasattr(module, "_hf_hook")
+        for network in straight.family.modules()
+        for module in network.modules()
+    ), "nothing moves what it is given"
+
+
+def test_a_load_has_its_turn_when_its_files_are_verified(folder, monkeypatch):
+    order = []
+
+    @contextmanager
+    def turn():
+        order.append("begins")
+        yield
+        order.append("ends")
+
+    monkeypatch.setattr("engine.loading._verify", lambda *_: order.append("verified"))
+    monkeypatch.setattr("engine.loading.give_back_host_memory", lambda: order.append("given back"))
+    monkeypatch.setattr("engine.loop.warm_up", lambda *_, **__: iter([None]))
+
+    with Engine(EngineConfig(), [a_spec(folder)], load_turn=turn) as engine:
+        engine.load(replace(a_spec(folder), name="second")).result(60)
+
+    assert order == ["verified", "begins", "given back", "ends"] * 2

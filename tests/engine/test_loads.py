@@ -341,6 +341,19 @@ def test_weights_return_from_the_host_s_memory_with_adapters_and_the_same_bits(
     assert np.array_equal(before.pixels, after.pixels)
 
 
+def test_images_leave_memory_to_weights_that_are_not_loaded_yet(
+    checkpoint, epsilon_checkpoint, monkeypatch
+):
+    monkeypatch.setattr(Device, "memory_budget_bytes", lambda self: 10**9)
+    config = EngineConfig(weights_room_bytes=6 * 10**8)
+
+    with Engine(config, [a_spec(checkpoint)]) as engine:
+        before = engine._scheduler.memory_budget_bytes
+        engine.load(another_spec(epsilon_checkpoint)).result(120)
+
+        assert before == engine._scheduler.memory_budget_bytes == 4 * 10**8
+
+
 def test_host_copies_are_the_newest_that_fit(checkpoint):
     device = Device("cpu", num_threads=1)
     a, b, c = (

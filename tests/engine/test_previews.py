@@ -329,7 +329,7 @@ def test_the_clean_latents_tell_more_of_the_picture_than_the_noisy_ones(vae, pro
 
 
 def test_a_preview_is_a_small_jpeg_of_viewable_size(projector, encode):
-    pixels = projector.project(encode(pocket_pictures(1)))
+    pixels = projector.project(encode(pocket_pictures(1))).numpy()
 
     packed = jpeg(pixels)
 

@@ -585,6 +585,22 @@ def test_previews_come_while_somebody_watches(checkpoint):
     assert all(Image.open(io.BytesIO(preview.jpeg)).size == (256, 256) for preview in previews)
 
 
+def test_previews_are_packed_beside_the_device_thread_and_told_before_the_end(checkpoint):
+    with Engine(EngineConfig(previews_per_s=1e6), [a_spec(checkpoint)]) as engine:
+        told = []
+
+        def on_event(event):
+            told.append((type(event), threading.current_thread().name))
+            engine.watch("a", True)
+
+        engine.submit(a_request("a", num_steps=4), on_event).result(60)
+
+    assert {name for kind, name in told if kind is Previewed} == {"fetches"}
+    assert {name for kind, name in told if kind is not Previewed} == {"engine"}
+    assert [kind for kind, _ in told].count(Previewed) >= 3
+    assert told[-1][0] is Finished
+
+
 def test_previews_change_no_bit(engine):
     unseen = engine.submit(reproducible("a", sampler="dpmpp_2m_sde", num_steps=5)).result(60)
 

@@ -63,10 +63,11 @@ def launcher(tmp_path):
 
 
 @contextlib.contextmanager
-def launched(tmp_path, child, **variables):
+def launched(tmp_path, child, *, first="", **variables):
+    """A launcher of workers that are this child. first: a program's text that comes before."""
     program = (
-        f"import sys; from fleet import worker; worker.SERVE = [sys.executable, '-c', {child!r}]; "
-        "worker.main()"
+        f"{first}import sys; from fleet import worker; "
+        f"worker.SERVE = [sys.executable, '-c', {child!r}]; worker.main()"
     )
     needed = {
         "DATABASE_URL": "postgresql://x",
@@ -228,11 +229,12 @@ def test_crashes_in_a_row_are_answered_with_longer_waits_until_a_worker_was_heal
     now = 1000.0
     monkeypatch.setattr(worker.time, "monotonic", lambda: now)
     monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(
-        worker, "_spawn", lambda environment: SimpleNamespace(poll=lambda: 1, returncode=1)
-    )
-    launcher = worker.Launcher([{"WORKER_NAME": "gpu-gpu0@here"}])
+    monkeypatch.setattr(worker, "_spawn", lambda *_: SimpleNamespace(poll=lambda: 1, returncode=1))
+    environment = {"WORKER_NAME": "gpu-gpu0@here", "CUDA_VISIBLE_DEVICES": "0"}
+    anything = SimpleNamespace(may_start=lambda device: True)
+    launcher = worker.Launcher([environment], SimpleNamespace(), anything)
     [child] = launcher._children
+    launcher._look_after(child)
     waits = []
 
     for lived_s in [5, 5, 5, 5, 5, 5, worker.HEALTHY_AFTER_S + 1, 5]:

@@ -12,7 +12,18 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from models import api_keys, erasing, files, jobs, leases, pruning, revisions, tenants, webhooks
+from models import (
+    api_keys,
+    erasing,
+    files,
+    jobs,
+    leases,
+    pruning,
+    quarantine,
+    revisions,
+    tenants,
+    webhooks,
+)
 from models.ids import first_id
 from models.tables import Tenant, UsageDay, WebhookEndpoint
 from models.webhooks import AttemptResult
@@ -43,6 +54,8 @@ FACTS = {
     "api-key:secret:revoked": {"api_key_id", "kid"},
     "api-key:secret:rotated": {"api_key_id", "kid", "successor"},
     "audit:month:pruned": {"month", "events", "checkpoints_sha256"},
+    "device:quarantine:ended": {"device", "host"},
+    "device:quarantine:started": {"device", "host"},
     "file:content:erased": {"file_id", "content_sha256"},
     "file:content:stored": {"file_id", "content_sha256", "size_bytes", "width_px", "height_px"},
     "fleet:revision:applied": {"number", "sha256"},
@@ -489,6 +502,32 @@ def pruning_a_month(session, tenant):
     partition = "CREATE TABLE audit_events_2001_08 PARTITION OF audit_events FOR VALUES"
     session.execute(text(f"{partition} {bounds}"))
     return partial(pruning.prune_audit_month, session, date(2001, 8, 1))
+
+
+# Devices
+
+
+def a_loss(**changes):
+    own = {"device": "GPU-1", "worker": WORKER, "pool": "local", "capacity_class": ""}
+    return quarantine.Loss(**own | {"host": "host-1", "pid": 1} | changes)
+
+
+@appends()
+def losing_a_device(session, tenant):
+    return partial(quarantine.note_loss, session, a_loss(device="GPU-lost-once"))
+
+
+@appends("device:quarantine:started", actor=WORKER, is_on_system=True)
+def losing_a_device_twice(session, tenant):
+    quarantine.note_loss(session, a_loss())
+    return partial(quarantine.note_loss, session, a_loss())
+
+
+@appends("device:quarantine:ended", is_on_system=True)
+def releasing_a_device(session, tenant):
+    quarantine.note_loss(session, a_loss(device="GPU-2"))
+    quarantine.note_loss(session, a_loss(device="GPU-2"))
+    return partial(quarantine.release, session, "GPU-2", actor=ACTOR)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.prepare.__name__)

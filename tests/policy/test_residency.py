@@ -53,6 +53,12 @@ def test_the_least_recently_used_that_nobody_needs_gives_way():
     assert swap(residents, wanted("c"), rule=ResidencyRule(300)) == Swap("c", ("old",))
 
 
+def test_one_that_turned_out_larger_than_the_budget_has_the_device_to_itself():
+    larger = wanted("larger", size_bytes=201, for_s=20.0)
+
+    assert swap([held("a"), held("b")], larger, wanted("c")) == Swap("larger", ("a", "b"))
+
+
 def test_as_many_give_way_as_a_large_one_takes():
     residents = [held("a", used_at=1), held("b", used_at=2)]
 

@@ -3,7 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
-from tasks.engines import checkpoint_specs
+from engine.errors import LoadFailure, LoadProblem
+from tasks.engines import checkpoint_specs, failure_sentence
 from tests.builders import a_fleet
 
 
@@ -40,6 +41,14 @@ def test_version_is_loaded_as_it_says_that_its_weights_are_quantised():
         ("pocket@1", None),
         ("pocket@small", "int8"),
     ]
+
+
+def test_failed_load_of_a_version_that_a_newer_fleet_lacks_is_told_by_its_name():
+    failure = LoadFailure("old@7", LoadProblem.FILES, "unet/config.json is missing")
+
+    sentence = failure_sentence(a_fleet(), failure, Path("/srv"))
+
+    assert sentence.startswith("model 'old@7' cannot be loaded: unet/config.json is missing;")
 
 
 def test_checkpoint_knows_the_rows_that_reproducible_tiers_pin():

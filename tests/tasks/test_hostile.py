@@ -2,9 +2,6 @@
 alone suffers.
 """
 
-import dataclasses
-import pydoc
-import threading
 import time
 from contextlib import ExitStack
 
@@ -201,56 +198,6 @@ def test_a_job_that_breaks_the_device_thread_is_counted_and_its_worker_leaves(
         assert "the engine died" in worker.notices.poll().detail
 
 
-def test_a_device_that_hangs_ends_its_worker(here, monkeypatch):
-    predict, goes_on, exits = here.engine._runner.predict, threading.Event(), []
-    monkeypatch.setattr(
-        here.engine._runner, "predict", lambda batch: (goes_on.wait(20), predict(batch))[1]
-    )
-    monkeypatch.setattr(tasks.health, "LOOK_EVERY_S", 0.05)
-    monkeypatch.setattr(tasks.health.os, "_exit", exits.append)
-    health = tasks.health.Health(here.engine, stuck_after_s=0.3, leave=here.notices.announce)
-
-    thread = here.render(here.accept())
-    until(lambda: exits, what="the end of the worker")
-    health.close()
-    goes_on.set()
-    thread.join(timeout=20)
-
-    assert exits[0] == 70
-    assert here.engine.turn_s < 0.3
-
-
-@pytest.mark.parametrize(
-    "place", ["engine.loading.accelerate", "engine.loop.warm_up", "engine.loads.Loads._take_out"]
-)
-def test_a_device_that_hangs_as_a_checkpoint_comes_or_goes_ends_its_worker(
-    here, monkeypatch, place
-):
-    engine, goes_on, exits = here.engine, threading.Event(), []
-    [spec] = engine._checkpoints.specs.values()
-    monkeypatch.setattr("engine.loop.warm_up", lambda *_, **__: iter([None]))
-    does = pydoc.locate(place)
-    monkeypatch.setattr(place, lambda *args, **more: (goes_on.wait(60), does(*args, **more))[1])
-    monkeypatch.setattr(tasks.health, "LOOK_EVERY_S", 0.05)
-    monkeypatch.setattr(tasks.health.os, "_exit", exits.append)
-    health = tasks.health.Health(engine, stuck_after_s=2.0, leave=here.notices.announce)
-
-    came = engine.load(dataclasses.replace(spec, name="second@1"))
-    if "_take_out" in place:
-        came.result(60)
-        gone = engine.unload("second@1")
-    until(lambda: exits, within_s=60, what="the end of the worker")
-    health.close()
-    goes_on.set()
-    came.result(60)
-    if "_take_out" not in place:
-        gone = engine.unload("second@1")
-    gone.result(60)
-
-    assert exits[0] == 70
-    assert engine.load_silent_s == 0
-
-
 def test_a_job_taken_while_the_worker_was_told_to_go_is_given_up_at_once(here):
     job = here.accept()
     take = here.keeper.leased
@@ -316,7 +263,12 @@ def test_a_worker_that_has_to_go_gives_its_jobs_up_even_where_no_snapshot_can_be
     handoff_redis.config_set("maxmemory", "1")
     notices, gone = FakeNotices(), []
     watch = NoticeWatch(
-        [notices], Preemption(here.keeper, when_empty=lambda: gone.append(time.monotonic())).begin
+        [notices],
+        Preemption(
+            here.keeper,
+            when_empty=lambda: gone.append(time.monotonic()),
+            end_within=lambda within_s: None,
+        ).begin,
     )
 
     notices.announce(0.2)

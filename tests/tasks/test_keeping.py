@@ -78,6 +78,27 @@ def test_keeper_tells_before_the_next_renewal_what_has_changed(here):
         until(lambda: told() == 7, within_s=60, what="the row of the worker")
 
 
+def test_what_several_threads_tell_of_a_worker_at_once_is_all_told(here):
+    keeper = here.keeper
+    before = keeper.identity
+
+    def tell(name: str) -> None:
+        for number in range(300):
+            keeper.describe(facts={name: number, f"{name}-gone": None}, loaded=(name,))
+
+    names = [f"fact-{number}" for number in range(4)]
+    threads = [threading.Thread(target=tell, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+
+    assert keeper.identity.facts == before.facts | dict.fromkeys(names, 299)
+    assert keeper.identity.held == before.held
+    keeper.describe(facts=dict.fromkeys(names), loaded=before.loaded)
+    assert keeper.identity == before
+
+
 @pytest.mark.parametrize("renewals", ["fail", "hang"])
 def test_keeper_drops_its_work_by_itself_when_nothing_was_renewed_for_stop_s(
     here,

@@ -167,7 +167,7 @@ def test_worker_signs_off_before_it_waits_for_its_device(
             seen.append((is_known(), session.get(Job, job.id).state))
         return 0
 
-    def hang() -> None:  # instead of the engine's stop
+    def hang(within_s: float) -> None:  # instead of the engine's stop
         is_waiting.set()
         goes_on.wait(120)
 
@@ -260,7 +260,7 @@ def test_worker_that_gave_up_ends_because_of_an_error_though_celery_ended_well(
         return 0
 
     monkeypatch.setattr(render, "consume", consume)
-    monkeypatch.setattr(engine_here, "stop", lambda: None)  # other tests go on with it
+    monkeypatch.setattr(engine_here, "stop", lambda within_s: None)  # other tests go on with it
 
     assert render._take_jobs(parts, []) == status
 

@@ -115,6 +115,22 @@ def test_staging_for_an_older_revision_is_given_up(bucket, weights):
     assert not any(weights.cache.has(digest) for digest in digests_in(old))
 
 
+def test_staging_that_was_given_up_and_is_wanted_again_is_not_told_as_done(bucket, weights):
+    staging = BackgroundStaging(weights)
+    old, new = (wanted_from(bucket, f"{name}-again.safetensors") for name in ("old", "new"))
+    bucket.stops_after["old-again.safetensors"] = 100_000
+    bucket.door.clear()
+    assert staging.stage(old) is None
+    until(lambda: bucket.gets["old-again.safetensors"], what="the download")
+    assert staging.stage(new) is None, "it is given up at the next piece, which does not come"
+
+    bucket.door.set()
+    until(lambda: staging.stage(old) is not None, what="the older one")
+
+    assert staging.stage(old) == {}
+    assert all(weights.cache.has(digest) for digest in digests_in(old))
+
+
 def test_worker_serves_its_weights_until_those_of_a_changed_version_are_here(
     bucket, fleet_here, settings_here, engine_here, tmp_path
 ):

@@ -1,5 +1,6 @@
 """A worker whose device does not hold all models of its pool: it loads what jobs ask for."""
 
+import threading
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from threading import Thread
 import pytest
 from sqlalchemy import text
 
+from engine import loading
 from engine.engine import Engine
 from models import leases, workers
 from models.database import transaction
@@ -184,6 +186,38 @@ def test_a_job_that_waits_for_its_model_is_given_back_by_a_worker_that_leaves(wo
     brake.release()
     for each in running:
         each.join(timeout=120)
+
+
+def test_a_model_that_a_revision_drops_while_it_is_loaded_leaves_nothing_behind(
+    worker, monkeypatch
+):
+    residency, name = worker.parts.residency, missing(worker) + "@1"
+    loaded = residency.loaded
+    specs, begun, goes_on = dict(residency._specs), threading.Event(), threading.Event()
+    accelerate = loading.accelerate
+
+    def accelerate_later(*args):
+        begun.set()
+        goes_on.wait(60)
+        accelerate(*args)
+
+    monkeypatch.setattr(loading, "accelerate", accelerate_later)
+    with residency.using(name, lambda: None):
+        assert begun.wait(60)
+        without = {other: spec for other, spec in specs.items() if other != name}
+        follows = Thread(target=residency.go_by, args=(without, ()))
+        follows.start()
+        until(lambda: name not in residency.serves, within_s=60, what="the new revision")
+        goes_on.set()
+        follows.join(60)
+    residency.go_by(specs, loaded)  # what gave way returns
+
+    assert not follows.is_alive()
+    assert set(residency.loaded) == set(loaded)
+    assert name in residency.serves
+    assert name not in worker.engine.checkpoints
+    assert name not in residency.weights
+    assert name not in worker.keeper.identity.facts["weights"]
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ from engine.families.pipeline.trial import TrialCalls, image_in_trial, try_calls
 from engine.families.standins import Decoder, Denoiser
 from engine.inflight import InFlight
 from engine.request import ImageRequest
+from engine.transfers import to_device
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ class Pipeline(CalledPipeline):
     def _to_device(self, tensor: Tensor) -> Tensor:
         if tensor.is_meta:
             return torch.zeros_like(tensor, device=self.device)
-        return tensor.to(self.device, copy=True)
+        return to_device(tensor.clone(), self.device)
 
     def _let_ask(self, pipe: Any, image: InFlight, ask: Ask) -> None:
         def about_to_decode() -> None:

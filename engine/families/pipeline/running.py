@@ -20,6 +20,7 @@ from engine.families.standins import lay_over
 from engine.inflight import InFlight
 from engine.previews import clean_latents
 from engine.samplers import fresh_sampler
+from engine.transfers import without_waits
 
 
 @dataclass(eq=False)
@@ -108,7 +109,7 @@ class PipelineCalls:
             # A new thread has as many as the machine has cores until something asks torch.
             torch.set_num_threads(num_threads)
             on_stream = nullcontext() if stream is None else torch.cuda.stream(stream)
-            with torch.inference_mode(), on_stream:
+            with torch.inference_mode(), on_stream, without_waits(self._device):
                 yield
 
         return within
@@ -134,17 +135,44 @@ class PipelineCalls:
 def _note_steps(sampler: Any, image: InFlight) -> None:
     """Count every step of the image's own sampler, and keep the clean latents for who watches."""
     parameters = inspect.signature(sampler.step)
+    on_host: list[Tensor] = []  # the sampler's timesteps
+
+    def set_timesteps(sampler: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
+        on_host[:] = [sampler.timesteps.cpu()]  # the one wait for them
+        return result
 
     def step(sampler: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given = parameters.bind(*args, **kwargs).arguments
+        bound = parameters.bind(*args, **kwargs)
+        given = bound.arguments
+        given["timestep"] = _timestep_on_host(sampler, given["timestep"], on_host)
         sample = given["sample"]
-        timestep = given["timestep"]
         # Others are packed, and only their pipeline knows how.
         is_seen = image.is_watched and sample.ndim == 4
-        clean = clean_latents(sampler, sample, given["model_output"], timestep) if is_seen else None
-        result = method(*args, **kwargs)
+        clean = (
+            clean_latents(sampler, sample, given["model_output"], given["timestep"])
+            if is_seen
+            else None
+        )
+        with without_waits(sample.device, keeps_numbers=True):
+            result = method(*bound.args, **bound.kwargs)
         running_of(image).clean = clean
         image.step += 1
         return result
 
+    lay_over(sampler, "set_timesteps", set_timesteps)
     lay_over(sampler, "step", step)
+
+
+def _timestep_on_host(sampler: Any, timestep: Any, on_host: list[Tensor]) -> Any:
+    """Give the same timestep on the host, where it is one of the sampler's own.
+
+    To look a factor up by a number that is on the device is to wait for the device.
+    """
+    timesteps = sampler.timesteps
+    if not on_host or not isinstance(timestep, Tensor) or timestep.device.type == "cpu":
+        return timestep
+    begins_at = timesteps.untyped_storage().data_ptr()
+    if timestep.ndim or timestep.untyped_storage().data_ptr() != begins_at:
+        return timestep
+    return on_host[0][timestep.storage_offset() - timesteps.storage_offset()]

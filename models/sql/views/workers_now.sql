@@ -1,5 +1,6 @@
 -- One row per worker: its state, what it serves, which models it cannot load and why, how often it
--- was started again. A worker that ended in good order has none.
+-- was started again. A worker that ended in good order has none. One row per device on which no
+-- worker is started, in the name of the last one there.
 CREATE OR REPLACE VIEW workers_now AS
 SELECT w.pool, w.name AS worker,
        CASE WHEN w.state <> 'failed'
@@ -17,3 +18,9 @@ SELECT w.pool, w.name AS worker,
        w.fleet_revision, w.facts ->> 'waits_for' AS waits_for, w.capacity_class,
        nullif(w.facts ->> 'doing', '') AS doing
 FROM workers w
+UNION ALL
+SELECT d.pool, d.worker, 'quarantined', d.device, 0, NULL, NULL, NULL, d.problem, 0, 0,
+       d.quarantined_at,
+       round(extract(epoch FROM clock_timestamp() - d.lost_at), 1), d.host, NULL, NULL, NULL,
+       d.capacity_class, NULL
+FROM lost_devices d WHERE d.quarantined_at IS NOT NULL
