@@ -111,6 +111,7 @@ GRANTS: dict[str, tuple[May, ...]] = {
         May("attempts", "INSERT"),
         May("workers", "INSERT, UPDATE, DELETE"),
         May("lost_devices", "SELECT, INSERT, UPDATE"),
+        May("device_time", "SELECT, INSERT, UPDATE"),
         May("capabilities", "SELECT, INSERT, UPDATE"),
         May("learnt_costs", "SELECT, INSERT, UPDATE"),
     ),

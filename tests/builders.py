@@ -359,6 +359,7 @@ def rendered(**record: Any) -> RenderedWork:
         "encode_s": 0.1,
         "denoise_s": 0.3,
         "decode_s": 0.1,
+        "padding_s": 0.0,
         "fingerprint": "cpu-fp32",
         "fingerprint_facts": {"torch_threads": 1},
     }

@@ -10,12 +10,13 @@ tenants ─┬─ api_keys, usage_ledger, idempotency_keys
          └─ flows ── fair_clocks                  learnt_costs, learnt_etas (what jobs took)
 audit_events ── audit_chains (heads)              workers (live ones), capabilities (theirs)
              ── audit_checkpoints (of pruned months)  job_labels (jobs by metadata)
-fleet_revisions (fleet.toml as it was applied)   lost_devices (which get no worker)
+fleet_revisions (fleet.toml as it was applied)   lost_devices (which get no worker),
+                                                 device_time (of workers, by the hour)
 """
 
 from models.tables.audit import AuditChain, AuditCheckpoint, AuditEvent
 from models.tables.base import NOW, Base
-from models.tables.devices import LostDevice
+from models.tables.devices import DeviceTime, LostDevice
 from models.tables.fairness import FairClock, Flow, LearntCost, LearntEta
 from models.tables.files import File, StoredFiles, Upload
 from models.tables.fleet import FleetRevision
@@ -34,6 +35,7 @@ __all__ = [
     "AuditEvent",
     "Base",
     "CheckpointCapabilities",
+    "DeviceTime",
     "FairClock",
     "File",
     "FleetRevision",
