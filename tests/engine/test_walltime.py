@@ -2,8 +2,8 @@
 
 import time
 
+import pytest
 from engine_builders import a_request, reproducible
-from pytest import approx
 
 from engine import walltime
 from engine.walltime import IDLE, LOADS, TURNS, WallTime
@@ -18,11 +18,11 @@ def test_seconds_of_each_thing_add_up_and_count_what_is_under_way(monkeypatch):
         wall.begin(doing)
         clock.go_on(seconds)
 
-    assert wall.seconds() == approx({IDLE: 3.0, TURNS: 6.0, LOADS: 1.0})
+    assert wall.seconds() == pytest.approx({IDLE: 3.0, TURNS: 6.0, LOADS: 1.0})
 
     wall.begin(None)
     clock.go_on(9.0)
-    assert wall.seconds() == approx({IDLE: 3.0, TURNS: 6.0, LOADS: 1.0})
+    assert wall.seconds() == pytest.approx({IDLE: 3.0, TURNS: 6.0, LOADS: 1.0})
 
 
 def test_engine_tells_all_of_its_thread_s_time_and_no_more_device_time_than_turns(engine):
@@ -46,9 +46,9 @@ def test_padding_of_a_pinned_image_is_told_by_its_record_and_by_the_engine(engin
     record = engine.submit(reproducible("a")).result(60).record
 
     padded = 1 - record.mean_rows / record.bucket_rows
-    assert record.padding_s == approx(padded * record.denoise_s)
+    assert record.padding_s == pytest.approx(padded * record.denoise_s)
     assert record.padding_s > 0
-    assert engine.stats()["padding_s"] - before == approx(record.padding_s)
+    assert engine.stats()["padding_s"] - before == pytest.approx(record.padding_s)
 
 
 def test_image_with_a_forward_of_its_own_size_pays_for_no_padding(engine):

@@ -4,7 +4,6 @@ import uuid
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from pytest import approx
 
 from models.devicetime import DevicePeriod
 from policy.workers import WorkerTerms
@@ -56,9 +55,9 @@ def test_time_until_the_engine_is_ready_is_the_start_s(metered):
     metered.go_on(4, turns_s=3, idle_s=1, forward_s=2)
     ready = metered.period().spent
 
-    assert (loading.billed_s, loading.startup_s) == approx((15, 15))
-    assert (ready.billed_s, ready.startup_s, ready.idle_s) == approx((21, 16, 2))
-    assert (ready.turns_s, ready.denoise_s) == approx((3, 2))
+    assert (loading.billed_s, loading.startup_s) == pytest.approx((15, 15))
+    assert (ready.billed_s, ready.startup_s, ready.idle_s) == pytest.approx((21, 16, 2))
+    assert (ready.turns_s, ready.denoise_s) == pytest.approx((3, 2))
 
 
 def test_new_price_and_each_new_hour_begin_a_period_and_no_time_is_lost_between(metered):
@@ -73,8 +72,8 @@ def test_new_price_and_each_new_hour_begin_a_period_and_no_time_is_lost_between(
     again = metered.period(DEAR)
 
     told = [period.spent.billed_s for period in (cheap, dear, next_hour, again)]
-    assert told == approx([15, 5, 3600, 3601])
-    assert (dear.spent.turns_s, next_hour.spent.turns_s) == approx((5, 0))
+    assert told == pytest.approx([15, 5, 3600, 3601])
+    assert (dear.spent.turns_s, next_hour.spent.turns_s) == pytest.approx((5, 0))
     assert len({period.since for period in (cheap, dear, next_hour)}) == 3
     assert again.since == next_hour.since
     assert [period.terms for period in (cheap, dear)] == [CHEAP, DEAR]

@@ -417,30 +417,3 @@ def test_everything_listens_on_the_loopback_only(stack):
         "DATABASE_URL",
     ):
         assert "@127.0.0.1:" in stack.env[name] or "//127.0.0.1:" in stack.env[name], name
-
-
-def test_time_of_the_devices_is_what_images_took_and_what_was_wasted(client, sql):
-    """After all of the above: workers that were killed, jobs that were canceled or done again."""
-    finished(client, client.create_job(SHAPES[0], seed=1))
-
-    def account() -> dict[str, float]:
-        columns = ("billed_s", "busy_s", "padding_s", "stored_s", "wasted_s", "unexplained_s")
-        sums = ", ".join(f"sum({name})::float AS {name}" for name in columns)
-        other = "(SELECT sum(other_s)::float FROM device_time_by_hour) AS other_s"
-        [row] = sql(f"SELECT {sums}, {other} FROM costs_by_pool_day")
-        return row
-
-    def is_explained() -> bool:
-        """Tell whether both records agree; a heartbeat lies between them."""
-        told = account()
-        busy_s = told["busy_s"] + told["padding_s"]
-        return (
-            told["stored_s"] > 0
-            and told["wasted_s"] > 0
-            and abs(told["unexplained_s"]) <= 0.01 * busy_s
-            and abs(told["other_s"]) <= 0.01 * told["billed_s"]
-        )
-
-    with suppress(AssertionError):
-        until(is_explained, within_s=30)
-    assert is_explained(), account()
