@@ -252,7 +252,11 @@ MEAN_ROWS = Gauge("darkroom_engine_mean_rows", "Mean rows of a denoiser forward 
 PARKED = Gauge(
     "darkroom_engine_parked_images", "Images that are parked for images of a better rank"
 )
-ENGINE_SECONDS = Gauge("darkroom_engine_seconds", "Device time since start", ["stage"])
+ENGINE_SECONDS = Gauge(
+    "darkroom_engine_seconds",
+    "Device time since start; padding is part of denoise; loads and idle are time without images",
+    ["stage"],
+)
 CACHE_LOOKUPS = Gauge(
     "darkroom_engine_cache_lookups",
     "Lookups since start; hits / (hits + misses) is the hit rate",
@@ -376,7 +380,14 @@ def watch_engine(stats: Callable[[], Mapping[str, Any]]) -> None:
     read(PARKED, "parked")
     read(FORWARDS, "steps")
     read(MEAN_ROWS, "mean_rows_per_forward")
-    for stage, key in (("encode", "encode_s"), ("denoise", "forward_s"), ("decode", "decode_s")):
+    for stage, key in (
+        ("encode", "encode_s"),
+        ("denoise", "forward_s"),
+        ("padding", "padding_s"),
+        ("decode", "decode_s"),
+        ("loads", "loads_s"),
+        ("idle", "idle_s"),
+    ):
         read(ENGINE_SECONDS, key, stage=stage)
     for cache, key in (
         ("conditioning", "cache"),
