@@ -10,10 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.cells import DEVICE_LOST
+from benchmarks.gpu.clocks import DeviceWatch
+
 REPO = Path(__file__).resolve().parents[2]
-# Of the minutes; what a part leaves goes to those behind it.
-SHARES = {"sdxl": 0.28, "flux": 0.34, "invariance": 0.22, "curves": 0.16}
-GRACE_S = 30  # beyond its share, before a part is stopped
+# Beyond its seconds, before a part is stopped: of a cell that takes longer than planned.
+GRACE_S = 30.0
+GRACE_SHARE = 0.1
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_OFFLINE": "1",
@@ -30,10 +33,16 @@ class Part:
     took_s: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    clocks: dict[str, Any] | str = ""  # of the device while it ran
+    under_way: str = ""  # the cell that began last and told nothing yet
 
     def add(self, line: dict[str, Any]) -> None:
         """Take in what it said of a cell."""
         name = line["cell"]
+        if "begun" in line:
+            self.under_way = name
+            return
+        self.under_way = ""
         if "found" in line:
             self.cells[name] = line["found"]
             self.took_s[name] = line["took_s"]
@@ -42,30 +51,51 @@ class Part:
         else:
             self.left_out[name] = line["left_out"]
 
+    def end(self, status: int, last: str) -> None:
+        """Note how its process ended.
 
-def run_part(name: str, seconds: float, *, device: str, quick: bool, tiny: bool) -> Part:
+        last: the cell that it began last.
+        """
+        if status == DEVICE_LOST:
+            self.failed[last] = f"the device was lost, and the part ended: {self.failed[last]}"
+        elif status < 0 and self.under_way:
+            self.failed[self.under_way] = f"its process ended by signal {-status}"
+        elif status:
+            self.failed[self.under_way or "its process"] = f"ended with {status}"
+
+
+def run_part(
+    name: str, seconds: float, *, device: str, quick: bool, tiny: bool, traces: Path
+) -> Part:
     """Run a part in a fresh process.
 
     Nothing that another has loaded, broken or left behind weighs on it.
     """
     until = str(time.time() + seconds)
     command = [sys.executable, "-m", "benchmarks.gpu.part_process", name, until, device]
+    command += ["--traces", str(traces)]
     command += [flag for flag, is_set in (("--quick", quick), ("--tiny", tiny)) if is_set]
     part = Part()
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, cwd=REPO, env=os.environ | QUIET
-    ) as process:
-        too_late = threading.Timer(seconds + GRACE_S, process.kill)
+    last = ""
+    with (
+        DeviceWatch(device) as watch,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, cwd=REPO, env=os.environ | QUIET
+        ) as process,
+    ):
+        grace_s = min(GRACE_S, GRACE_SHARE * seconds)
+        too_late = threading.Timer(seconds + grace_s, process.kill)
         too_late.start()
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith('{"cell": '):
                 part.add(json.loads(line))
+                last = part.under_way or last
                 print(f"{name}: {line.rstrip()[:180]}", file=sys.stderr, flush=True)
             else:
                 sys.stderr.write(line)
         process.wait()
         too_late.cancel()
-    if process.returncode:
-        part.failed[name] = f"its process ended with {process.returncode}"
+    part.end(process.returncode, last)
+    part.clocks = watch.summary()
     return part
