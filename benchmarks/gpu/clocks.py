@@ -5,17 +5,17 @@ Where there is no nvidia-smi, or it does not know the device, it says "not avail
 
 import statistics
 import subprocess
-import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 NOT_AVAILABLE = "not available"
-EVERY_MS = 500
-PATIENCE_S = 10
+EVERY_S = 2.0
+PATIENCE_S = 20
 FACTS = (
     "clocks.sm",
     "clocks.mem",
@@ -48,26 +48,16 @@ class Sample:
 
 
 class DeviceWatch:
-    """Asks nvidia-smi twice a second while it is entered."""
+    """Asks nvidia-smi when it is entered, every two seconds, and when it is left."""
 
     def __init__(self, device: str) -> None:
-        self._device = device
-        self._process: subprocess.Popen[bytes] | None = None
-        self._output: IO[bytes] | None = None
+        self._command = query(device, FACTS)
         self._samples: list[Sample] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="device-watch")
 
     def __enter__(self) -> "DeviceWatch":
-        command = query(self._device, FACTS)
-        if command:
-            self._output = tempfile.TemporaryFile()
-            try:
-                self._process = subprocess.Popen(
-                    [*command, f"--loop-ms={EVERY_MS}"],
-                    stdout=self._output,
-                    stderr=subprocess.DEVNULL,
-                )
-            except OSError:
-                self._process = None
+        self._thread.start()
         return self
 
     def __exit__(
@@ -76,17 +66,32 @@ class DeviceWatch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            self._process.wait(PATIENCE_S)
-        if self._output is not None:
-            self._output.seek(0)
-            self._samples = samples_of(self._output.read().decode(errors="replace"))
-            self._output.close()
+        self._stop.set()
+        self._thread.join()
 
     def summary(self) -> dict[str, Any] | str:
         """Return what it was before, after and meanwhile."""
         return summary_of(self._samples)
+
+    def _run(self) -> None:
+        is_over = not self._command
+        while not is_over:
+            is_over = self._stop.wait(EVERY_S if self._samples else 0.0)
+            told = answer(self._command)
+            if told is None:
+                return
+            self._samples += samples_of(told)
+
+
+def answer(command: Sequence[str]) -> str | None:
+    """Return what nvidia-smi prints; None where it is not installed or fails."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=PATIENCE_S, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
 
 
 def query(device: str, facts: Sequence[str]) -> list[str]:

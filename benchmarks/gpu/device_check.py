@@ -7,8 +7,11 @@ judges nothing.
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -47,16 +50,19 @@ def _attention(setting: Setting) -> Found:
         length = 64 if setting.tiny else length
         given = torch.randn(rows, count, length, width, device=setting.device, dtype=torch.bfloat16)
         for name, backend in KERNELS.items():
-
-            def attend(given: torch.Tensor = given, backend: SDPBackend = backend) -> object:
-                with sdpa_kernel(backend):
-                    return scaled_dot_product_attention(given, given, given)
-
             try:
-                found[f"{name}, {heads}"] = _seconds(attend, setting)
+                found[f"{name}, {heads}"] = _seconds(partial(_attend, given, backend), setting)
+            except torch.AcceleratorError:
+                raise  # no refusal: the device failed
             except RuntimeError as problem:
                 found[f"{name}, {heads}"] = f"refused: {problem}"[:100]
     return found
+
+
+def _attend(given: Tensor, backend: SDPBackend) -> Tensor:
+    with sdpa_kernel(backend):
+        attended: Tensor = scaled_dot_product_attention(given, given, given)
+    return attended
 
 
 def _matmul(setting: Setting) -> Found:
@@ -68,7 +74,7 @@ def _matmul(setting: Setting) -> Found:
     found: Found = {}
     for name, draw in (("random", torch.randn), ("zeros", torch.zeros)):
         matrix = draw(side, side, device=setting.device, dtype=torch.bfloat16)
-        seconds = _seconds(lambda matrix=matrix: matrix @ matrix, setting)
+        seconds = _seconds(partial(torch.matmul, matrix, matrix), setting)
         found[f"{name}_tflops"] = 2 * side**3 / seconds / 1e12
     return found
 
@@ -78,7 +84,7 @@ def _compiler(setting: Setting) -> Found:
     kind = "cuda" if setting.is_cuda else "cpu"
     found: Found = {name: shutil.which(name) for name in COMPILERS[kind]}
     started = time.perf_counter()
-    line = torch.compile(lambda numbers: numbers * 2 + 1)
+    line: Any = torch.compile(lambda numbers: numbers * 2 + 1)
     line(torch.ones(64, device=setting.device))
     return found | {"first_call_s": time.perf_counter() - started}
 

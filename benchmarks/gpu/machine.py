@@ -2,13 +2,12 @@
 
 import os
 import platform
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-from benchmarks.gpu.clocks import NOT_AVAILABLE, query
+from benchmarks.gpu.clocks import NOT_AVAILABLE, answer, query
 
 PACKAGES = ("torch", "diffusers", "transformers", "triton", "numpy")
 
@@ -45,10 +44,5 @@ def _version(package: str) -> str | None:
 
 def _nvidia_smi(device: str, fact: str) -> str:
     """Ask it of this GPU."""
-    try:
-        done = subprocess.run(
-            query(device, [fact]), capture_output=True, text=True, timeout=20, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return NOT_AVAILABLE
-    return done.stdout.split("\n")[0].strip()
+    told = answer(query(device, [fact]))
+    return NOT_AVAILABLE if told is None else told.split("\n")[0].strip()

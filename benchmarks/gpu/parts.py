@@ -34,34 +34,29 @@ class Part:
     failed: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     clocks: dict[str, Any] | str = ""  # of the device while it ran
-    under_way: str = ""  # the cell that began last and told nothing yet
 
     def add(self, line: dict[str, Any]) -> None:
         """Take in what it said of a cell."""
         name = line["cell"]
-        if "begun" in line:
-            self.under_way = name
-            return
-        self.under_way = ""
         if "found" in line:
             self.cells[name] = line["found"]
             self.took_s[name] = line["took_s"]
         elif "failed" in line:
             self.failed[name] = line["failed"]
-        else:
+        elif "left_out" in line:
             self.left_out[name] = line["left_out"]
 
     def end(self, status: int, last: str) -> None:
         """Note how its process ended.
 
-        last: the cell that it began last.
+        status: as `Popen.returncode`.  last: the cell that it began last, "" before the first.
         """
         if status == DEVICE_LOST:
             self.failed[last] = f"the device was lost, and the part ended: {self.failed[last]}"
-        elif status < 0 and self.under_way:
-            self.failed[self.under_way] = f"its process ended by signal {-status}"
         elif status:
-            self.failed[self.under_way or "its process"] = f"ended with {status}"
+            is_told = last in {"", *self.cells, *self.failed, *self.left_out}
+            how = f"by signal {-status}" if status < 0 else f"with {status}"
+            self.failed["its process" if is_told else last] = f"the process ended {how}"
 
 
 def run_part(
@@ -89,8 +84,9 @@ def run_part(
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith('{"cell": '):
-                part.add(json.loads(line))
-                last = part.under_way or last
+                told = json.loads(line)
+                part.add(told)
+                last = told["cell"] if "begun" in told else last
                 print(f"{name}: {line.rstrip()[:180]}", file=sys.stderr, flush=True)
             else:
                 sys.stderr.write(line)

@@ -5,6 +5,7 @@ Plain values; knows no torch.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 START_S = 10.0  # of a part's process, until its first cell
 ROUND_S = 540.0
@@ -13,6 +14,7 @@ QUICK_SHARE = 0.6  # of a cell's seconds, with `--quick`: fewer images
 
 FAMILIES = ("sd", "sdxl", "sd3", "flux")
 PRECISIONS = ("bf16", "fp16", "fp32")
+QUANTISATIONS = ("float8", "int8")
 KERNELS = ("auto", "flash", "efficient", "cudnn", "math")  # of attention
 
 
@@ -123,11 +125,8 @@ def model_of(part: str) -> str:
     return part.partition("_")[0]
 
 
-def changes_of(words: Sequence[str]) -> dict[str, bool | str]:
+def changes_of(words: Sequence[str]) -> dict[str, Any]:
     """Return the changes to a checkpoint's spec that a cell's last words name."""
-    return {
-        ("quantize" if word in ("float8", "int8") else word): (
-            word if word in ("float8", "int8") else True
-        )
-        for word in words
-    }
+    how = [word for word in words if word in QUANTISATIONS]
+    changes: dict[str, Any] = {word: True for word in words if word not in how}
+    return changes | {"quantize": word for word in how}

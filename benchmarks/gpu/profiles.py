@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-from torch.autograd import DeviceType
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.cells import Cells, Found, Setting
@@ -21,6 +21,7 @@ from benchmarks.gpu.stepper import Stepper
 from engine.scheduler import Batch
 
 STEPS = 3
+DEVICE: Any = torch._C._autograd.DeviceType.CUDA
 OTHER = "other"
 # Words in the names of kernels, and on a CPU of operations; the first kind that has one is it.
 KINDS = {
@@ -99,7 +100,7 @@ def summed(events: Iterable[Any], *, on_device: bool) -> Found:
     launches: dict[str, int] = defaultdict(int)
     spans = []
     for event in events:
-        if (event.device_type == DeviceType.CUDA) is not on_device:
+        if (event.device_type == DEVICE) is not on_device:
             continue
         kind = kind_of(event.name)
         launches[kind] += 1

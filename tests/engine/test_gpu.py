@@ -17,14 +17,8 @@ import torch
 from engine_builders import ALWAYS
 
 from benchmarks.gpu.checkpoints import a_request, write_checkpoint
-from benchmarks.gpu.invariance import (
-    BUCKET_ROWS,
-    FAMILIES,
-    KERNELS,
-    PRECISIONS,
-    apart_after_resume,
-    apart_in_company,
-)
+from benchmarks.gpu.invariance import BUCKET_ROWS, apart_after_resume, apart_in_company
+from benchmarks.gpu.plan import FAMILIES, KERNELS, PRECISIONS
 from benchmarks.gpu.random_networks import forget
 from benchmarks.gpu.stepper import Stepper
 from engine.config import EngineConfig
