@@ -51,6 +51,7 @@ _MODULES = {
     "keys": "cli.keys",
     "workers": "cli.workers",
     "usage": "cli.usage",
+    "bill": "cli.bill",
     "audit": "cli.audit",
     "prune": "cli.prune",
     "backup": "cli.backup",

@@ -39,6 +39,15 @@ def is_running(key: str) -> bool:
     return bool(space) and pid.isdigit() and process_key(int(pid)) == key
 
 
+def age_s() -> float:
+    """Return the seconds since this process started; 0 where nobody knows."""
+    try:
+        up_s = float(Path("/proc/uptime").read_text().split()[0])
+        return max(0.0, up_s - int(_started(os.getpid())) / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError):
+        return 0.0
+
+
 def _is_hidden(pid: int) -> bool:
     """Tell whether a process runs of which /proc shows nothing to us."""
     try:

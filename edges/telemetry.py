@@ -193,6 +193,9 @@ WEBHOOKS_DEFERRED = Counter(
 WEBHOOKS_PENDING = Gauge(
     "darkroom_webhooks_pending", "Deliveries that have not ended; 10,000 means 10,000 or more"
 )
+TENANTS_OVER_BUDGET = Gauge(
+    "darkroom_tenants_over_budget", "Tenants that have spent their budget of this month"
+)
 AUDIT_MONTHS_AHEAD = Gauge(
     "darkroom_audit_months_ahead",
     "Coming months for which the audit log has a partition; normally 12",
@@ -252,7 +255,11 @@ MEAN_ROWS = Gauge("darkroom_engine_mean_rows", "Mean rows of a denoiser forward 
 PARKED = Gauge(
     "darkroom_engine_parked_images", "Images that are parked for images of a better rank"
 )
-ENGINE_SECONDS = Gauge("darkroom_engine_seconds", "Device time since start", ["stage"])
+ENGINE_SECONDS = Gauge(
+    "darkroom_engine_seconds",
+    "Device time since start; padding is part of denoise; loads and idle are time without images",
+    ["stage"],
+)
 CACHE_LOOKUPS = Gauge(
     "darkroom_engine_cache_lookups",
     "Lookups since start; hits / (hits + misses) is the hit rate",
@@ -376,7 +383,14 @@ def watch_engine(stats: Callable[[], Mapping[str, Any]]) -> None:
     read(PARKED, "parked")
     read(FORWARDS, "steps")
     read(MEAN_ROWS, "mean_rows_per_forward")
-    for stage, key in (("encode", "encode_s"), ("denoise", "forward_s"), ("decode", "decode_s")):
+    for stage, key in (
+        ("encode", "encode_s"),
+        ("denoise", "forward_s"),
+        ("padding", "padding_s"),
+        ("decode", "decode_s"),
+        ("loads", "loads_s"),
+        ("idle", "idle_s"),
+    ):
         read(ENGINE_SECONDS, key, stage=stage)
     for cache, key in (
         ("conditioning", "cache"),

@@ -57,6 +57,7 @@ class Account:
 
     encode_s: float = 0.0
     denoise_s: float = 0.0
+    padding_s: float = 0.0  # of `denoise_s`
     decode_s: float = 0.0
     forwards: int = 0
     shared_forwards: int = 0

@@ -75,6 +75,7 @@ class Ledger:
         self.padded_rows = 0
         self.image_steps = 0
         self.forward_s = 0.0
+        self.padding_s = 0.0  # of these, for rows that belong to no image
         self.encode_s = 0.0
         self.decode_s = 0.0
         self.decodes = 0
@@ -162,8 +163,11 @@ class Ledger:
         totals = self.by_rows[batch.bucket_rows]
         totals.forwards += 1
         totals.seconds += seconds
+        padding_s = seconds * (batch.bucket_rows - batch.used_rows) / batch.bucket_rows
+        self.padding_s += padding_s
         for image, part in batch.parts:
             image.account.denoise_s += seconds * part
+            image.account.padding_s += padding_s * part
             self.seconds_by_rank[image.rank] += seconds * part
 
     @property
@@ -187,5 +191,6 @@ class Ledger:
             "encode_s": self.encode_s,
             "forward_s": self.forward_s,
             "decode_s": self.decode_s,
+            "padding_s": self.padding_s,
             "seconds_by_rank": dict(sorted(dict(self.seconds_by_rank).items())),
         }

@@ -64,6 +64,7 @@ from engine.runner import PendingDecode, Runner
 from engine.scheduler import Batch, Decode, Encode, Scheduler, Work
 from engine.sidethread import LoadPace
 from engine.snapshots import Snapshot, to_bytes
+from engine.walltime import IDLE, LOADS, TURNS, WallTime
 from engine.warmup import warm_up
 
 log = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ class DeviceLoop:
         self._conditioning = conditioning
         self._inbox = inbox
         self._pace = LoadPace()
+        self._wall = WallTime()
         self.loads = Loads(
             checkpoints=checkpoints,
             device=device,
@@ -152,6 +154,7 @@ class DeviceLoop:
             "parks": self._parks,
             "previews": self._previews,
             "warm_up_s": self.warm_up_s,
+            **{f"{doing}_s": seconds for doing, seconds in self._wall.seconds().items()},
         }
 
     # --- the thread's life ---
@@ -239,6 +242,7 @@ class DeviceLoop:
                 self._pace.begin_turn()
                 self._turn()
                 self._pace.end_turn()
+                self._wall.begin(LOADS)
                 self.loads.go_on(is_busy=len(self._scheduler) > 0)
                 self._turn_began_at = None
         except BaseException as problem:
@@ -249,6 +253,7 @@ class DeviceLoop:
                 shutdown_error = partial(DeviceLost, f"the device was lost: {problem!r}")
         finally:
             self._turn_began_at = None
+            self._wall.begin(None)
             self._pace.end_turn()
             self._fail_everyone(shutdown_error)
             self._fetches.close()
@@ -256,7 +261,9 @@ class DeviceLoop:
 
     def _take_in(self) -> bool:
         """Wait for work and do what callers asked for; False when it is time to stop."""
+        self._wall.begin(IDLE)
         taken = self._inbox.take(may_wait=not self.loads.has_warm_up)
+        self._wall.begin(TURNS)
         if taken is None:
             return False
         self._turn_began_at = time.monotonic()

@@ -30,6 +30,7 @@ class RenderRecord:
     encode_s: float
     denoise_s: float
     decode_s: float
+    padding_s: float  # of `denoise_s`: its share of rows that padded its forwards
     waited_s: float  # from submit to its first denoise step
     forwards: int
     shared_forwards: int  # forwards in which an image of another group took part
@@ -60,6 +61,7 @@ def render_record(image: InFlight, bits: Fingerprint) -> RenderRecord:
         encode_s=account.encode_s,
         denoise_s=account.denoise_s,
         decode_s=account.decode_s,
+        padding_s=account.padding_s,
         waited_s=(image.first_step_at or image.submitted_at) - image.submitted_at,
         forwards=account.forwards,
         shared_forwards=account.shared_forwards,

@@ -111,6 +111,7 @@ GRANTS: dict[str, tuple[May, ...]] = {
         May("attempts", "INSERT"),
         May("workers", "INSERT, UPDATE, DELETE"),
         May("lost_devices", "SELECT, INSERT, UPDATE"),
+        May("device_time", "SELECT, INSERT, UPDATE"),
         May("capabilities", "SELECT, INSERT, UPDATE"),
         May("learnt_costs", "SELECT, INSERT, UPDATE"),
     ),
@@ -124,6 +125,8 @@ GRANTS: dict[str, tuple[May, ...]] = {
     ),
     "sweeper": (
         *_MOVES_JOBS,
+        May("tenants", "SELECT", only=("monthly_budget",)),
+        May("budget_alerts", "SELECT, INSERT"),
         May("fleet_revisions", "SELECT"),
         May("jobs", "SELECT", but=TENANT_TEXTS),
         May("workers", "DELETE"),

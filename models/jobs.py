@@ -602,6 +602,8 @@ def end_attempt(session: Session, job: Job, outcome: Outcome, *, error: str | No
     attempt.outcome = outcome
     attempt.ended_at = func.clock_timestamp()
     attempt.error = error
+    if outcome in (Outcome.RENDERED, Outcome.PREEMPTED, Outcome.RETURNED):
+        attempt.unfinished_s = 0.0  # of others their worker tells, if it lives
     if outcome is not Outcome.RENDERED:
         attempt.waste_class = outcome.value
 

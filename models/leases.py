@@ -97,6 +97,7 @@ class RenderedWork:
     encode_s: float
     denoise_s: float
     decode_s: float
+    padding_s: float
     fingerprint: str
     fingerprint_facts: dict[str, Any]
     prompt_tokens: int | None = None
@@ -231,6 +232,29 @@ def note_steps(session: Session, reached: Mapping[tuple[uuid.UUID, int], int]) -
         session.execute(_NOTE_STEPS, {"job_ids": job_ids, "indexes": indexes, "steps": steps})
 
 
+_NOTE_UNFINISHED = text(
+    """
+    UPDATE attempts a SET unfinished_s = n.seconds
+    FROM unnest(CAST(:job_ids AS uuid[]), CAST(:attempts AS integer[]),
+                CAST(:seconds AS double precision[])) AS n (job_id, attempt, seconds)
+    WHERE a.job_id = n.job_id AND a.attempt = n.attempt AND a.ended_at IS NULL
+    """
+)
+
+
+def note_unfinished(session: Session, spent: Mapping[tuple[uuid.UUID, int], float]) -> None:
+    """Note the device seconds that attempts have spent on images in hand, by (job, attempt).
+
+    Their jobs' leases have just been renewed in this transaction. Of a worker that dies, nothing
+    else is known of that time.
+    """
+    if spent:
+        rows = [(str(job_id), attempt, taken) for (job_id, attempt), taken in sorted(spent.items())]
+        job_ids, attempts, seconds = (list(column) for column in zip(*rows, strict=True))
+        values = {"job_ids": job_ids, "attempts": attempts, "seconds": seconds}
+        session.execute(_NOTE_UNFINISHED, values)
+
+
 def hand_off(
     session: Session, lease: Lease, index: int, *, rendered: RenderedWork, store_within_s: float
 ) -> Job:
@@ -248,6 +272,8 @@ def hand_off(
     image.steps_done = image.reached_step = rendered.num_steps
     attempt = session.get_one(Attempt, (job.id, lease.attempt))
     _charge(image, attempt, rendered.device_seconds)
+    image.padding_s += rendered.padding_s
+    attempt.unfinished_s = max(0.0, attempt.unfinished_s - rendered.device_seconds)
     # What rendered it, where the catalogue was edited since the job was accepted.
     job.precision = rendered.fingerprint_facts.get("precision", job.precision)
     job.prompt_tokens = rendered.prompt_tokens
@@ -391,7 +417,7 @@ def note_resumption(
     for image in session.scalars(pending.order_by(Image.index)):
         image.steps_done = image.reached_step = resumed[image.index]
         if not image.steps_done:
-            image.device_seconds = 0.0
+            image.device_seconds = image.padding_s = 0.0
             image.device_cost = None
             image.snapshot_ref = None
     if lost_steps:
@@ -529,7 +555,7 @@ def _begin_again(image: Image) -> None:
     image.state = ImageState.PENDING
     image.handed_off_attempt = None
     image.handed_off_at = None
-    image.device_seconds = 0.0
+    image.device_seconds = image.padding_s = 0.0
     image.device_cost = None
     image.steps_done = 0  # `reached_step` stays: those steps are done again
     image.hand_offs_lost += 1
@@ -548,6 +574,7 @@ def note_waste(
     if job is None or row is None or row.worker != lease.worker:
         return
     row.device_seconds += device_seconds
+    row.unfinished_s = 0.0
     if job.state in TAKEN_BACK and job.attempt == lease.attempt:
         jobs.abandon(session, job, steps_done, actor=lease.worker)
 
@@ -618,5 +645,6 @@ def _add_to_record(attempt: Attempt, rendered: RenderedWork) -> None:
     attempt.encode_s += rendered.encode_s
     attempt.denoise_s += rendered.denoise_s
     attempt.decode_s += rendered.decode_s
+    attempt.padding_s += rendered.padding_s
     attempt.fingerprint = rendered.fingerprint
     attempt.fingerprint_facts = rendered.fingerprint_facts

@@ -21,6 +21,9 @@ class Rendering(Protocol):
     def steps(self) -> Mapping[int, int]:
         """Tell how far each image that has not ended has come, by index."""
 
+    def unfinished_s(self) -> float:
+        """Return the device seconds of its images that are not on record yet."""
+
     def expected_s(self) -> float | None:
         """Estimate the seconds until the last image's pixels; None: nobody can say."""
 
@@ -73,6 +76,10 @@ class HeldLease:
     def steps(self) -> Mapping[int, int]:
         """Tell how far each of its images has come, by index; {} while nothing is rendered."""
         return self._rendering.steps() if self._rendering is not None else {}
+
+    def unfinished_s(self) -> float:
+        """Return the device seconds of its images that are not on record yet."""
+        return self._rendering.unfinished_s() if self._rendering is not None else 0.0
 
     def expected_s(self) -> float | None:
         """Estimate the seconds until its last pixels; None: nobody can say."""

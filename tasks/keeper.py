@@ -22,12 +22,13 @@ from sqlalchemy.orm import Session
 
 from dispatch.endings import EndedJobs
 from edges import telemetry
-from models import learning, leases, workers
+from models import devicetime, learning, leases, workers
 from models.database import run_transaction, transaction
 from models.learning import CostKey, ImageTimings
 from models.leases import Lease
 from policy import gates
 from policy.workers import WorkerState
+from tasks.devicetime import DeviceMeter
 from tasks.held import HeldLease
 from tasks.registration import NameClaim, WorkerIdentity
 
@@ -60,15 +61,17 @@ class LeaseKeeper:
         renew_s: float,
         stop_s: float,
         beats: Engine | None = None,
+        meter: DeviceMeter | None = None,
     ) -> None:
         """Keep leases of `ttl_s` seconds, renewed every `renew_s`.
 
         stop_s: without a renewal for so long, all work is dropped.
         beats: connections for renewals and heartbeats alone, so that no task keeps them waiting;
-        None: those of `database`.
+        None: those of `database`.  meter: of what the worker's time is spent on.
         """
         self._database = database
         self._beats = beats or database
+        self._meter = meter
         self.identity = identity  # changed by `describe` alone
         self._ended = ended
         self._ttl_s = ttl_s
@@ -232,6 +235,7 @@ class LeaseKeeper:
         try:
             with transaction(self._database) as session:
                 learning.observe(session, seen)
+                self._note_device_time(session)
                 self._sign_off(session)
         except SQLAlchemyError as error:
             log.info("sign_off_failed", reason=type(error).__name__)
@@ -364,11 +368,20 @@ class LeaseKeeper:
             raise _NameLost
         own = [(held.lease.job_id, held.lease.attempt) for held in snapshot]
         kept = leases.renew(session, own, worker=who.name, ttl_s=self._ttl_s)
-        leases.note_steps(
-            session, _steps_of(held for held in snapshot if held.lease.job_id in kept)
-        )
+        going_on = [held for held in snapshot if held.lease.job_id in kept]
+        leases.note_steps(session, _steps_of(going_on))
+        leases.note_unfinished(session, _unfinished_s_of(going_on))
         learning.observe(session, seen)
+        self._note_device_time(session)
         return kept
+
+    def _note_device_time(self, session: Session) -> None:
+        if self._meter is not None:
+            who = self.identity
+            period = self._meter.period(
+                worker=who.name, instance=who.instance, pool=who.pool, terms=who.terms
+            )
+            devicetime.put(session, period)
 
     def _lose_name(self) -> None:
         """Give everything up: another process has the name, and has ended our leases by it."""
@@ -398,3 +411,8 @@ def _steps_of(going_on: Iterable[HeldLease]) -> dict[tuple[uuid.UUID, int], int]
         for held in going_on
         for index, step in held.steps().items()
     }
+
+
+def _unfinished_s_of(going_on: Iterable[HeldLease]) -> dict[tuple[uuid.UUID, int], float]:
+    """Tell the device seconds that are not on record, by job and attempt."""
+    return {(held.lease.job_id, held.lease.attempt): held.unfinished_s() for held in going_on}

@@ -19,12 +19,14 @@ import structlog
 from sqlalchemy import Engine
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.orm import Session
 
 from edges import processes
-from models import workers
+from models import devicetime, workers
 from models.database import run_transaction
 from models.workers import NameHolder, NewWorker
 from policy.workers import WorkerState, WorkerTerms, pause_before_start_s
+from tasks.devicetime import DeviceMeter
 
 log = structlog.get_logger(__name__)
 
@@ -135,9 +137,16 @@ class Loading:
     """
 
     def __init__(
-        self, database: Engine, identity: WorkerIdentity, *, ttl_s: float, renew_s: float
+        self,
+        database: Engine,
+        identity: WorkerIdentity,
+        *,
+        ttl_s: float,
+        renew_s: float,
+        meter: DeviceMeter | None = None,
     ) -> None:
         self.identity = identity
+        self._meter = meter
         self._database = database
         self._ttl_s = ttl_s
         self._renew_s = renew_s
@@ -187,12 +196,14 @@ class Loading:
                 self._database,
                 lambda session: workers.fail(session, me.name, me.instance, problem),
             )
+            run_transaction(self._database, self._note_device_time)
 
     def leave(self) -> None:
         """Give the name up: the process was told to end before it was ready."""
         self.end()
         me = self.identity
         with suppress(SQLAlchemyError):
+            run_transaction(self._database, self._note_device_time)
             run_transaction(
                 self._database, lambda session: workers.leave(session, me.name, me.instance)
             )
@@ -218,22 +229,35 @@ class Loading:
             self._stop.wait(wait_s)
 
     def _beat(self) -> None:
+        if not run_transaction(self._database, self._write_beat):
+            raise NameTaken(
+                f"the name {self.identity.name!r} was taken by another worker meanwhile"
+            )
+
+    def _write_beat(self, session: Session) -> bool:
+        """Write all that a heartbeat says; False if the name is another's."""
         me = self.identity
-        is_ours = run_transaction(
-            self._database,
-            lambda session: workers.heartbeat(
-                session,
-                name=me.name,
-                pool=me.pool,
-                capacity_class=me.terms.capacity_class,
-                device=me.device,
-                slots=0,
-                facts={workers.DOING: self._doing} if self._doing else {},
-                silent_after_s=self._ttl_s,
-                instance=me.instance,
-                state=WorkerState.LOADING,
-                held=(),
-            ),
+        is_ours = workers.heartbeat(
+            session,
+            name=me.name,
+            pool=me.pool,
+            capacity_class=me.terms.capacity_class,
+            device=me.device,
+            slots=0,
+            facts={workers.DOING: self._doing} if self._doing else {},
+            silent_after_s=self._ttl_s,
+            instance=me.instance,
+            state=WorkerState.LOADING,
+            held=(),
         )
-        if not is_ours:
-            raise NameTaken(f"the name {me.name!r} was taken by another worker meanwhile")
+        if is_ours:
+            self._note_device_time(session)
+        return is_ours
+
+    def _note_device_time(self, session: Session) -> None:
+        if self._meter is not None:
+            me = self.identity
+            period = self._meter.period(
+                worker=me.name, instance=me.instance, pool=me.pool, terms=me.terms
+            )
+            devicetime.put(session, period)

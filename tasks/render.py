@@ -431,6 +431,7 @@ def _rendered(record: RenderRecord, steps: int) -> RenderedWork:
         encode_s=record.encode_s,
         denoise_s=record.denoise_s,
         decode_s=record.decode_s,
+        padding_s=record.padding_s,
         fingerprint=record.fingerprint,
         fingerprint_facts=record.fingerprint_facts,
     )

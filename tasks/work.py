@@ -105,7 +105,7 @@ class RenderWork:
     def unaccounted(self) -> dict[int, Handle]:
         """Return the images whose device time is not on record."""
         known = self._accounted
-        return {index: handle for index, handle in self.handles.items() if index not in known}
+        return {index: one for index, one in list(self.handles.items()) if index not in known}
 
     def open_handles(self) -> dict[int, Handle]:
         """Return the images that have not ended."""
@@ -134,6 +134,10 @@ class RenderWork:
         if not self._is_begun:
             return {}
         return {index: handle.progress().step for index, handle in self.open_handles().items()}
+
+    def unfinished_s(self) -> float:
+        """Return the device seconds of its images that are not on record yet."""
+        return sum(handle.progress().device_seconds for handle in self.unaccounted().values())
 
     def expected_s(self) -> float | None:
         """Estimate the seconds until the last image's pixels; None while one has not begun."""

@@ -28,6 +28,8 @@ QUICK_TIERS = tiers_with((2, 8))
 # Beyond the lease; with a slot free.
 AFTER_KILL_S = 3.0
 AFTER_NOTICE_S = 1.0
+# Of the time that workers were busy, and of all that was paid: what no account tells.
+MOST_UNEXPLAINED = 0.01
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ def _lease_settings(lease_s: float) -> dict[str, str]:
 def _targets(lease_s: float) -> list[Target]:
     bounds = {
         "wrong": 0,
+        "unexplained_of_busy": MOST_UNEXPLAINED,
+        "unexplained_of_billed": MOST_UNEXPLAINED,
         "recovery_after_kill_s": lease_s + AFTER_KILL_S,
         "recovery_after_notice_s": AFTER_NOTICE_S,
     }
@@ -118,7 +122,7 @@ def _run(probe: StackProbe, extent: Extent, options: argparse.Namespace) -> Find
         "recovery_after_kill_s": [] if quick else trial.recovery("kill"),
         "recovery_after_notice_s": [] if quick or not hears_notices() else trial.recovery("notice"),
     }
-    figures: dict[str, Any] = {"wrong": sum(trial.wrong.values())}
+    figures: dict[str, Any] = {"wrong": sum(trial.wrong.values()), **trial.accounts.shares()}
     not_judged: dict[str, str] = {}
     for name, values in recovery_s.items():
         if values:

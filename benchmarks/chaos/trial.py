@@ -8,6 +8,7 @@ from rich.console import Console
 
 from benchmarks.chaos.faults import Fault, FaultDone, FaultInjector, plan_faults
 from benchmarks.chaos.recoveries import added_latency_s, recoveries
+from benchmarks.lib.integrity.accounts import Accounts
 from benchmarks.lib.integrity.checks import (
     Check,
     full_load,
@@ -48,12 +49,15 @@ class Trial:
         self.quick = quick
         self.wrong: dict[str, int] = {}  # violations by check
         self.figures: dict[str, Any] = {}  # by run
+        self.accounts = Accounts(probe)
 
     def fault_free(self, jobs: Sequence[PlannedJob]) -> RunRecords:
         """Run the jobs with which those of the other runs are compared."""
         reference, _ = self.run("fault-free", jobs)
         self._judge(reference.label, job_checks(self.probe, reference))
-        self.figures[reference.label] = work_figures(reference)
+        figures = {**work_figures(reference), "time": self.accounts.of_run()}
+        show_figures(reference.label, figures)
+        self.figures[reference.label] = figures
         return reference
 
     def chaos(self, seed: int, jobs: Sequence[PlannedJob], reference: RunRecords) -> None:
@@ -179,6 +183,7 @@ class Trial:
             "restarted_after_lease_loss_s": quantiles(found.after_loss_s),
             "restarted_after_return_s": quantiles(found.after_return_s),
             **work_figures(run),
+            "time": self.accounts.of_run(),
             "hand_off_keys_left": hand_off_keys(self.probe),
             "objects_without_artifact": orphans(self.probe, run),
         }

@@ -258,6 +258,8 @@ class Image(Base):
     # How often its pixels were lost before they were stored.
     hand_offs_lost: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     device_seconds: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
+    # Of these, its share of rows that padded its forwards.
+    padding_s: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
     # What these cost, by the terms of the workers that spent them; None: as its pool says.
     device_cost: Mapped[Decimal | None] = mapped_column(Numeric(24, 12))
     artifact_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("artifacts.id"))
@@ -318,9 +320,12 @@ class Attempt(Base):
     mean_rows: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
     bucket_rows: Mapped[int | None]
     device_seconds: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
+    # Of images that it had in hand when it was last heard of; 0 once their time is on record.
+    unfinished_s: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
     encode_s: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
     denoise_s: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
     decode_s: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
+    padding_s: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
     fingerprint: Mapped[str | None]
     fingerprint_facts: Mapped[dict[str, Any] | None]
 

@@ -42,6 +42,7 @@ from policy.workers import class_key, device_label, is_of_gpu_class, terms_of, w
 from settings import EX_CONFIG, EX_DEVICE_LOST, WorkerSettings, refuse
 from tasks import capabilities
 from tasks.checkpoints import Checkpoints
+from tasks.devicetime import DeviceMeter
 from tasks.engines import (
     chosen_device,
     device_misfits,
@@ -156,6 +157,7 @@ def build(
     instance: uuid.UUID | None = None,
     weights: Weights | None = None,
     end_within: Callable[[float], None] = _never,
+    meter: DeviceMeter | None = None,
 ) -> WorkerParts:
     """Make a rendering worker's parts around an engine that is started; nothing is taken yet.
 
@@ -164,12 +166,15 @@ def build(
     instance: of the process that has the worker's name already; None: a new one.
     weights: which hold what the engine reads; None: it reads what lies on this machine.
     end_within: is told of the seconds after which a leaving worker may be ended, whatever hangs.
+    meter: of what the worker's time is spent on; None: it does not keep that.
     """
     database = make_engine(settings.database_url, pool_size=connections.WORKER)
     ended = EndedJobs.connect(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
     followed = current(fleet)
     identity = _identity(settings, followed.fleet, engine, instance or uuid.uuid4())
-    keeper = _keeper(settings, identity, database, ended)
+    if meter is not None:
+        meter.watch(engine.stats)
+    keeper = _keeper(settings, identity, database, ended, meter)
     keeper.revision = followed.number or None
     gauge = Gauge(settings.handoff_url, trusted_for_s=gates.HANDOFF_SILENT_AFTER_S)
     preemption = Preemption(keeper, when_empty=when_empty, end_within=end_within)
@@ -330,6 +335,7 @@ def _keeper(
     identity: WorkerIdentity,
     database: Database,
     ended: EndedJobs,
+    meter: DeviceMeter | None,
 ) -> LeaseKeeper:
     return LeaseKeeper(
         database,
@@ -339,6 +345,7 @@ def _keeper(
         ttl_s=settings.lease_ttl_s,
         renew_s=settings.lease_renew_s,
         stop_s=settings.lease_stop_s,
+        meter=meter,
     )
 
 
@@ -389,7 +396,8 @@ def serve(settings: WorkerSettings, current: CurrentFleet) -> NoReturn:
         wait_while_a_notice_stands(sources)
     except _ToldToEnd:
         _end_at_once(0)
-    loading = _loading(settings, fleet)
+    meter = DeviceMeter()
+    loading = _loading(settings, fleet, meter)
     try:
         loading.start(on_taken=_refuse_at_once)
         weights = Weights(settings, tell=loading.tell)
@@ -404,6 +412,7 @@ def serve(settings: WorkerSettings, current: CurrentFleet) -> NoReturn:
             instance=loading.identity.instance,
             weights=weights,
             end_within=watchdog.end_within,
+            meter=meter,
         )
         watchdog.give_back = parts.give_back
         status = _take_jobs(parts, sources)
@@ -461,7 +470,7 @@ def _refuse_at_once(*lines: str) -> NoReturn:
     _end_at_once(EX_CONFIG)
 
 
-def _loading(settings: WorkerSettings, fleet: Fleet) -> Loading:
+def _loading(settings: WorkerSettings, fleet: Fleet, meter: DeviceMeter) -> Loading:
     identity = WorkerIdentity(
         name=name_of(settings),
         pool=settings.worker_pool,
@@ -475,6 +484,7 @@ def _loading(settings: WorkerSettings, fleet: Fleet) -> Loading:
         identity,
         ttl_s=settings.lease_ttl_s,
         renew_s=settings.lease_renew_s,
+        meter=meter,
     )
 
 

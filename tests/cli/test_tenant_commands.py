@@ -3,6 +3,8 @@
 What they show is what the gateway counts by.
 """
 
+import csv
+import json
 import re
 import time
 import uuid
@@ -11,6 +13,7 @@ from decimal import Decimal
 import pytest
 from click.testing import CliRunner
 
+from cli.bill import COLUMNS
 from cli.main import darkroom
 from cli.sql import ask
 from tests.builders import fleet_text
@@ -64,6 +67,7 @@ def test_limits_are_set_shown_and_taken_away_again(stack, tenant):
         "max_concurrent_jobs=20",
         "daily_megapixel_steps=0",
         "monthly_megapixel_steps=1e5",
+        "monthly_budget=500",
     ]
     may = [
         "allowed_tiers=fast, batch",
@@ -93,6 +97,7 @@ def test_limits_are_set_shown_and_taken_away_again(stack, tenant):
         "max_concurrent_jobs": "20",
         "daily_megapixel_steps": "0.000000",
         "monthly_megapixel_steps": "100000.000000",
+        "monthly_budget": "500.000000",
         "allowed_tiers": "fast,batch",
         "allowed_models": "pocket",
         "max_stored_bytes": "5000000000",
@@ -326,6 +331,41 @@ def test_usage_is_told_by_days_with_a_total(stack, tenant, as_key, tmp_path):
         f"{cost_today + Decimal('0.125'):.6f} USD",
     ]
     assert list(used(stack, "--tenant", tenant, "--days", 2)) == [today, "total"]
+    [charge] = billed(stack, "--month", today[:7], "--tenant", tenant)
+    assert Decimal(charge["BilledCost"]) == cost_today > 0
+    assert charge["ChargePeriodStart"] == f"{today}T00:00:00Z"
+    assert charge["BillingPeriodStart"] == f"{today[:7]}-01T00:00:00Z"
+    assert (charge["BillingAccountName"], charge["ConsumedQuantity"]) == (tenant, "1")
+    assert charge["ChargeClass"] == "", "null: it corrects no earlier charge"
+    assert json.loads(charge["Tags"]) == {"model": "pocket", "tier": "fast"}
+
+
+def billed(stack, *options) -> list[dict[str, str]]:
+    """What `bill` writes, row by row."""
+    done = run(stack, "bill", *options, "-")
+    assert done.exit_code == 0, done.output
+    return list(csv.DictReader(done.stdout.splitlines()))
+
+
+def test_bill_of_a_tenant_without_images_has_no_row_and_goes_into_a_file(stack, tenant, tmp_path):
+    file = tmp_path / "bill.csv"
+
+    assert run(stack, "bill", "--tenant", tenant, file).exit_code == 0
+
+    assert file.read_text() == ",".join(COLUMNS) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--month", "2026-13"), "'2026-13' is not a month such as 2026-11"),
+        (("--tenant", "nobody"), "there is no tenant 'nobody'"),
+    ],
+)
+def test_bill_of_no_month_or_nobody_is_a_wrong_command_line(stack, options, said):
+    done = run(stack, "bill", *options, "-")
+
+    assert (done.exit_code, said in done.stderr) == (2, True)
 
 
 def test_a_tenant_that_used_nothing_has_a_total_of_nothing(stack, tenant):

@@ -22,7 +22,10 @@ from tests.models.facts import at_once, definitions
 VIEWS = [
     "audit_chain_status",
     "audit_log",
+    "costs_by_pool_day",
+    "costs_by_tenant_day",
     "dead_letters",
+    "device_time_by_hour",
     "fleet_history",
     "flows_now",
     "images_by_tenant_day",
@@ -30,6 +33,7 @@ VIEWS = [
     "queue_now",
     "stored_files_by_tenant",
     "usage_by_tenant_day",
+    "wasted_time_by_day",
     "webhooks_now",
     "workers_now",
 ]

@@ -29,6 +29,7 @@ from tests.builders import (
     resolved,
     store,
 )
+from tests.models import cost_rows
 
 Rows = Sequence[Mapping[str, Any]]
 DAY = datetime(2026, 3, 1, tzinfo=UTC)
@@ -492,7 +493,10 @@ def workers_now(session, tenant) -> Rows:
 CONTENTS: dict[str, tuple[Callable[[Session, Tenant], Rows], str, str]] = {
     "audit_chain_status": (audit_chain_status, "chain", "chain"),
     "audit_log": (audit_log, "chain", "seq"),
+    "costs_by_pool_day": (cost_rows.costs_by_pool_day, "pool", "day"),
+    "costs_by_tenant_day": (cost_rows.costs_by_tenant_day, "tenant", "day"),
     "dead_letters": (dead_letters, "tenant", "job_id"),
+    "device_time_by_hour": (cost_rows.device_time_by_hour, "pool", "hour"),
     "fleet_history": (fleet_history, "actor", "number"),
     "flows_now": (flows_now, "pool", "tenant"),
     "images_by_tenant_day": (images_by_tenant_day, "tenant", "day"),
@@ -500,6 +504,7 @@ CONTENTS: dict[str, tuple[Callable[[Session, Tenant], Rows], str, str]] = {
     "queue_now": (queue_now, "pool", "tier"),
     "stored_files_by_tenant": (stored_files_by_tenant, "tenant", "tenant"),
     "usage_by_tenant_day": (usage_by_tenant_day, "tenant", "day"),
+    "wasted_time_by_day": (cost_rows.wasted_time_by_day, "tenant", "waste_class"),
     "webhooks_now": (webhooks_now, "tenant", "endpoint_id"),
     "workers_now": (workers_now, "pool", "worker"),
 }

@@ -256,3 +256,27 @@ def test_sigterm_is_a_notice_and_what_can_be_finished_is(goer, given, client, sq
     assert goer.has_said("worker_leaves", "signal")
     assert client.wait(job_id).state == "succeeded"
     assert [row["lost_steps"] for row in attempts_of(sql, job_id)] in ([0, 0], [0])
+
+
+def test_time_of_a_worker_that_stopped_is_all_told_and_its_attempts_say_what_it_was_busy_with(
+    goers, sql
+):
+    """After all of the above: its lease was lost, it had notices, it finished what it could."""
+    if goers.is_running():
+        goers.process.terminate()
+        goers.process.wait(timeout=60)
+    [told] = sql(
+        "SELECT sum(billed_s)::float AS billed_s, sum(turns_s)::float AS turns_s,"
+        " sum(billed_s - startup_s - idle_s - turns_s - loads_s)::float AS other_s,"
+        " sum(encode_s + denoise_s + decode_s)::float AS busy_s"
+        " FROM device_time WHERE worker = :name",
+        name=goers.name,
+    )
+    [of_attempts] = sql(
+        "SELECT sum(device_seconds + unfinished_s)::float AS spent_s FROM attempts"
+        " WHERE worker = :name AND ended_at IS NOT NULL",
+        name=goers.name,
+    )
+    assert 0 < told["busy_s"] <= told["turns_s"]
+    assert abs(told["other_s"]) <= 0.01 * told["billed_s"]
+    assert told["busy_s"] == pytest.approx(of_attempts["spent_s"], rel=0.01)
