@@ -45,7 +45,7 @@ def _bits(name: str, setting: Setting) -> Found:
     guidance = MODELS[family].guidance
     request = a_request(spec, num_steps=STEPS, guidance=guidance, sampler=spec.samplers[-1])
     images = [stepper.started(replace(request, id=str(seed), seed=seed)) for seed in range(IMAGES)]
-    found = _beside_others(stepper, images, int(rows))
+    found = beside_others(stepper, images, int(rows))
     found["apart_after_resume"] = _after_resume(stepper, request, images[1:], int(rows))
     if words:
         forget()
@@ -58,7 +58,7 @@ def _bits(name: str, setting: Setting) -> Found:
     }
 
 
-def _beside_others(stepper: Stepper, images: list[InFlight], rows: int) -> Found:
+def beside_others(stepper: Stepper, images: list[InFlight], rows: int) -> Found:
     """Compare the predictions of a full forward with those of others that hold the same rows."""
     together = _predictions(stepper, images, rows)
     reversed_rows = _predictions(stepper, images[::-1], rows)[::-1]

@@ -1,6 +1,6 @@
 """What is measured in which part, how long it takes on an H200, and in which nine minutes.
 
-Plain values; knows no torch.
+Seconds are estimates until they were measured on one. Plain values; knows no torch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -127,6 +127,10 @@ def model_of(part: str) -> str:
 
 def changes_of(words: Sequence[str]) -> dict[str, Any]:
     """Return the changes to a checkpoint's spec that a cell's last words name."""
-    how = [word for word in words if word in QUANTISATIONS]
-    changes: dict[str, Any] = {word: True for word in words if word not in how}
-    return changes | {"quantize": word for word in how}
+    changes: dict[str, Any] = {}
+    for word in words:
+        if word in QUANTISATIONS:
+            changes["quantize"] = word
+        else:
+            changes[word] = True
+    return changes

@@ -134,8 +134,12 @@ def _variant_figures(name: str, variants: Cells) -> dict[str, Any]:
         figures[f"{name}_{variant}_latency_s"] = cell["latency_s"]
         figures[f"{name}_{variant}_busy_images_per_s"] = cell["busy"]["images_per_s"]
     if variants:
-        figures[f"{name}_best_images_per_s"] = max(
-            max(cell["images_per_s"], cell["busy"]["images_per_s"]) for cell in variants.values()
-        )
+        rates = {
+            variant: max(cell["images_per_s"], cell["busy"]["images_per_s"])
+            for variant, cell in variants.items()
+        }
+        best = max(rates, key=rates.__getitem__)
+        figures[f"{name}_best_variant"] = best
+        figures[f"{name}_best_images_per_s"] = rates[best]
         figures[f"{name}_best_latency_s"] = min(cell["latency_s"] for cell in variants.values())
     return figures
