@@ -88,6 +88,8 @@ class Engine:
             config.device,
             num_threads=config.num_threads,
             attention=config.attention,
+            fp16_accumulation=config.fp16_accumulation,
+            blas_workspaces=config.blas_workspaces,
         )
         self._cache = ConditioningCache(config.conditioning_cache_bytes)
         self._kept = KeptLatents(config.latent_cache_bytes)
