@@ -108,6 +108,7 @@ def limit_tenant(
     requests_per_minute=600  megapixel_steps_per_minute=50 burst_megapixel_steps=200
     (these two together)
     max_concurrent_jobs=20  daily_megapixel_steps=5000  monthly_megapixel_steps=100000
+    monthly_budget=500
     allowed_tiers=fast,batch  allowed_models=pocket  max_stored_bytes=5000000000  url_inputs=true
     """
     changes = dict(_change(installation, limit) for limit in limits)

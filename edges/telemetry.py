@@ -193,6 +193,9 @@ WEBHOOKS_DEFERRED = Counter(
 WEBHOOKS_PENDING = Gauge(
     "darkroom_webhooks_pending", "Deliveries that have not ended; 10,000 means 10,000 or more"
 )
+TENANTS_OVER_BUDGET = Gauge(
+    "darkroom_tenants_over_budget", "Tenants that have spent their budget of this month"
+)
 AUDIT_MONTHS_AHEAD = Gauge(
     "darkroom_audit_months_ahead",
     "Coming months for which the audit log has a partition; normally 12",

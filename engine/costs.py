@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -38,6 +38,7 @@ OUTLIER = 2.0
 HALF_LIFE = 50  # forwards of the batch key
 STALE_AFTER = 1000  # likewise
 MAX_KEYS = 256  # a pipeline call that can share no forward brings a batch key of its own
+PART_GAIN = 0.95  # several forwards that take this part of one's seconds are worth the change
 TICK_S = 1e-6  # no forward takes less, whatever a coarse clock says
 
 # Used before the first forward of a checkpoint was timed. Only the proportions matter then: they
@@ -291,7 +292,27 @@ class Curve:
         for more in range(2, most_rows + 1):
             if self.is_worth_growing(rows, more, used_rows=more - rows, ceiling=ceiling):
                 rows = more
-        return rows
+        return self.best_part(rows, range(1, rows))
+
+    def best_part(self, rows: int, parts: Iterable[int], padded: Callable[[int], int] = int) -> int:
+        """Return the size of the forwards that do `rows` rows soonest, one after the other.
+
+        It is one of `parts`, or `rows` where none of them is sooner by a good deal, and while that
+        size is to be measured again.  padded: gives the rows of a forward that holds so many.
+        """
+        best = rows
+        all_rows = padded(rows)
+        if self._measured.is_doubtful(all_rows):
+            return best
+        best_s = PART_GAIN * self.seconds(all_rows)
+        for part in parts:
+            whole, rest = divmod(rows, part)
+            rest_s = self.seconds(padded(rest)) if rest else 0.0
+            took_s = whole * self.seconds(padded(part)) + rest_s
+            if took_s < best_s:
+                best = part
+                best_s = took_s
+        return best
 
 
 class _Average:
@@ -347,11 +368,12 @@ class _Forwards:
         place = bisect_right(self._rows, from_rows)
         return (
             self._rows[place : place + 1] == [to_rows]
-            and self._is_doubtful(to_rows)
-            and not self._is_doubtful(from_rows)
+            and self.is_doubtful(to_rows)
+            and not self.is_doubtful(from_rows)
         )
 
-    def _is_doubtful(self, rows: int) -> bool:
+    def is_doubtful(self, rows: int) -> bool:
+        """Tell whether these rows were measured, and only once or long ago."""
         average = self.averages.get(rows)
         return average is not None and (
             average.observations == 1 or self._observations - average.seen_at > STALE_AFTER

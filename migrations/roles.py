@@ -125,6 +125,8 @@ GRANTS: dict[str, tuple[May, ...]] = {
     ),
     "sweeper": (
         *_MOVES_JOBS,
+        May("tenants", "SELECT", only=("monthly_budget",)),
+        May("budget_alerts", "SELECT, INSERT"),
         May("fleet_revisions", "SELECT"),
         May("jobs", "SELECT", but=TENANT_TEXTS),
         May("workers", "DELETE"),

@@ -35,6 +35,7 @@ class EventName(StrEnum):
     TENANT_RECORD_CREATED = "tenant:record:created"
     TENANT_WEIGHT_CHANGED = "tenant:weight:changed"
     TENANT_LIMITS_CHANGED = "tenant:limits:changed"
+    TENANT_BUDGET_REACHED = "tenant:budget:reached"  # a part of what it may cost in a month
     TENANT_JOBS_PRUNED = "tenant:jobs:pruned"
     WEBHOOK_ENDPOINT_CREATED = "webhook:endpoint:created"
     WEBHOOK_ENDPOINT_CHANGED = "webhook:endpoint:changed"

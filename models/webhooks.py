@@ -6,8 +6,9 @@ claimed before it is tried, by the database's clock; its number of attempts fenc
 """
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from http import HTTPStatus
 from typing import Any
 
@@ -100,7 +101,8 @@ _CLAIM = text(
                OR (SELECT count(*) FROM under_way u WHERE u.is_slow) < :slow
                   AND NOT EXISTS (
                       SELECT 1 FROM under_way u WHERE u.is_slow AND u.tenant_id = d.tenant_id))
-    RETURNING d.attempts, d.endpoint_id, d.tenant_id, d.event, d.job_id, e.url, e.is_slow,
+    RETURNING d.attempts, d.endpoint_id, d.tenant_id, d.event, d.job_id, d.data, d.created_at,
+              e.url, e.is_slow,
               extract(epoch FROM clock_timestamp() - d.created_at)::double precision AS age_s
     """
 )
@@ -117,6 +119,8 @@ class Claim:
     tenant_id: uuid.UUID
     event: str
     job_id: uuid.UUID | None
+    data: dict[str, Any] | None  # of an event of no job
+    created_at: datetime
     age_s: float
     url: str
     is_slow: bool  # its endpoint, by the attempt before this one
@@ -308,6 +312,21 @@ def note(session: Session, job: Job, event: str) -> None:
         session.add(delivery)
 
 
+def note_of_tenant(
+    session: Session, tenant_id: uuid.UUID, event: str, data: Mapping[str, Any]
+) -> None:
+    """Write a delivery that tells of no job to every live endpoint of the tenant that wants it."""
+    wants = select(WebhookEndpoint.id).where(
+        WebhookEndpoint.tenant_id == tenant_id, any_(WebhookEndpoint.events) == event, *_IS_LIVE
+    )
+    for endpoint_id in session.scalars(wants.order_by(WebhookEndpoint.id)):
+        session.add(
+            WebhookDelivery(
+                endpoint_id=endpoint_id, tenant_id=tenant_id, event=event, data=dict(data)
+            )
+        )
+
+
 def note_test(session: Session, endpoint: WebhookEndpoint, event: str) -> WebhookDelivery:
     """Write a delivery of an event without a job, also while the endpoint is disabled."""
     delivery = WebhookDelivery(
@@ -394,6 +413,8 @@ def claim(session: Session, delivery_id: uuid.UUID) -> Claim | None:
         tenant_id=row.tenant_id,
         event=row.event,
         job_id=row.job_id,
+        data=row.data,
+        created_at=row.created_at,
         age_s=row.age_s,
         url=row.url,
         is_slow=row.is_slow,

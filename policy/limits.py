@@ -21,6 +21,7 @@ DEFAULT_SCOPES: tuple[Scope, ...] = ("generate", "read")
 MIN_WEIGHT = 0.001
 MAX_WEIGHT = 1e6
 KEY_GRACE_S = 86_400.0  # how long a key lives on after it was rotated
+BUDGET_THRESHOLDS = (50, 80, 100)  # per cent of a monthly budget at which its tenant is told
 _MICRO = Decimal("0.000001")
 
 
@@ -54,6 +55,7 @@ class Limits:
     max_concurrent_jobs: Count | None = None  # that have not ended
     daily_megapixel_steps: Quota | None = None  # of UTC days and months
     monthly_megapixel_steps: Quota | None = None
+    monthly_budget: Quota | None = None  # money; it is told of, and refuses nothing
     allowed_tiers: TierNames | None = None
     allowed_models: ModelNames | None = None
     max_stored_bytes: Bytes | None = None  # of pictures that it brought and did not erase

@@ -11,7 +11,8 @@ def event_of(state: JobState) -> str:
 ENDED_EVENTS = tuple(
     event_of(state) for state in FINAL_STATES
 )  # what an endpoint hears of that names none
-EVENTS = ENDED_EVENTS  # all that an endpoint may name
+BUDGET_EVENT = "budget.threshold"  # a part of the tenant's monthly budget is spent
+EVENTS = (*ENDED_EVENTS, BUDGET_EVENT)  # all that an endpoint may name
 TEST_EVENT = "webhook.test"
 MAX_ENDPOINTS = 20  # of one tenant
 SECRET_GRACE_S = 86_400.0  # how long the secret before the newest still signs

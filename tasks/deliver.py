@@ -159,6 +159,8 @@ def message(claim: Claim, job: Job | None, at: datetime, *, public_url: str = ""
     It is the same at every attempt, because a job in a final state no longer changes.
     public_url: the start of its links; without one they are paths.
     """
+    if job is None and claim.data is not None:
+        return {"type": claim.event, "timestamp": rfc3339(claim.created_at), "data": claim.data}
     if job is None:
         return {"type": claim.event, "timestamp": rfc3339(at), "data": {}}
     ended_at = rfc3339(job.finished_at or at)

@@ -30,6 +30,7 @@ from edges.handoff import Handoff, HandoffUnavailable
 from edges.inputs import Inputs
 from edges.snapshots import Snapshots, SnapshotsUnavailable
 from models import (
+    budgets,
     erasing,
     flows,
     idempotency,
@@ -207,6 +208,7 @@ class Sweeper:
             (self._gauges, 0),
             (self._etas, 0),
             (self._undeliverable, MINUTELY_S),
+            (self._budgets, MINUTELY_S),
             (self._orphans, MINUTELY_S),
             (self._audit_partitions, HOURLY_S),
             (self._retention, HOURLY_S),
@@ -491,6 +493,14 @@ class Sweeper:
         """Give up deliveries too old to be tried: their endpoint was disabled all the time."""
         give_up = partial(webhooks.give_up_old, older_than_s=GIVE_UP_AFTER_S)
         return self._forget("webhook_given_up", give_up)
+
+    def _budgets(self) -> None:
+        """Tell tenants' endpoints which parts of their monthly budgets are spent."""
+        with transaction(self.database) as session:
+            reached = budgets.tell_reached(session, currency=self.fleet.currency)
+            telemetry.TENANTS_OVER_BUDGET.set(budgets.count_over(session))
+        for one in reached:
+            log.info("budget_reached", tenant_id=str(one.tenant_id), percent=one.percent)
 
     def _gauges(self) -> None:
         """Set the gauges of the queues, for Prometheus."""

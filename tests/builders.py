@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import redis
 from numpy.typing import NDArray
+from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from models import jobs, leases, tenants
@@ -403,3 +404,15 @@ def _toml(value: Any) -> str:
     if isinstance(value, float):
         return repr(value)  # inf and nan are TOML too
     return json.dumps(value)
+
+
+def spend(session: Session, tenant: Tenant, *, budget: float, cost: float) -> None:
+    """Give the tenant a monthly budget, and add a cost to the ledger of today."""
+    tenants.limit(session, tenant, changes={"monthly_budget": budget}, actor="tests")
+    statement = """
+        INSERT INTO usage_ledger (tenant_id, day, cost)
+        VALUES (:id, (clock_timestamp() AT TIME ZONE 'UTC')::date, :cost)
+        ON CONFLICT (tenant_id, day) DO UPDATE SET cost = usage_ledger.cost + excluded.cost
+    """
+    values = {"id": tenant.id, "cost": cost}
+    session.execute(text(statement), values)

@@ -26,6 +26,9 @@ class Limits:
     monthly_megapixel_steps: Annotated[
         float | None, says("The most megapixel-steps of a month (UTC).")
     ]
+    monthly_budget: Annotated[
+        float | None, says("What it plans to spend in a month (UTC); it is told of, not kept.")
+    ]
     allowed_tiers: Annotated[list[str] | None, says("The tiers that it may use.")]
     allowed_models: Annotated[list[str] | None, says("The models that it may use.")]
     max_stored_bytes: Annotated[int | None, says("The most bytes of uploaded pictures.")]

@@ -6,7 +6,7 @@ from app.schemas.base import Instant, Link, Sha256, document, one_of, says
 from app.schemas.jobs import JobHead
 from policy.failures import FailureCode
 from policy.states import ImageState
-from policy.webhooks import EVENTS, TEST_EVENT
+from policy.webhooks import BUDGET_EVENT, ENDED_EVENTS, TEST_EVENT
 
 
 @document("The job waits; sent again when the forecast changes.")
@@ -118,10 +118,27 @@ class EndedJob(JobHead):
 @document("A job has ended. Every attempt to deliver this message sends the same body.")
 class JobMessage:
     type: Annotated[
-        Annotated[str, one_of(EVENTS)], says("The event: `job.` and the final state of the job.")
+        Annotated[str, one_of(ENDED_EVENTS)],
+        says("The event: `job.` and the final state of the job."),
     ]
     timestamp: Annotated[Instant, says("When the job ended.")]
     data: EndedJob
+
+
+@document("A part of the tenant's monthly budget that is spent.")
+class SpentBudget:
+    month: Annotated[str, says("The UTC month, such as `2026-11`.")]
+    percent: Annotated[int, says("The threshold that was reached: 50, 80 or 100 per cent.")]
+    budget: Annotated[str, says("The budget, as a decimal number.")]
+    spent: Annotated[str, says("What was spent by then, as a decimal number.")]
+    currency: Annotated[str, says("The currency of both.")]
+
+
+@document("A tenant has spent a part of its monthly budget. Each is told once a month.")
+class BudgetMessage:
+    type: Annotated[Annotated[str, one_of([BUDGET_EVENT])], says("The type of these messages.")]
+    timestamp: Annotated[Instant, says("When it was noticed.")]
+    data: SpentBudget
 
 
 @document("Empty: a test has no data.")

@@ -64,7 +64,7 @@ class Delivery:
     event: Annotated[
         Annotated[str, one_of((*EVENTS, TEST_EVENT))], says("The event in the message.")
     ]
-    job_id: Annotated[UUID | None, says("The job of the event; null for a test.")]
+    job_id: Annotated[UUID | None, says("The job of the event; null if it is of none.")]
     state: Annotated[Annotated[str, one_of(DeliveryState)], says("The state of the delivery.")]
     created_at: Annotated[Instant, says("When the delivery was created.")]
     due_at: Annotated[Instant | None, says("When the next attempt is due; null if there is none.")]

@@ -2,7 +2,7 @@
 
 What must always hold is a constraint or a partial index here, not a habit elsewhere.
 
-tenants ─┬─ api_keys, usage_ledger, idempotency_keys
+tenants ─┬─ api_keys, usage_ledger, budget_alerts, idempotency_keys
          ├─ jobs ─┬─ images ── artifacts          files (pictures that jobs start from)
          │        └─ attempts                     uploads (objects not yet named, or given up)
          ├─ webhook_endpoints ─┬─ webhook_secrets
@@ -21,7 +21,7 @@ from models.tables.fairness import FairClock, Flow, LearntCost, LearntEta
 from models.tables.files import File, StoredFiles, Upload
 from models.tables.fleet import FleetRevision
 from models.tables.jobs import Artifact, Attempt, Image, Job, JobLabel
-from models.tables.tenants import ApiKey, IdempotencyKey, Tenant, UsageDay
+from models.tables.tenants import ApiKey, BudgetAlert, IdempotencyKey, Tenant, UsageDay
 from models.tables.webhooks import WebhookAttempt, WebhookDelivery, WebhookEndpoint, WebhookSecret
 from models.tables.workers import CheckpointCapabilities, Worker
 
@@ -34,6 +34,7 @@ __all__ = [
     "AuditCheckpoint",
     "AuditEvent",
     "Base",
+    "BudgetAlert",
     "CheckpointCapabilities",
     "DeviceTime",
     "FairClock",

@@ -5,7 +5,7 @@ from datetime import date, datetime
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, text
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, Numeric, text
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from models.ids import new_id
@@ -32,6 +32,8 @@ class Tenant(Base):
     # By UTC days and months.
     daily_megapixel_steps: Mapped[Decimal | None] = mapped_column(Megapixels)
     monthly_megapixel_steps: Mapped[Decimal | None] = mapped_column(Megapixels)
+    # In the fleet's currency.
+    monthly_budget: Mapped[Decimal | None] = mapped_column(Numeric(18, 6))
     allowed_tiers: Mapped[list[str] | None]
     allowed_models: Mapped[list[str] | None]
     # Of pictures that it brought and did not erase.
@@ -54,8 +56,20 @@ class Tenant(Base):
             "least(daily_megapixel_steps, monthly_megapixel_steps) >= 0",
             name="tenants_quotas_are_not_negative",
         ),
+        CheckConstraint("monthly_budget >= 0", name="tenants_monthly_budget_is_not_negative"),
         CheckConstraint("max_stored_bytes >= 0", name="tenants_max_stored_bytes_is_not_negative"),
     )
+
+
+class BudgetAlert(Base):
+    """A threshold of a tenant's monthly budget that was reached, and told of, in a UTC month."""
+
+    __tablename__ = "budget_alerts"
+
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    month: Mapped[date] = mapped_column(primary_key=True)  # its first day
+    percent: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    told_at: Mapped[datetime] = mapped_column(server_default=NOW)
 
 
 class ApiKey(Base):

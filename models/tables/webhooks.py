@@ -2,6 +2,7 @@
 
 import uuid
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import CheckConstraint, ForeignKey, Index, text
 from sqlalchemy.orm import Mapped, mapped_column, relationship
@@ -66,7 +67,9 @@ class WebhookDelivery(Base):
     endpoint_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("webhook_endpoints.id"))
     tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
     event: Mapped[str]
-    job_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"))  # None: a test event
+    # None: it tells of no job.
+    job_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"))
+    data: Mapped[dict[str, Any] | None]  # what it tells, if of no job
     state: Mapped[str] = mapped_column(
         server_default=DeliveryState.PENDING.value, default=DeliveryState.PENDING.value
     )

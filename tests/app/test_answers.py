@@ -10,18 +10,19 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from sqlalchemy import select
 
-from models import api_keys, jobs, tenants
+from models import api_keys, budgets, jobs, tenants, webhooks
 from models.database import transaction
-from models.tables import Job
+from models.tables import Job, WebhookDelivery
 from policy.failures import FailureCode
 from policy.states import JobState
-from policy.webhooks import EVENTS, TEST_EVENT
+from policy.webhooks import BUDGET_EVENT, ENDED_EVENTS, EVENTS, TEST_EVENT
 from tasks.deliver import message
 from tests.app.conftest import bearer
 from tests.app.test_event_streams import events_of
 from tests.app.witness import Witness
-from tests.builders import a_job, until
+from tests.builders import a_job, a_tenant, spend, until
 from tests.receivers import a_receiver
 
 PROMPT = "a large red circle in the center on a blue background"
@@ -275,7 +276,7 @@ def test_answers_about_webhooks_and_their_messages_are_as_described(house, witne
         house.delete(own)
 
 
-@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize("event", ENDED_EVENTS)
 def test_a_message_about_each_end_is_as_described(witness, stack_database, job, event):
     """One body is made of every row.
 
@@ -301,12 +302,31 @@ def test_a_message_about_each_end_is_as_described(witness, stack_database, job, 
     ended = SimpleNamespace(**facts | {"state": state})
 
     told = message(
-        SimpleNamespace(event=event),
+        SimpleNamespace(event=event, data=None),
         ended,
         datetime.now(UTC),
         public_url="https://images.example",
     )
 
+    witness.look_at_message(json.loads(json.dumps(told)))
+
+
+def test_a_message_about_a_budget_is_as_described(witness, stack_database):
+    with transaction(stack_database) as session:
+        tenant = a_tenant(session)
+        own = {"url": "https://example.com/", "description": "", "secret": "whsec_AAAA"}
+        webhooks.create(session, tenant_id=tenant.id, events=[BUDGET_EVENT], **own, actor="tests")
+        spend(session, tenant, budget=10, cost=8)
+        budgets.tell_reached(session, currency="USD")
+        [delivery] = session.scalars(
+            select(WebhookDelivery).where(WebhookDelivery.tenant_id == tenant.id)
+        )
+        claim = webhooks.claim(session, delivery.id)
+        session.rollback()
+
+    told = message(claim, None, datetime.now(UTC))
+
+    assert told["data"]["percent"] == 80
     witness.look_at_message(json.loads(json.dumps(told)))
 
 

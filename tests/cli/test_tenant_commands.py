@@ -67,6 +67,7 @@ def test_limits_are_set_shown_and_taken_away_again(stack, tenant):
         "max_concurrent_jobs=20",
         "daily_megapixel_steps=0",
         "monthly_megapixel_steps=1e5",
+        "monthly_budget=500",
     ]
     may = [
         "allowed_tiers=fast, batch",
@@ -96,6 +97,7 @@ def test_limits_are_set_shown_and_taken_away_again(stack, tenant):
         "max_concurrent_jobs": "20",
         "daily_megapixel_steps": "0.000000",
         "monthly_megapixel_steps": "100000.000000",
+        "monthly_budget": "500.000000",
         "allowed_tiers": "fast,batch",
         "allowed_models": "pocket",
         "max_stored_bytes": "5000000000",

@@ -251,6 +251,33 @@ def test_a_flat_curve_has_no_knee_and_a_saturated_one_has_it_at_one_row():
     assert measured_costs(saturated).curve(KEY).knee(64) == 1
 
 
+STEEP_BEYOND_FOUR = {1: 1.0, 2: 1.2, 4: 1.6, 8: 4.8, 16: 11.2}
+
+
+def test_the_knee_is_no_larger_than_what_does_all_rows_soonest_in_parts():
+    """Eight rows take less than eight single steps, and more than two forwards of four."""
+    assert costs_of(STEEP_BEYOND_FOUR).curve(KEY).knee(16) == 4
+
+
+def test_rows_are_divided_where_several_forwards_do_them_sooner_by_a_good_deal():
+    steep, even = costs_of(STEEP_BEYOND_FOUR).curve(KEY), costs_of({4: 2.0, 8: 4.1}).curve(KEY)
+
+    assert steep.best_part(8, (1, 2, 4)) == 4
+    assert steep.best_part(5, (1, 4)) == 5, "4 + 1 take 2.6, 5 take 2.4"
+    assert steep.best_part(8, (3,), padded={3: 4, 2: 2, 8: 8}.get) == 3, "4 + 4 + 2"
+    assert even.best_part(8, (4,)) == 8, "it gains 2 %"
+
+
+def test_size_found_dear_only_once_is_not_divided_before_a_second_look():
+    costs = costs_of({1: 1.0, 4: 1.6})
+    costs.observe_step(KEY, 8, 9.0)
+    assert costs.curve(KEY).best_part(8, (4,)) == 8
+
+    costs.observe_step(KEY, 8, 9.0)
+
+    assert costs.curve(KEY).best_part(8, (4,)) == 4
+
+
 def test_growth_is_judged_by_what_each_row_gained_costs_against_a_single_row_step():
     curve = costs_of({1: 1.0, 2: 1.8, 4: 3.6}).curve(KEY)
 

@@ -3,7 +3,8 @@ stream; flat memory, and too little of it.
 
 Networks are small, with random weights, and take the kernels of large ones. Everything is compared
 to the bit. Run it alone where nothing but the engine's own requirements is installed:
-`python -m pytest tests/engine/test_gpu.py --confcutdir=tests/engine`.
+`python -m pytest tests/engine/test_gpu.py --confcutdir=tests/engine`. docs/figures.md names those
+to run first, in 80 seconds.
 """
 
 import contextlib
@@ -17,14 +18,8 @@ import torch
 from engine_builders import ALWAYS
 
 from benchmarks.gpu.checkpoints import a_request, write_checkpoint
-from benchmarks.gpu.invariance import (
-    BUCKET_ROWS,
-    FAMILIES,
-    KERNELS,
-    PRECISIONS,
-    apart_after_resume,
-    apart_in_company,
-)
+from benchmarks.gpu.invariance import BUCKET_ROWS, apart_after_resume, apart_in_company
+from benchmarks.gpu.plan import FAMILIES, KERNELS, PRECISIONS
 from benchmarks.gpu.random_networks import forget
 from benchmarks.gpu.stepper import Stepper
 from engine.config import EngineConfig

@@ -1068,6 +1068,16 @@ def test_a_forward_grows_up_to_the_knee():
     assert rows_of_forward(a_scheduler(lambda rows: 1 + max(0, rows - 4)), singles(8)) == (4, 4)
 
 
+def test_a_forward_is_divided_where_several_do_its_images_sooner():
+    steep = {1: 1.0, 2: 1.2, 4: 1.6, 8: 4.8, 16: 11.2}
+    costs = measured_costs(steep.get, rows=steep)
+
+    assert rows_of_forward(a_scheduler(costs=costs), singles(16)) == (4, 4)
+    assert rows_of_forward(a_scheduler(costs=costs), singles(5)) == (5, 5), "4 + 1 take longer"
+    padded = a_scheduler(costs=costs, row_buckets=(4, 8, 16))
+    assert rows_of_forward(padded, singles(7)) == (4, 4)
+
+
 def test_a_jump_of_the_curve_is_crossed_when_enough_wait_behind_it():
     def tiles_of_four(rows):
         return float(-(-rows // 4))

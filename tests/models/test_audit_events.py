@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from models import (
     api_keys,
+    budgets,
     erasing,
     files,
     jobs,
@@ -40,6 +41,7 @@ from tests.builders import (
     fleet_text,
     hand_off,
     preempt,
+    spend,
     store,
 )
 
@@ -76,6 +78,7 @@ FACTS = {
     "job:state:succeeded": {"device_seconds", "cost", "currency"},
     "job:text:left-unread": {"code", "field"},
     "job:work:abandoned": {"steps", "abandoned"},
+    "tenant:budget:reached": {"month", "percent", "budget", "spent", "currency"},
     "tenant:jobs:pruned": {"jobs", "newest", "before"},
     "tenant:limits:changed": {"changes"},
     "tenant:record:created": {"tenant_id"},
@@ -140,6 +143,12 @@ def test_audit_events_of_the_code_are_those_that_are_tested_here():
 @appends("tenant:weight:changed")
 def weighing(session, tenant):
     return partial(tenants.set_weight, session, tenant, weight=2.0, actor=ACTOR)
+
+
+@appends("tenant:budget:reached", actor=jobs.SWEEPER)
+def spending(session, tenant):
+    spend(session, tenant, budget=10, cost=5)
+    return partial(budgets.tell_reached, session, currency="USD")
 
 
 @appends("tenant:limits:changed")

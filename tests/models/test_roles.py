@@ -1,5 +1,8 @@
 """What each kind of process may do with the tables, tried as that process."""
 
+import uuid
+from datetime import UTC, datetime
+
 import pytest
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import ProgrammingError
@@ -7,6 +10,8 @@ from sqlalchemy.orm import Session
 
 from migrations import roles
 from models import (
+    budgets,
+    devicetime,
     files,
     idempotency,
     jobs,
@@ -18,10 +23,12 @@ from models import (
     webhooks,
     workers,
 )
+from models.devicetime import DevicePeriod, DeviceSeconds
 from models.tables import Base
 from models.webhooks import AttemptResult
 from policy.release import ReleaseLimits
-from tests.builders import a_job, a_lease, a_succeeded_job, hand_off, store
+from policy.workers import WorkerTerms
+from tests.builders import a_job, a_lease, a_succeeded_job, a_tenant, hand_off, spend, store
 
 REFUSED = {
     "gateway": [
@@ -108,6 +115,31 @@ def test_a_process_cannot(as_process, kind, statement):
         pytest.raises(ProgrammingError, match="permission denied"),
     ):
         connection.execute(text(statement))
+
+
+def test_sweeper_may_tell_of_budgets_and_workers_may_keep_their_time(as_process, session):
+    tenant = a_tenant(session)
+    spend(session, tenant, budget=10, cost=9)
+    session.commit()
+
+    with Session(as_process["sweeper"]) as sweeping:
+        assert tenant.id in {
+            one.tenant_id for one in budgets.tell_reached(sweeping, currency="EUR")
+        }
+        assert budgets.count_over(sweeping) >= 0
+        sweeping.rollback()
+    period = DevicePeriod(
+        worker="w",
+        instance=uuid.uuid4(),
+        pool="local",
+        terms=WorkerTerms(),
+        since=datetime.now(UTC),
+        spent=DeviceSeconds(billed_s=1.0),
+    )
+    with Session(as_process["worker"]) as working:
+        devicetime.put(working, period)
+        devicetime.put(working, period)
+        working.rollback()
 
 
 def test_a_process_is_never_the_owner_nor_another_role(as_process):

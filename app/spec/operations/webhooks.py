@@ -1,7 +1,7 @@
 """Describe the operations of webhooks, and the messages that endpoints receive."""
 
 from app.http.webhooks import EndpointBody, EndpointChange
-from app.schemas.events import JobMessage, TestMessage
+from app.schemas.events import BudgetMessage, JobMessage, TestMessage
 from app.schemas.webhooks import (
     Delivery,
     DeliveryPage,
@@ -12,7 +12,7 @@ from app.schemas.webhooks import (
 )
 from app.spec.operation import JSON, PAGE, Operation, query
 from policy.states import DeliveryState
-from policy.webhooks import EVENTS, MAX_ENDPOINTS, TEST_EVENT
+from policy.webhooks import BUDGET_EVENT, ENDED_EVENTS, MAX_ENDPOINTS, TEST_EVENT
 
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/webhooks"): Operation(
@@ -84,6 +84,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
 }
 
 MESSAGES = {
-    **dict.fromkeys(EVENTS, (JobMessage, "Sent when a job has ended in this state.")),
+    **dict.fromkeys(ENDED_EVENTS, (JobMessage, "Sent when a job has ended in this state.")),
+    BUDGET_EVENT: (BudgetMessage, "Sent when a part of the monthly budget is spent."),
     TEST_EVENT: (TestMessage, "Sent on request, to test the endpoint."),
 }
