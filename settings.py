@@ -268,6 +268,9 @@ class DeviceSettings(FleetSettings):
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:NUMBER"
     )
     torch_threads: int = Field(1, ge=1)  # part of the fingerprint; 1 on a shared CPU machine
+    # What cuBLAS and cuBLASLt read themselves, "" where nobody says; part of the fingerprint.
+    cublas_workspace_config: str = Field("", pattern=r"^((:\d+:\d+)+)?$", description=":KiB:NUMBER")
+    cublaslt_workspace_size: str = Field("", pattern=r"^\d*$", description="KiB")
     checkpoint_root: Path = REPO  # where relative paths of fleet.toml start
     # Holds the curves of `darkroom calibrate`; None: every start measures its own.
     curves_folder: Path | None = None

@@ -266,6 +266,9 @@ WEIGHTS_FETCHED_BYTES = Counter(
 )
 INFLIGHT = Gauge("darkroom_engine_inflight_images", "Images resident on the device")
 FORWARDS = Gauge("darkroom_engine_forwards", "Denoiser forwards since start")
+SLOW_FORWARDS = Gauge(
+    "darkroom_engine_slow_forwards", "Forwards of over three times the usual seconds, since start"
+)
 MEAN_ROWS = Gauge("darkroom_engine_mean_rows", "Mean rows of a denoiser forward since start")
 PARKED = Gauge(
     "darkroom_engine_parked_images", "Images that are parked for images of a better rank"
@@ -397,6 +400,7 @@ def watch_engine(stats: Callable[[], Mapping[str, Any]]) -> None:
     read(INFLIGHT, "inflight")
     read(PARKED, "parked")
     read(FORWARDS, "steps")
+    read(SLOW_FORWARDS, "slow_forwards")
     read(MEAN_ROWS, "mean_rows_per_forward")
     for stage, key in (
         ("encode", "encode_s"),

@@ -50,7 +50,7 @@ def accelerate(family: Family, spec: CheckpointSpec, device: Device) -> None:
     if spec.cuda_graphs:
         if not device.is_cuda or not isinstance(family, LatentFamily):
             raise UnsupportedRequest("cuda_graphs", "are for native families on a GPU")
-        family.graphs = CudaGraphs(family.denoise)
+        family.graphs = CudaGraphs(family.denoise, device)
 
 
 def _compile_blocks(denoiser: Any, spec: CheckpointSpec, device: Device) -> None:
@@ -117,8 +117,9 @@ class CudaGraphs:
     caller goes the plain way.
     """
 
-    def __init__(self, denoise: Callable[[Rows], Tensor]) -> None:
+    def __init__(self, denoise: Callable[[Rows], Tensor], device: Device) -> None:
         self._denoise = denoise
+        self._device = device
         self._captured: dict[tuple[Any, ...], Captured] = {}
         # The stream of all recordings: the libraries' workspaces and a pool's memory belong to one
         # stream.
@@ -155,4 +156,5 @@ class CudaGraphs:
                 output = self._denoise(inputs)
         cuda.current_stream().wait_stream(self._stream)
         self._pool = self._pool or graph.pool()
+        self._device.recordings += 1
         return Captured(graph, inputs, output)

@@ -19,6 +19,10 @@ class EngineConfig:
     # "flash", "efficient", "cudnn" or "math": pin one of torch's kernels, the plain one where it
     # cannot.
     attention: str = "auto"
+    # Half precision's matrix products are summed in half precision too: quicker on some GPUs.
+    fp16_accumulation: bool = False
+    # CUBLAS_WORKSPACE_CONFIG and CUBLASLT_WORKSPACE_SIZE, as this process has them.
+    blas_workspaces: tuple[str, str] = ("", "")
     # Torch threads on a CPU; never more than free cores. Part of the fingerprint.
     num_threads: int = 1
     max_inflight: int = 16  # images that advance by turns on this device, not those that wait

@@ -57,6 +57,7 @@ class Footprint:
     fixed_bytes: int  # whatever it does, besides the weights of all checkpoints
     per_row_bytes: int  # what a row of a forward adds
     decode_bytes: int  # what a decode adds
+    encode_bytes: int = 0  # what an encode adds, the one of a picture where one may be given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,17 +162,25 @@ class CostModel:
     # --- bytes ---
 
     def observe_memory(
-        self, key: BatchKey, *, fixed_bytes: int, per_row_bytes: int, decode_bytes: int
+        self,
+        key: BatchKey,
+        *,
+        fixed_bytes: int,
+        per_row_bytes: int,
+        decode_bytes: int,
+        encode_bytes: int = 0,
     ) -> None:
         """Note the memory that the device needs.
 
-        It is a fixed part besides the weights of all checkpoints, a part per row of a forward, and
-        a part per decode.
+        It is a fixed part besides the weights of all checkpoints, a part per row of a forward, one
+        per decode and one per encode.
         """
-        self._footprints[key] = Footprint(fixed_bytes, per_row_bytes, decode_bytes)
+        self._footprints[key] = Footprint(fixed_bytes, per_row_bytes, decode_bytes, encode_bytes)
 
     def row_limit(self, key: BatchKey, budget_bytes: int | None) -> int | None:
         """Tell the rows of a forward that fit into the budget beside one decode.
+
+        An encode comes before or after a forward, never beside it, and in the same memory.
 
         budget_bytes: what the weights leave.  None where nothing is measured or no budget set.
         """
@@ -215,9 +224,14 @@ class CostModel:
         }
 
     def working_bytes(self) -> int:
-        """Return what the largest single row known, and one decode beside it, add to weights."""
-        footprints = self._footprints.values()
-        return max((one.per_row_bytes + one.decode_bytes for one in footprints), default=0)
+        """Return what the largest encode or row known, and one decode beside it, add to weights."""
+        return max(
+            (
+                max(one.per_row_bytes, one.encode_bytes) + one.decode_bytes
+                for one in self._footprints.values()
+            ),
+            default=0,
+        )
 
     def _forwards_of(self, key: BatchKey) -> _Forwards:
         return self._curves.get(key) or self._points.get(key) or _Forwards()

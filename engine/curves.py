@@ -8,17 +8,17 @@ thread count it was measured with. A worker that finds none for its own measures
                 "keys": [{"key": {<the fields of a batch key>},
                           "steps": [[rows, seconds], ...], "encode_s": ..., "decode_s": ...,
                           "memory": {"fixed_bytes": ..., "per_row_bytes": ...,
-                                     "decode_bytes": ...}},
+                                     "decode_bytes": ..., "encode_bytes": ...}},
                          ...]}}
 
-All of an entry but its key may be absent.
+All of an entry but its key may be absent, and `encode_bytes`, which older files do not have.
 """
 
 import json
 import logging
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,8 @@ def _key(data: object, where: str) -> BatchKey:
 
 
 def _footprint(data: object, where: str) -> Footprint:
-    members = _members(data, where, required=[field.name for field in fields(Footprint)])
+    required = [field.name for field in fields(Footprint) if field.default is MISSING]
+    members = _members(data, where, required=required, optional=["encode_bytes"])
     counts = {name: _count(value, f"{where}.{name}", least=0) for name, value in members.items()}
     return Footprint(**counts)
 

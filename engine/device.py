@@ -1,7 +1,7 @@
 """The device the engine owns: set up for repeatable bits, and timed without stalling it."""
 
 import ctypes
-import platform
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
+
+from engine.devicefacts import cpu_facts, cuda_facts, told
 
 cuda: Any = torch.cuda  # half of what is used of these two is not annotated
 backends: Any = torch.backends
@@ -35,8 +37,15 @@ OUT_OF_MEMORY = (
     "_STATUS_ALLOC_FAILED",
     "unable to find an engine to execute",
 )
-# The share of free memory that is used: fragments and the libraries' workspaces take the rest.
+# The share of free memory that is used, and what is left free at least: for fragments, and for the
+# workspaces of convolutions. cuDNN quietly takes another kernel, with other bits, for good, where
+# it cannot have one.
 MEMORY_SHARE = 0.92
+LEAST_MARGIN_BYTES = 1 << 30
+SHARED_POOL = (0, 0)  # of the allocator: the memory that is no recording's
+# What torch gives cuBLAS where nobody says: from Hopper on, and before.
+LARGE_WORKSPACE_BYTES = 4096 * 8 * 1024
+WORKSPACE_BYTES = 4096 * 2 * 1024 + 16 * 8 * 1024
 CLOCK_S = 60.0
 MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; None: another library
 
@@ -156,13 +165,27 @@ class Device:
     Everything here is called on the engine's thread, but for what a side thread needs.
     """
 
-    def __init__(self, name: str, *, num_threads: int, attention: str = "auto") -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        num_threads: int,
+        attention: str = "auto",
+        fp16_accumulation: bool = False,
+        blas_workspaces: tuple[str, str] = ("", ""),
+    ) -> None:
+        """Set nothing yet. See `EngineConfig`; raises `ValueError`, naming what cannot be."""
         if attention not in ATTENTION:
             raise ValueError(f"attention is {attention!r}, none of {', '.join(ATTENTION)}")
+        if fp16_accumulation and not name.startswith("cuda"):
+            raise ValueError(f"fp16_accumulation is for GPUs, and the device is {name!r}")
         self.name = name
         self.attention = attention
         self.torch_device = torch.device(name)
         self.num_threads = num_threads
+        self.fp16_accumulation = fp16_accumulation
+        self.blas_workspaces = blas_workspaces
+        self.recordings = 0  # of forwards, as CUDA graphs; whoever makes one counts it
         self._side: Any = None  # the stream that decodes run in
         self._is_aside = False  # it is the current one
         self._clock: CudaClock | None = None
@@ -202,6 +225,7 @@ class Device:
             backends.cudnn.deterministic = True
             backends.cudnn.allow_tf32 = False
             backends.cuda.matmul.allow_tf32 = False
+            backends.cuda.matmul.allow_fp16_accumulation = self.fp16_accumulation
 
     def prepare_side_thread(self) -> None:
         """Have a thread that loads beside the engine's compute with as many threads as that one.
@@ -289,14 +313,42 @@ class Device:
         if not self.is_cuda:
             return None
         free_bytes, _ = cuda.mem_get_info(self.torch_device)
-        return int((free_bytes + cuda.memory_reserved(self.torch_device)) * MEMORY_SHARE)
+        all_bytes = int(free_bytes + cuda.memory_reserved(self.torch_device))
+        return min(int(all_bytes * MEMORY_SHARE), all_bytes - LEAST_MARGIN_BYTES)
+
+    def recorded_bytes(self) -> int:
+        """Tell what recorded forwards keep of the device's memory for themselves.
+
+        It is theirs while nothing in it is allocated, and they are not running. 0 on a CPU.
+        """
+        if not self.is_cuda:
+            return 0
+        return sum(
+            segment["total_size"] - segment["allocated_size"]
+            for segment in cuda.memory_snapshot(include_traces=False)
+            if segment["device"] == (self.torch_device.index or 0)
+            and tuple(segment["segment_pool_id"]) != SHARED_POOL
+        )
+
+    def thread_bytes(self) -> int:
+        """Tell what each thread that computes keeps of the device's memory: cuBLAS's workspace.
+
+        It stays for the next thread when one ends. 0 on a CPU.
+        """
+        if not self.is_cuda:
+            return 0
+        told = re.findall(r":(\d+):(\d+)", self.blas_workspaces[0])
+        if told:
+            return sum(int(kib) * int(number) for kib, number in told) * 1024
+        is_large = cuda.get_device_capability(self.torch_device)[0] >= 9
+        return LARGE_WORKSPACE_BYTES if is_large else WORKSPACE_BYTES
 
     def free_bytes(self) -> int | None:
         """Tell what may be allocated now; None where nobody knows."""
         budget_bytes = self.memory_budget_bytes()
         if budget_bytes is not None:
-            return budget_bytes - self.memory_bytes()
-        available = _told("/proc/meminfo", "MemAvailable")  # such as "17000000 kB"
+            return budget_bytes - self.memory_bytes() - self.recorded_bytes()
+        available = told("/proc/meminfo", "MemAvailable")  # such as "17000000 kB"
         return int(available.split()[0]) * 1024 if available else None
 
     def is_lost(self) -> bool:
@@ -315,43 +367,7 @@ class Device:
 
     def facts(self) -> dict[str, Any]:
         """Tell what of this device and its set-up can change a bit."""
-        return self._cuda_facts() if self.is_cuda else self._cpu_facts()
-
-    def _cuda_facts(self) -> dict[str, Any]:
-        matmul = backends.cuda.matmul
-        return {
-            "device": cuda.get_device_name(self.torch_device),
-            "capability": list(cuda.get_device_capability(self.torch_device)),
-            "cuda": torch.version.cuda,
-            "cudnn": backends.cudnn.version(),
-            "cudnn_benchmark": backends.cudnn.benchmark,
-            "cudnn_deterministic": backends.cudnn.deterministic,
-            "tf32": [backends.cudnn.allow_tf32, matmul.allow_tf32],
-            "reduced_precision_reduction": [
-                matmul.allow_bf16_reduced_precision_reduction,
-                matmul.allow_fp16_reduced_precision_reduction,
-            ],
-            "fp16_accumulation": matmul.allow_fp16_accumulation,
-            "blas": str(backends.cuda.preferred_blas_library()),
-            "sampler_factors": "host",  # where samplers compute their factors
-            # cuBLAS chooses by it, and it is fewer under MPS and in a MIG instance.
-            "multiprocessors": cuda.get_device_properties(self.torch_device).multi_processor_count,
-            "sdp": self.attention_order,
-        }
-
-    def _cpu_facts(self) -> dict[str, Any]:
-        return {
-            "device": _cpu("model name") or platform.processor() or platform.machine(),
-            "instructions": sorted(
-                flag for flag in _cpu("flags").split() if flag.startswith(("avx", "amx", "fma"))
-            ),
-            "capability": backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-            "onednn": backends.mkldnn.is_available(),
-            "mkl": backends.mkl.is_available(),
-            "sdp": self.attention,
-            "float32_matmul": torch.get_float32_matmul_precision(),
-        }
+        return cuda_facts(self) if self.is_cuda else cpu_facts(self)
 
 
 def give_back_host_memory() -> None:
@@ -369,23 +385,3 @@ def is_out_of_memory(problem: BaseException) -> bool:
         return True
     told = str(problem)
     return isinstance(problem, RuntimeError) and any(words in told for words in OUT_OF_MEMORY)
-
-
-def _cpu(key: str) -> str:
-    """Return what Linux says of the processor, "" elsewhere.
-
-    Its instruction set chooses the kernels, also inside oneDNN.
-    """
-    return _told("/proc/cpuinfo", key)
-
-
-def _told(path: str, key: str) -> str:
-    """Return the value in the first line of that key, "" where there is none."""
-    try:
-        with open(path, encoding="utf-8") as lines:
-            for line in lines:
-                if line.partition(":")[0].strip() == key:
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return ""

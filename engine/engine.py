@@ -44,6 +44,7 @@ from engine.request import ImageRequest
 from engine.runner import Runner
 from engine.scheduler import Scheduler
 from engine.shares import Shares
+from engine.slowforwards import SlowForwards
 from engine.snapshots import check_fingerprint, from_bytes, request_digest
 from engine.validation import check_integer, check_seconds
 
@@ -87,11 +88,14 @@ class Engine:
             config.device,
             num_threads=config.num_threads,
             attention=config.attention,
+            fp16_accumulation=config.fp16_accumulation,
+            blas_workspaces=config.blas_workspaces,
         )
         self._cache = ConditioningCache(config.conditioning_cache_bytes)
         self._kept = KeptLatents(config.latent_cache_bytes)
         self._scheduler = _scheduler(config, checkpoints, self.costs)
-        self._ledger = Ledger(self._scheduler.charge)
+        self._slow = SlowForwards(self.costs, self._scheduler.charge)
+        self._ledger = Ledger(self._slow.charge)
         self._runner = Runner(self._checkpoints, device, self._cache)
         self._inbox = Inbox(self._scheduler)
         self._loop = DeviceLoop(
@@ -436,6 +440,7 @@ class Engine:
             **self._inbox.stats(),
             **self._loop.stats(),
             **self._ledger.stats(),
+            "slow_forwards": self._slow.count,
             **self._cache.stats(),
             **self._kept.stats(),
             **self._checkpoints.stats(),

@@ -68,6 +68,8 @@ class LoadedCheckpoint:
         """Let go of its weights, whoever still refers to its networks. It cannot be used again."""
         if self.adapters is not None:
             self.adapters.close()
+        if isinstance(self.family, LatentFamily):
+            self.family.graphs = None  # they refer to the family, which refers to them
         for tensor in tensors_of(self.family):
             tensor.data = tensor.data.new_empty(0)
 

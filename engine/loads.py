@@ -238,6 +238,7 @@ class Loads:
             next(warm_up.pieces)
         except StopIteration:
             self._warm_ups.popleft()
+            self._on_change()  # its forwards may have been recorded
             self._checkpoints.serve(name)
             warm_up_s = time.perf_counter() - warm_up.began_at
             read_s = warm_up.loaded.load_s

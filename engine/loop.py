@@ -118,6 +118,7 @@ class DeviceLoop:
             copies=HostCopies(config.host_copy_bytes),
         )
         self._memory_bytes: int | None = None  # of the device; None: nobody divides it
+        self._recordings = 0  # of forwards, whose memory is spoken for
         self._pending_decodes: deque[tuple[Decode, PendingDecode]] = deque()  # as launched
         self._fetches = Fetches()  # of previews and latents to keep
         self._telling = threading.RLock()  # one event at a time, whichever thread tells it
@@ -227,7 +228,16 @@ class DeviceLoop:
         self._scheduler.max_adapters = min((one.spec.adapter_slots for one in held), default=1)
         if self._memory_bytes is not None:
             room_bytes = max(self._checkpoints.weights_bytes, self._config.weights_room_bytes)
-            self._scheduler.memory_budget_bytes = self._memory_bytes - room_bytes
+            kept_bytes = self._device.recorded_bytes() + self._thread_bytes()
+            self._recordings = self._device.recordings
+            self._scheduler.memory_budget_bytes = self._memory_bytes - room_bytes - kept_bytes
+
+    def _thread_bytes(self) -> int:
+        """Return what the threads of images whose pipelines are called keep of the memory."""
+        held = self._checkpoints.held.values()
+        if all(one.family.follows_stream for one in held):
+            return 0
+        return self._config.max_inflight * self._device.thread_bytes()
 
     def _working_bytes(self) -> int:
         """Return what a load leaves free for images; those leave room for it, where that is set."""
@@ -381,11 +391,9 @@ class DeviceLoop:
                 return self._with_room(lambda: self._runner.predict(batch))
             return self._runner.predict(batch)
         except Exception as problem:
-            if is_out_of_memory(problem):
-                _forget_locals(problem)
-                self._device.free_cached_memory()
-                if not batch.is_pinned and len(batch) > 1:
-                    self._scheduler.cap_rows(batch.key, batch.used_rows // 2)
+            self._free_after(problem)
+            if is_out_of_memory(problem) and not batch.is_pinned and len(batch) > 1:
+                self._scheduler.cap_rows(batch.key, batch.used_rows // 2)
             if len(batch) == 1:
                 self._fail(batch.images[0], self._error_of_image(problem, "denoise"))
             else:
@@ -409,6 +417,8 @@ class DeviceLoop:
     def _settle(self, batch: Batch, watch: Stopwatch) -> None:
         """Count the step for the batch's images, and its seconds once the device passed them."""
         self._scheduler.settle(batch)
+        if self._device.recordings != self._recordings:
+            self._note_change()  # a forward was recorded, and keeps its memory
         is_beside_decode = bool(self._pending_decodes)
         self._ledger.enter_forward(batch, watch, is_beside_decode=is_beside_decode)
         self._ledger.book(RUN_AHEAD)
@@ -438,8 +448,9 @@ class DeviceLoop:
             self._fetches.add(
                 image.id, fetched, lambda latents: self._kept_latents.keep(told(latents))
             )
-        except Exception:  # a courtesy: the image goes on without
+        except Exception as problem:  # a courtesy: the image goes on without
             log.exception("latents_not_kept", extra={"image_id": image.id})
+            self._free_after(problem)
 
     def _show(self, image: InFlight) -> None:
         """Launch a preview, which is packed and told of once it has arrived."""
@@ -448,8 +459,9 @@ class DeviceLoop:
             if fetched is not None:
                 tell = partial(self._tell_preview, image, image.step)
                 self._fetches.add(image.id, fetched, tell)
-        except Exception:  # a courtesy, too
+        except Exception as problem:  # a courtesy, too
             log.exception("preview_failed", extra={"image_id": image.id})
+            self._free_after(problem)
             image.is_watched = False
 
     def _tell_preview(self, image: InFlight, step: int, pixels: Tensor) -> None:
@@ -527,6 +539,7 @@ class DeviceLoop:
         try:
             blob = self._snapshot_of(image_id)
         except Exception as problem:  # noqa: BLE001  the asker's trouble, not the engine's
+            self._free_after(problem)
             wanted.set_exception(_as_engine_error(problem, "snapshot"))
             return
         if leaves:
@@ -569,7 +582,18 @@ class DeviceLoop:
         No image is to blame for that.
         """
         self._raise_if_device_is_lost(problem)
-        return _as_engine_error(problem, stage)
+        error = _as_engine_error(problem, stage)
+        self._free_after(problem)
+        return error
+
+    def _free_after(self, problem: Exception) -> None:
+        """Free what can be if the device was out of memory.
+
+        What comes next may be pinned to its bits, and short of memory kernels are others.
+        """
+        if is_out_of_memory(problem):
+            _forget_locals(problem)
+            self._device.free_cached_memory()
 
     def _raise_if_device_is_lost(self, problem: Exception) -> None:
         """Raise `problem` anew if nothing will work on the device any more."""

@@ -7,9 +7,8 @@ checkpoint that comes later. `./darkroom calibrate` is the same with more repeat
 down.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,22 @@ from engine.inflight import InFlight
 from engine.request import ImageRequest, Picture
 from engine.runner import Runner
 from engine.scheduler import Batch
+
+# The steps of a sampler's first use: the methods of higher order begin with the third.
+SAMPLER_STEPS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WarmUp:
+    """What the warm-up of one checkpoint works with."""
+
+    spec: CheckpointSpec
+    validated: Callable[[ImageRequest], InFlight]
+    runner: Runner
+    device: Device
+    costs: CostModel
+    repeats: int
+    weights_bytes: int
 
 
 def warm_up(
@@ -39,8 +54,11 @@ def warm_up(
 ) -> Iterator[None]:
     """Render an image of every size, with and without guidance, and make a forward of every bucket.
 
-    Those that requests pin are among them. Yields after each piece of work: an encode, the forwards
-    of one size, a step or a decode. What `costs` does not know yet is measured, `repeats` times.
+    Those that requests pin are among them. A picture of every size is encoded where one may be
+    given, and every sampler makes some steps: its first one may load a library. Yields after each
+    piece of work: an encode, the forwards of one size, a step or a decode. What `costs` does not
+    know yet is measured, `repeats` times.
+
     weights_bytes: of all checkpoints; the memory that is measured is what comes on top.  is_brief:
     render one image of the first size, with the smallest forwards; the rest is learnt from what is
     asked for. Raises `UnsupportedRequest` for a checkpoint that offers no size or no sampler, or
@@ -50,22 +68,32 @@ def warm_up(
         raise UnsupportedRequest(
             "samplers" if spec.sizes else "sizes", f"checkpoint {spec.name} offers none"
         )
-    work = partial(_render, runner=runner, device=device, costs=costs, repeats=repeats)
-    has_begun = False
-    for width_px, height_px in spec.sizes:
+    work = _WarmUp(
+        spec=spec,
+        validated=validated,
+        runner=runner,
+        device=device,
+        costs=costs,
+        repeats=repeats,
+        weights_bytes=weights_bytes,
+    )
+    for place, (width_px, height_px) in enumerate(spec.sizes):
+        is_first = place == 0
         request = _as_it_can_be_rendered(_plain_request(spec, width_px, height_px), validated)
-        for sampler in spec.samplers:
-            validated(replace(request, sampler=sampler))
+        others = [validated(_of_sampler(request, sampler)) for sampler in spec.samplers]
         pinned = spec.pinned_rows.get((width_px, height_px), ())
         buckets = sorted({*(row_buckets or doublings(max_batch_rows)), *pinned})
-        for guidance in (1.0, 2.0) if max_batch_rows > 1 else (1.0,):
-            image = validated(replace(request, guidance=guidance))
+        guidances = (1.0, 2.0) if max_batch_rows > 1 else (1.0,)
+        images = [validated(replace(request, guidance=guidance)) for guidance in guidances]
+        if is_brief:
+            if is_first:
+                yield from _render(work, images[0], buckets[:1])
+            continue
+        encode_bytes = yield from _encode_picture(work, request)
+        for image in images:
             fitting = [rows for rows in buckets if rows >= image.rows]
-            if not is_brief:
-                yield from work(image, buckets=fitting, weights_bytes=weights_bytes)
-            elif not has_begun:
-                has_begun = True
-                yield from work(image, buckets=fitting[:1], weights_bytes=weights_bytes)
+            tried = others if is_first and image is images[0] else []
+            yield from _render(work, image, fitting, others=tried, encode_bytes=encode_bytes)
 
 
 def _plain_request(spec: CheckpointSpec, width_px: int, height_px: int) -> ImageRequest:
@@ -106,17 +134,49 @@ def _as_it_can_be_rendered(
             request = replace(request, **given)
 
 
+def _of_sampler(request: ImageRequest, sampler: str) -> ImageRequest:
+    return replace(request, sampler=sampler, num_steps=SAMPLER_STEPS)
+
+
+def _encode_picture(work: _WarmUp, request: ImageRequest) -> Generator[None, None, int]:
+    """Start an image from a picture; return the bytes that took, 0 where none may be given.
+
+    A VAE encodes in a precision of its own, with other kernels, and in more memory than a prompt.
+    """
+    grey = np.full((request.height_px, request.width_px, 3), 128, np.uint8)
+    try:
+        image = work.validated(replace(request, init_image=Picture(grey), strength=1.0))
+    except UnsupportedRequest:
+        return 0
+    base_bytes = work.device.memory_bytes()
+    work.device.forget_peak()
+    try:
+        work.runner.start(image)
+    except Exception as problem:
+        if not is_out_of_memory(problem):
+            raise
+        work.device.free_cached_memory()  # images without a picture may fit
+    finally:
+        work.runner.release(image)
+    yield
+    return work.device.peak_bytes() - base_bytes
+
+
 def _render(
+    work: _WarmUp,
     image: InFlight,
-    *,
-    runner: Runner,
-    device: Device,
-    costs: CostModel,
     buckets: list[int],
-    repeats: int,
-    weights_bytes: int,
+    *,
+    others: Sequence[InFlight] = (),
+    encode_bytes: int = 0,
 ) -> Iterator[None]:
-    """Render one image to its end, with a forward of every bucket before its first step."""
+    """Render one image to its end, with a forward of every bucket before its first step.
+
+    others: images like it of other samplers, of which some steps are made with its prediction.
+    """
+    runner = work.runner
+    device = work.device
+    costs = work.costs
     try:
         runner.start(image)
         yield
@@ -124,22 +184,41 @@ def _render(
         # A plain pipeline calls its own denoiser, elsewhere.
         is_known = costs.is_measured(key) or key.call.startswith("alone ")
         base_bytes = device.memory_bytes()
-        peaks = _try_buckets(image, runner, device, costs, buckets, 0 if is_known else repeats)
+        peaks = _try_buckets(image, runner, device, costs, buckets, 0 if is_known else work.repeats)
+        prediction = None
+        # Of a number of rows that was tried: cuda_graphs would record one more.
+        batch = Batch((image,), buckets[0] if buckets else image.rows)
         while not image.is_denoised:
             yield
-            runner.advance(image, runner.predict(Batch.alone(image))[0])
+            prediction = runner.predict(batch)[0]
+            runner.advance(image, prediction)
+        if not key.call:
+            yield from _try_samplers(runner, others, prediction)
         yield
         device.forget_peak()
         costs.observe_decode(key, runner.decode(image).watch.span().seconds)
         if base_bytes and len(peaks) > 1:
             costs.observe_memory(
                 key,
-                fixed_bytes=base_bytes - weights_bytes,
+                fixed_bytes=base_bytes - work.weights_bytes,
                 per_row_bytes=_bytes_per_row(peaks),
                 decode_bytes=device.peak_bytes() - base_bytes,
+                encode_bytes=encode_bytes,
             )
     finally:
         runner.release(image)
+
+
+def _try_samplers(runner: Runner, images: Sequence[InFlight], prediction: Any) -> Iterator[None]:
+    """Make the first steps of each image, always with the same prediction."""
+    for image in images:
+        yield
+        try:
+            runner.start(image)
+            while not image.is_denoised:
+                runner.advance(image, prediction)
+        finally:
+            runner.release(image)
 
 
 def _try_buckets(

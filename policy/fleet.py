@@ -304,6 +304,7 @@ class Pool(_Table):
     # a GPU, () on a CPU.
     row_buckets: tuple[int, ...] | None = None
     attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
+    fp16_accumulation: bool = False  # GPUs alone
     # Which of its models are in a device's memory: all of them, or those used last that fit.
     residency: Literal["all", "lru"] = "all"
     # With lru: memory for weights; None: most of what the device has free. A CPU needs a number.

@@ -81,7 +81,10 @@ def rule_of(pool: Pool, *, gpu_bytes: int) -> ResidencyRule:
 
 
 def problems_on_a_cpu(name: str, pool: Pool) -> list[str]:
-    """Tell what a worker of this pool cannot do whose device is a CPU: its memory is the host's."""
+    """Tell what a worker of this pool cannot do whose device is a CPU.
+
+    Its memory is the host's, and it has no choice of sums.
+    """
     problems = []
     if pool.residency == "lru" and pool.device_memory_gb is None:
         problems.append(
@@ -92,6 +95,11 @@ def problems_on_a_cpu(name: str, pool: Pool) -> list[str]:
         problems.append(
             f"pools.{name}.host_memory_gb: must be 0 where the device is a CPU, for its memory is"
             " the host's: give it to device_memory_gb"
+        )
+    if pool.fp16_accumulation:
+        problems.append(
+            f"pools.{name}.fp16_accumulation: must be false where the device is a CPU, which sums"
+            " in single precision"
         )
     return problems
 

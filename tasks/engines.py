@@ -136,6 +136,8 @@ def engine_config(
         row_buckets=pool.row_buckets,
         rank_shares=_rank_shares(fleet),
         attention=pool.attention,
+        fp16_accumulation=pool.fp16_accumulation,
+        blas_workspaces=(settings.cublas_workspace_config, settings.cublaslt_workspace_size),
         weights_room_bytes=residency_rule(settings, pool).device_bytes or 0,
         host_copy_bytes=int(pool.host_memory_gb * GB),
         curves_folder=str(settings.curves_folder or ""),

@@ -1,33 +1,44 @@
-"""What the engine gives on a GPU: large networks beside plain diffusers, curves by rows, and bits.
+"""What the engine gives on a GPU: bits at full size, speed beside plain diffusers, and profiles.
 
-    python -m benchmarks.gpu [--quick] [--only sdxl|flux|invariance|curves] [--minutes 9]
-                             [--results FOLDER] [--device cuda:0]
-    python -m benchmarks.gpu --tiny [--device cpu]   # tiny networks, anywhere: shows that it runs
+    python -m benchmarks.gpu --round 1         # nine minutes: run 1, then 2, then 3
+    python -m benchmarks.gpu --only sdxl flux  # some parts, as long as they take
+    python -m benchmarks.gpu --quick           # a minute: does the device work, SDXL once
+    python -m benchmarks.gpu --tiny            # tiny networks, anywhere: shows that it runs
 
 Networks have SDXL's and FLUX.1's size. Weights are random (random_networks.py): nothing is
 downloaded, and what weights say changes cost by no more than a clock does. Each part has a process
-of its own, which says what it found cell by cell; a cell that fails, or for which the minutes do
-not suffice, is named and harms no other. What was found is written to the results folder after
-every part. Without a GPU it says so and ends.
+of its own, which says what it found cell by cell. A cell that fails, or for which the minutes do
+not suffice, is named and harms no other; a lost device ends its part, and the others go on. What
+was found is written to the results folder after every part. Without a GPU it says so and ends.
 
+Round 1
+check       Every attention kernel, matrix products, a compiler.
+full_bits   Networks of full size: is an image the same wherever its rows lie, beside zeros, and
+            resumed among others? To the bit.
 sdxl, flux  1024 px in bf16; 20 steps with classifier-free guidance, 28 steps with a distilled one.
             Plain `pipe()` under torch's own settings, before and after the engine, which renders
-            image by image ("alone") and then many at once ("busy": as many rows in a forward as its
-            measured curve says). Then the engine with CUDA graphs, channels_last and compiled
-            blocks, the pipeline with compiled blocks, and decodes beside forwards. Both sides start
-            from encoded prompts and end with pixels on the host.
-invariance  Small networks of every family, fp32, bf16 and fp16, every attention kernel: is an image
-            the same with other neighbours and elsewhere in its bucket, and after a snapshot is
-            taken over by a second engine? Latents, state and pixels, to the bit.
-curves      Seconds and bytes of a forward of both networks by rows and size, and the knee: the rows
-            at which more do not pay.
+            image by image ("alone") and then many at once ("busy"), beside a plain call of as many
+            rows. What of a forward is launch and what the device's; decodes beside forwards; CUDA
+            graphs; channels_last. Both sides start from encoded prompts and end with pixels on the
+            host.
+profile     A denoise step by kind of kernel, with a trace.
+
+Round 2     *_compiled: blocks compiled, theirs and ours.  *_quantised: float8 and int8.
+
+Round 3
+full_bits_variants  The same of graphs, layouts, 8-bit weights and compiled blocks.
+invariance  Small networks of every family and precision, then with what makes them faster, then
+            with every attention kernel; resumed by a second engine.
+curves      Seconds and bytes of a forward by rows and size, and the knee: the rows at which more do
+            not pay.
 """
 
 import argparse
 import json
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,15 +46,22 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.machine import machine
-from benchmarks.gpu.parts import REPO, SHARES, Part, run_part
-from benchmarks.gpu.report import TARGETS, figures_of, table_of, write_results
-from benchmarks.lib.tables import WIDTH, show
-from benchmarks.lib.verdict import exit_status, judge, rounded, said
-
-YARDSTICKS = (
-    "MLPerf Inference, SDXL on one H200: 2.4 images/s (20 steps, FP8, TensorRT)",
-    "FLUX.1-dev on one H100, 28 steps: 6.7 s eager, 4.5 s compiled",
+from benchmarks.gpu.parts import REPO, Part, run_part
+from benchmarks.gpu.plan import (
+    PARTS,
+    QUICK_PARTS,
+    QUICK_S,
+    ROUND_S,
+    ROUNDS,
+    parts_of_round,
+    seconds_for,
 )
+from benchmarks.gpu.report import verdict, write_results
+from benchmarks.gpu.tables import tables_of
+from benchmarks.lib.tables import WIDTH, show
+from benchmarks.lib.verdict import exit_status
+
+TINY_S = 1200.0  # no minutes are to be kept: however slow the machine, all of it is to run
 
 
 def main() -> int:
@@ -52,24 +70,30 @@ def main() -> int:
     1 if a target is missed or a cell failed.
     """
     options = _options()
-    options.device = options.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
-    if not options.device.startswith("cuda") and not options.tiny:
+    device = options.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    is_cuda = device.startswith("cuda")
+    if not is_cuda and not options.tiny:
         print("benchmarks.gpu needs a GPU; --tiny shows that it runs")
         print(json.dumps({"benchmark": "gpu", "skipped": "no CUDA device"}))
         return 0
-    folder = options.results or (None if options.tiny else REPO / "benchmarks" / "results")
     about = {
         "benchmark": "gpu",
         "quick": options.quick,
         "tiny": options.tiny,
-        "machine": machine(options.device),
+        "machine": machine(device),
     }
-    parts = _run_parts(options, folder, about)
-    _show(parts)
-    last = about | _verdict(parts, tiny=options.tiny)
-    if folder is not None:
-        file = write_results(folder, last | _as_json(parts), options.only)
-        print(f"written to {file}")
+    with tempfile.TemporaryDirectory(prefix="darkroom-gpu-") as nowhere:
+        folder = options.results or (
+            Path(nowhere) if options.tiny else REPO / "benchmarks" / "results"
+        )
+        parts = _run_parts(options, device, folder, about)
+        _show(parts)
+        last = about | verdict(parts, tiny=options.tiny, is_cuda=is_cuda)
+        file = write_results(folder, last | _as_json(parts), _label(options))
+        if folder != Path(nowhere):
+            print(f"written to {file}")
+    if not is_cuda:
+        print("measured on a CPU: no target was judged")
     print(json.dumps(last))
     return 1 if last["failed"] else exit_status(last["met"])
 
@@ -77,58 +101,63 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--quick", action="store_true", help="fewer images, kernels and rows")
-    add(
-        "--tiny",
-        action="store_true",
-        help="tiny networks, on any device: shows that it runs",
-    )
-    add("--only", choices=list(SHARES), help="one part")
-    add(
-        "--minutes",
-        type=float,
-        default=9.0,
-        help="begin nothing that would not end within these",
-    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--round", type=int, choices=ROUNDS, help="what nine minutes suffice for")
+    which.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", help="some parts")
+    add("--quick", action="store_true", help="end within a minute: fewer images, two parts")
+    add("--tiny", action="store_true", help="tiny networks, on any device: shows that it runs")
+    add("--minutes", type=float, help="begin nothing that would not end within these")
     add("--device", help="cuda:0 where there is one; cpu is for --tiny")
-    add(
-        "--results",
-        type=Path,
-        help="folder to write to; unless --tiny, benchmarks/results",
-    )
+    add("--results", type=Path, help="folder to write to; unless --tiny, benchmarks/results")
     return parser.parse_args()
 
 
+def _names(options: argparse.Namespace) -> list[str]:
+    """List the parts that are asked for."""
+    if options.only:
+        return list(options.only)
+    if options.round:
+        return parts_of_round(options.round)
+    return list(QUICK_PARTS if options.quick else PARTS)
+
+
+def _seconds(options: argparse.Namespace, names: Sequence[str]) -> float:
+    """Return how long all of it may take."""
+    if options.minutes:
+        return float(60 * options.minutes)
+    if options.tiny:
+        return TINY_S
+    if options.quick:
+        return QUICK_S
+    return ROUND_S if options.round else sum(PARTS[name].needs_s for name in names)
+
+
+def _label(options: argparse.Namespace) -> str:
+    """Return what was run, for the file's name."""
+    kinds = [kind for kind in ("quick", "tiny") if getattr(options, kind)]
+    chosen = [f"round-{options.round}"] if options.round else list(options.only or [])
+    return "-".join([*chosen, *kinds]) or "all"
+
+
 def _run_parts(
-    options: argparse.Namespace, folder: Path | None, about: Mapping[str, Any]
+    options: argparse.Namespace, device: str, folder: Path, about: Mapping[str, Any]
 ) -> dict[str, Part]:
     """Run one part after the other; write what was found after each."""
-    end = time.monotonic() + 60 * options.minutes
-    names = [options.only] if options.only else list(SHARES)
+    names = _names(options)
+    end = time.monotonic() + _seconds(options, names)
     parts: dict[str, Part] = {}
     for place, name in enumerate(names):
-        share = SHARES[name] / sum(SHARES[later] for later in names[place:])
-        seconds = share * max(end - time.monotonic(), 0.0)
+        left_s = max(end - time.monotonic(), 0.0)
         parts[name] = run_part(
-            name, seconds, device=options.device, quick=options.quick, tiny=options.tiny
+            name,
+            seconds_for(name, names[place + 1 :], left_s),
+            device=device,
+            quick=options.quick,
+            tiny=options.tiny,
+            traces=folder,
         )
-        if folder is not None:
-            write_results(folder, {**about, **_as_json(parts)}, options.only)
+        write_results(folder, {**about, **_as_json(parts)}, _label(options))
     return parts
-
-
-def _verdict(parts: Mapping[str, Part], *, tiny: bool) -> dict[str, Any]:
-    figures = rounded(figures_of(parts))
-    targets = [target for target in TARGETS if target.figure in figures]
-    # Tiny networks show nothing of speed.
-    not_judged = [target.figure for target in targets if tiny and "_to_plain" in target.figure]
-    return {
-        "figures": figures,
-        "targets": said(targets),
-        "met": judge(figures, targets, not_judged),
-        "failed": [f"{name}, {cell}" for name, part in parts.items() for cell in part.failed],
-        "left_out": [f"{name}, {cell}" for name, part in parts.items() for cell in part.left_out],
-    }
 
 
 def _as_json(parts: Mapping[str, Part]) -> dict[str, Any]:
@@ -136,11 +165,10 @@ def _as_json(parts: Mapping[str, Part]) -> dict[str, Any]:
 
 
 def _show(parts: Mapping[str, Part]) -> None:
-    show(*(table_of(name, part) for name, part in parts.items()), width=WIDTH)
-    print(*YARDSTICKS, sep="\n")
+    show(*tables_of(parts), width=WIDTH)
     for name, part in parts.items():
-        if part.left_out:
-            print(f"left out of {name} for want of time: {', '.join(part.left_out)}")
+        for cell, why in part.left_out.items():
+            print(f"left out: {name}, {cell}: {why}")
         for cell, why in part.failed.items():
             print(f"failed: {name}, {cell}: {why}")
 

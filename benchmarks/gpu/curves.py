@@ -10,27 +10,25 @@ from functools import partial
 
 from benchmarks.gpu.cells import Cells, Found, Setting
 from benchmarks.gpu.checkpoints import a_request, write_checkpoint
+from benchmarks.gpu.configs import SIDES
 from benchmarks.gpu.models import MODELS, ROWS
+from benchmarks.gpu.random_networks import forget
 from benchmarks.gpu.stepper import Stepper
 from engine.costs import CostModel
 from engine.device import is_out_of_memory
 from engine.scheduler import Batch
 
 REPEATS = 3
-NEEDS_S = {("sdxl", 512): 6, ("flux", 512): 15, ("sdxl", 1024): 10, ("flux", 1024): 40}
 
 
 def curves(setting: Setting, cells: Cells) -> None:
-    """Take a cell for each network and size."""
+    """Take a cell for each network and size: a network is drawn once for all sizes."""
     rows = tuple(n for n in ROWS if n <= (4 if setting.tiny or setting.quick else 16))
-    sides_px = (64, 128) if setting.tiny else (512, 1024)
-    for side_px in sides_px:
-        for family in MODELS:
-            cells.take(
-                f"{family} {side_px}px",
-                partial(_curve, family, side_px, rows, setting),
-                needs_s=0 if setting.tiny else NEEDS_S[family, side_px],
-            )
+    full_px = SIDES[setting.scale]
+    for family in MODELS:
+        for name, side_px in (("half side", full_px // 2), ("full side", full_px)):
+            cells.take(f"{family} {name}", partial(_curve, family, side_px, rows, setting))
+        forget()
 
 
 def _curve(family: str, side_px: int, rows: Sequence[int], setting: Setting) -> Found:
@@ -38,8 +36,7 @@ def _curve(family: str, side_px: int, rows: Sequence[int], setting: Setting) -> 
 
     Each with noise of its own: a GPU is quicker over the zeros of padding.
     """
-    scale = "tiny" if setting.tiny else "full"
-    spec = write_checkpoint(setting.folder, family, scale, sizes=((side_px, side_px),))
+    spec = write_checkpoint(setting.folder, family, setting.scale, sizes=((side_px, side_px),))
     stepper = Stepper(spec, setting.device)
     device = stepper.device
     costs = CostModel()
@@ -66,6 +63,7 @@ def _curve(family: str, side_px: int, rows: Sequence[int], setting: Setting) -> 
     decodes = (stepper.runner.decode(images[0]) for _ in range(1 + REPEATS))
     decodes_s = [decode.watch.span().seconds for decode in decodes][1:]
     return {
+        "side_px": side_px,
         "held_bytes": held_bytes,
         "step_s_by_rows": step_s,
         "step_bytes_by_rows": step_bytes,

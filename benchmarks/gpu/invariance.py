@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.attention import SDPBackend
 
 from benchmarks.gpu.cells import Cells, Found, Setting, tidy
 from benchmarks.gpu.checkpoints import a_request, write_checkpoint
+from benchmarks.gpu.plan import PARTS, changes_of
 from benchmarks.gpu.random_networks import forget
 from benchmarks.gpu.stepper import Stepper
 from engine.config import CheckpointSpec, EngineConfig
@@ -26,9 +28,6 @@ from engine.inflight import InFlight
 from engine.request import Determinism, ImageRequest
 from engine.snapshots import from_bytes
 
-FAMILIES = ("sd", "sdxl", "sd3", "flux")
-PRECISIONS = ("bf16", "fp16", "fp32")
-KERNELS = ("auto", "flash", "efficient", "cudnn", "math")
 BUCKET_ROWS = 8
 STEPS = 6
 SAVED_AFTER = 3  # steps
@@ -37,38 +36,21 @@ PATIENCE_S = 600  # for one image
 
 
 def invariance(setting: Setting, cells: Cells) -> None:
-    """Take a cell for every family, precision and attention kernel.
-
-    Then for what makes a checkpoint faster.
-    """
-
-    def take(family: str, precision: str, kernel: str, needs_s: float, **changes: bool) -> None:
-        name = " ".join([family, precision, kernel, *changes])
-        cells.take(
-            name, lambda: _bits(family, precision, kernel, setting, **changes), needs_s=needs_s
-        )
-
-    # The kernels last: all else is asked of every family first.
-    for kernel in KERNELS[:2] if setting.quick or setting.tiny else KERNELS:
-        for precision in PRECISIONS:
-            for family in FAMILIES:
-                take(family, precision, kernel, 4)
-    for family in ("sd", "sdxl"):
-        take(family, "bf16", "auto", 4, channels_last=True)
-    if setting.is_cuda:
-        for family in FAMILIES:
-            take(family, "bf16", "auto", 4, cuda_graphs=True)
-        for family in ("sdxl", "flux"):
-            take(family, "bf16", "auto", 60, compile_blocks=True)
+    """Take a cell for every family, precision and kernel, and what makes a checkpoint faster."""
+    for name in PARTS["invariance"].cells:
+        cells.take(name, partial(_bits, name, setting))
 
 
-def _bits(family: str, precision: str, kernel: str, setting: Setting, **changes: bool) -> Found:
+def _bits(name: str, setting: Setting) -> Found:
+    family, precision, kernel, *words = name.split()
+    if "cuda_graphs" in words:
+        setting.check_cuda("CUDA graphs")
     forget()
     scale = "tiny" if setting.tiny else "small"
-    spec = write_checkpoint(setting.folder, family, scale, precision=precision, **changes)
+    spec = write_checkpoint(setting.folder, family, scale, precision=precision, **changes_of(words))
     stepper = Stepper(spec, setting.device, attention=kernel)
     found: Found = {
-        "kernel": _kernel_for_heads(stepper),
+        "kernel": kernel_for_heads(stepper),
         "apart_in_company": apart_in_company(stepper, spec),
     }
     del stepper
@@ -80,7 +62,7 @@ def _bits(family: str, precision: str, kernel: str, setting: Setting, **changes:
     }
 
 
-def _kernel_for_heads(stepper: Stepper) -> str:
+def kernel_for_heads(stepper: Stepper) -> str:
     """Return the attention kernel that runs for heads of 64 as the engine has set it up.
 
     The plain one where the pinned one cannot.

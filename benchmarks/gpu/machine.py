@@ -2,11 +2,12 @@
 
 import os
 import platform
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+
+from benchmarks.gpu.clocks import NOT_AVAILABLE, answer, query
 
 PACKAGES = ("torch", "diffusers", "transformers", "triton", "numpy")
 
@@ -26,8 +27,8 @@ def machine(device: str) -> dict[str, Any]:
             "gpu": properties.name,
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "multiprocessors": properties.multi_processor_count,
-            "driver": _nvidia_smi("driver_version"),
-            "power_limit": _nvidia_smi("power.limit"),
+            "driver": _nvidia_smi(device, "driver_version"),
+            "power_limit_w": _nvidia_smi(device, "power.limit"),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
         }
@@ -41,11 +42,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _nvidia_smi(fact: str) -> str | None:
-    """Ask it of the first GPU; None where it is not installed or fails."""
-    command = ["nvidia-smi", f"--query-gpu={fact}", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.split("\n")[0].strip()
+def _nvidia_smi(device: str, fact: str) -> str:
+    """Ask it of this GPU."""
+    told = answer(query(device, [fact]))
+    return NOT_AVAILABLE if told is None else told.split("\n")[0].strip()

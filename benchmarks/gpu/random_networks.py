@@ -38,7 +38,8 @@ from engine.families.flow import FlowFamily
 from engine.families.flux import Flux
 from engine.families.sd import StableDiffusion
 from engine.families.sd3 import StableDiffusion3
-from engine.families.sdxl import StableDiffusionXL
+from engine.families.sdxl import StableDiffusionXL, upcast
+from engine.quantisation import quantise
 from engine.request import ImageRequest
 
 CLIP_TOKENS = 77
@@ -83,11 +84,15 @@ def forget() -> None:
 
 @lru_cache(maxsize=1)
 def _drawn(
-    path: str, dtype: torch.dtype, device: torch.device, classes: tuple[tuple[str, Any], ...]
+    path: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    how: str | None,
+    classes: tuple[tuple[str, Any], ...],
 ) -> tuple[dict[str, Any], Any]:
     """Draw the networks of a checkpoint, frozen and in eval mode; with its scheduler config.
 
-    By name. The same path, the same weights.
+    By name. The same path, the same weights.  how: they are quantised.
     """
     told = json.loads((Path(path) / FOLDER / FILE).read_text(encoding="utf-8"))
     configs = told["networks"]
@@ -102,6 +107,8 @@ def _drawn(
     finally:
         torch.set_default_dtype(before)
     frozen = {name: network.requires_grad_(False).eval() for name, network in networks.items()}
+    for name, network in frozen.items():
+        quantise(network, name, how)
     return frozen, configs["scheduler"]
 
 
@@ -135,7 +142,7 @@ class DrawnStableDiffusion(_Drawn, StableDiffusion):
             ("text_encoder", CLIPTextModel),
             ("vae", AutoencoderKL),
         )
-        networks, scheduler = _drawn(spec.path, dtype, device, classes)
+        networks, scheduler = _drawn(spec.path, dtype, device, spec.quantize, classes)
         return cls(tokenizer=Words(), sampler_config=scheduler, device=device, **networks)
 
 
@@ -153,7 +160,8 @@ class DrawnStableDiffusionXL(_Drawn, StableDiffusionXL):
             ("text_encoder_2", CLIPTextModelWithProjection),
             ("vae", AutoencoderKL),
         )
-        networks, scheduler = _drawn(spec.path, dtype, device, classes)
+        networks, scheduler = _drawn(spec.path, dtype, device, spec.quantize, classes)
+        upcast(networks["vae"])  # as for weights that are read
         return cls(
             tokenizer=Words(),
             tokenizer_2=Words(),
@@ -194,7 +202,11 @@ class _DrawnFlow(_Drawn, FlowFamily):
     def load(cls, spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.device) -> Any:
         """See the contract; nothing but configs is read."""
         networks, scheduler = _drawn(
-            spec.path, dtype, device, (*cls.NETWORKS.items(), ("vae", AutoencoderKL))
+            spec.path,
+            dtype,
+            device,
+            spec.quantize,
+            (*cls.NETWORKS.items(), ("vae", AutoencoderKL)),
         )
         return cls(
             networks={name: network for name, network in networks.items() if name != "vae"},

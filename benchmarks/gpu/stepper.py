@@ -7,6 +7,7 @@ import torch
 from engine.conditioning import ConditioningCache
 from engine.config import CheckpointSpec
 from engine.device import Device
+from engine.families.contract import State
 from engine.inflight import BatchKey, InFlight, RenderState
 from engine.loading import load_checkpoint
 from engine.request import ImageRequest
@@ -34,15 +35,15 @@ class Stepper:
 
     def started(self, request: ImageRequest) -> InFlight:
         """Make the image, ready for its first step. Raises `UnsupportedRequest`."""
-        family = self.loaded.family
-        family.check(request)
-        image = InFlight(
-            request=request,
-            batch_key=self.key(request),
-            rows=family.rows(request),
-            state=RenderState.RUNNING,
-        )
+        image = self._image(request)
         self.runner.start(image)
+        return image
+
+    def restored(self, request: ImageRequest, state: State, step: int) -> InFlight:
+        """Make the image, ready to go on where its state was saved, with `step` steps behind it."""
+        image = self._image(request)
+        image.step = step
+        self.runner.restore(image, state)
         return image
 
     def step(self, image: InFlight, *, bucket_rows: int, among: Sequence[InFlight] = ()) -> None:
@@ -53,6 +54,16 @@ class Stepper:
         images = tuple(among) or (image,)
         predictions = self.runner.predict(Batch(images, bucket_rows))
         self.runner.advance(image, predictions[images.index(image)])
+
+    def _image(self, request: ImageRequest) -> InFlight:
+        family = self.loaded.family
+        family.check(request)
+        return InFlight(
+            request=request,
+            batch_key=self.key(request),
+            rows=family.rows(request),
+            state=RenderState.RUNNING,
+        )
 
     def wait(self) -> None:
         """Wait until the device has done all it was told."""

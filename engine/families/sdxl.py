@@ -72,7 +72,7 @@ class StableDiffusionXL(StableDiffusion):
             ),
             text_encoder_2=text_encoder_2,
             unet=unet,
-            vae=_upcast(load_network(AutoencoderKL, path, "vae", dtype, device)),
+            vae=upcast(load_network(AutoencoderKL, path, "vae", dtype, device)),
             sampler_config=load_sampler_config(path),
             zeros_for_no_prompt=_zeros_for_no_prompt(path),
             device=device,
@@ -211,7 +211,7 @@ def _check_told(unet: Any, text_encoder_2: Any) -> None:
         )
 
 
-def _upcast(vae: Any) -> Any:
+def upcast(vae: Any) -> Any:
     """Return the VAE with those halves in float32 that the pipelines upcast for every call.
 
     This VAE overflows in float16. Upcast are the encoder always, and the decoder where it would be

@@ -65,6 +65,7 @@ GAUGES = {
     "darkroom_engine_mean_rows": (),
     "darkroom_engine_parked_images": (),
     "darkroom_engine_seconds": ("stage",),
+    "darkroom_engine_slow_forwards": (),
     "darkroom_event_streams": (),
     "darkroom_failing_workers": ("pool",),
     "darkroom_fleet_revision": (),
