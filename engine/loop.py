@@ -122,6 +122,7 @@ class DeviceLoop:
         self._pending_decodes: deque[tuple[Decode, PendingDecode]] = deque()  # as launched
         self._fetches = Fetches()  # of previews and latents to keep
         self._telling = threading.RLock()  # one event at a time, whichever thread tells it
+        self.is_compiling = False  # a piece of a warm-up in which blocks may be compiled
         self._turn_began_at: float | None = None  # on the monotonic clock; None between two turns
         self.is_device_lost = False
         self._outcomes: Counter[RenderState] = Counter()
@@ -200,7 +201,7 @@ class DeviceLoop:
         if self._config.curves_folder:
             bits = self._checkpoints.fingerprint(spec.name)
             load_curves(self._costs, Path(self._config.curves_folder), spec.name, bits)
-        yield from warm_up(
+        pieces = warm_up(
             spec,
             validated=self._checkpoints.admit_before_service,
             runner=self._runner,
@@ -212,6 +213,14 @@ class DeviceLoop:
             weights_bytes=self._checkpoints.weights_bytes,
             is_brief=is_brief,
         )
+        try:
+            self.is_compiling = spec.compile_blocks
+            for _ in pieces:
+                self.is_compiling = False
+                yield
+                self.is_compiling = spec.compile_blocks
+        finally:
+            self.is_compiling = False
 
     def _forget(self, gone: LoadedCheckpoint) -> None:
         """Drop all that was measured and remembered of a checkpoint."""

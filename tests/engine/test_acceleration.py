@@ -7,14 +7,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from adapter_builders import a_file, lora_tensors
+from diffusers import EulerDiscreteScheduler
 from engine_builders import ALWAYS, a_request, a_spec, reproducible
+from tiny_checkpoints import a_picture, decoded, save_tiny_sdxl, stepped
 
 from engine.config import EngineConfig
 from engine.device import Device
 from engine.engine import Engine
 from engine.errors import UnsupportedRequest
 from engine.events import Stepped
+from engine.families.sdxl import takes_tf32
 from engine.loading import load_checkpoint
 from engine.request import AdapterUse
 
@@ -121,6 +125,52 @@ def test_compiled_blocks_without_a_compiler_stop_the_start_by_name(
     ) as refused:
         engine.start()
     assert refused.value.field == "compile_blocks"
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory):
+    """Give an SDXL checkpoint in half precision, whose VAE is upcast."""
+    path = save_tiny_sdxl(tmp_path_factory.mktemp("sdxl") / "checkpoint", EulerDiscreteScheduler())
+    return a_spec(path, family="sdxl", samplers=("euler",), precision="bf16")
+
+
+@pytest.mark.parametrize("is_allowed", [True, False])
+def test_a_vae_that_is_upcast_may_use_tf32_while_it_computes_alone(sdxl, is_allowed):
+    matmul = torch.backends.cuda.matmul
+    family = load_checkpoint(sdxl, Device("cpu", num_threads=1)).family
+    family._vae_tf32 = is_allowed
+    torch.backends.cudnn.allow_tf32 = matmul.allow_tf32 = False  # as on a GPU's thread
+    seen = {}
+    for name in ("encoder", "decoder"):
+        getattr(family._vae, name).register_forward_pre_hook(
+            lambda *_, name=name: seen.update(
+                {name: (torch.backends.cudnn.allow_tf32, matmul.allow_tf32)}
+            )
+        )
+
+    with torch.inference_mode():
+        image = stepped(family, a_request(sampler="euler", num_steps=2, init_image=a_picture()))
+        decoded(family, image)
+
+    assert seen == dict.fromkeys(("encoder", "decoder"), (is_allowed, is_allowed))
+    assert (torch.backends.cudnn.allow_tf32, matmul.allow_tf32) == (False, False)
+    assert ("vae_tf32" in family.facts()) is is_allowed
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "device", "takes"),
+    [
+        ({}, torch.float16, "cuda:0", True),
+        ({}, torch.bfloat16, "cuda:0", True),
+        ({}, torch.float32, "cuda:0", False),
+        ({}, torch.float16, "cpu", False),
+        ({"vae_tf32": False}, torch.float16, "cuda:0", False),
+    ],
+)
+def test_tf32_is_for_half_precision_on_a_gpu_unless_refused(changes, dtype, device, takes):
+    spec = a_spec("nowhere", **changes)
+
+    assert takes_tf32(spec, dtype, torch.device(device)) is takes
 
 
 def test_an_attention_kernel_nobody_knows_is_refused():
