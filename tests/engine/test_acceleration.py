@@ -3,7 +3,13 @@
 Asked for by name, named in the fingerprint, and no image notices its neighbours by them.
 """
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +19,7 @@ from diffusers import EulerDiscreteScheduler
 from engine_builders import ALWAYS, a_request, a_spec, reproducible
 from tiny_checkpoints import a_picture, decoded, save_tiny_sdxl, stepped
 
+from engine.acceleration import COMPILED, COMPILERS
 from engine.config import EngineConfig
 from engine.device import Device
 from engine.engine import Engine
@@ -21,6 +28,7 @@ from engine.events import Stepped
 from engine.families.sdxl import takes_tf32
 from engine.loading import load_checkpoint
 from engine.request import AdapterUse
+from settings import REPO
 
 
 def alone_and_in_company(engine):
@@ -103,6 +111,68 @@ def test_an_option_that_checkpoint_or_device_lacks_stops_the_start_by_name(
     with pytest.raises(UnsupportedRequest) as refused:
         engine.start()
     assert refused.value.field == field
+
+
+_STARTS = """
+import json, sys
+from torch._dynamo.utils import counters
+from engine_builders import a_spec
+from engine.config import EngineConfig
+from engine.engine import Engine
+with Engine(EngineConfig(max_batch_rows=2), [a_spec(sys.argv[1], compile_blocks=True)]):
+    pass
+print(json.dumps(counters["inductor"]))
+"""
+
+
+@pytest.mark.slow
+def test_a_second_start_finds_all_that_was_compiled(checkpoint, tmp_path):
+    places = [str(REPO), str(Path(__file__).parent)]
+    environment = os.environ | {
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(places),
+    }
+    counted = []
+    for _ in ("first", "second"):
+        done = subprocess.run(
+            [sys.executable, "-c", _STARTS, str(checkpoint)],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=600,
+            env=environment,
+        )
+        counted.append(json.loads(done.stdout.splitlines()[-1]))
+
+    first, second = counted
+    assert first["fxgraph_cache_miss"] > 0
+    assert "fxgraph_cache_miss" not in second
+    assert second["fxgraph_cache_hit"] == first["fxgraph_cache_miss"]
+
+
+def test_compiled_are_attention_convolutions_and_the_decoder(checkpoint):
+    spec = a_spec(checkpoint, compile_blocks=True)
+    if not any(map(shutil.which, COMPILERS["cpu"])):
+        pytest.skip("no compiler here")
+
+    loaded = load_checkpoint(spec, Device("cpu", num_threads=1))
+
+    unet = loaded.family.networks()["unet"]
+    compiled = {
+        network: {
+            type(module).__name__
+            for module in modules.modules()
+            if module._compiled_call_impl is not None
+        }
+        for network, modules in (("unet", unet), ("decoder", loaded.family.decoder))
+    }
+    assert compiled == {
+        "unet": {"BasicTransformerBlock", "ResnetBlock2D"},
+        "decoder": {"ResnetBlock2D"},
+    }
+    assert loaded.facts()["compiled"] == COMPILED
+    kernel = loaded.family.decoder.conv_in.weight
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_compiled_block_takes_no_adapters(checkpoint, tmp_path):
