@@ -186,18 +186,18 @@ class StableDiffusionXL(StableDiffusion):
 
     @contextmanager
     def _tf32_if_allowed(self) -> Iterator[None]:
-        """Let convolutions and matrix products in float32 use TF32 within this context.
+        """Let convolutions in float32 use TF32 within this context, as torch does unless told.
 
-        The switches are the process's; nothing but the engine's thread computes meanwhile.
+        The switch is the process's; nothing but the engine's thread computes meanwhile.
         """
         if not self._vae_tf32:
             yield
             return
-        backends.cudnn.allow_tf32 = backends.cuda.matmul.allow_tf32 = True
+        backends.cudnn.allow_tf32 = True
         try:
             yield
         finally:
-            backends.cudnn.allow_tf32 = backends.cuda.matmul.allow_tf32 = False
+            backends.cudnn.allow_tf32 = False
 
     def _mean_and_std(self) -> tuple[Tensor, Tensor] | None:
         """Give mean and deviation of the VAE's latents by channel, [1, c, 1, 1] each, float32.

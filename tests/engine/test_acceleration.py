@@ -205,25 +205,22 @@ def sdxl(tmp_path_factory):
 
 
 @pytest.mark.parametrize("is_allowed", [True, False])
-def test_a_vae_that_is_upcast_may_use_tf32_while_it_computes_alone(sdxl, is_allowed):
-    matmul = torch.backends.cuda.matmul
+def test_a_vae_that_is_upcast_may_use_tf32_while_it_computes_alone(sdxl, is_allowed, monkeypatch):
     family = load_checkpoint(sdxl, Device("cpu", num_threads=1)).family
     family._vae_tf32 = is_allowed
-    torch.backends.cudnn.allow_tf32 = matmul.allow_tf32 = False  # as on a GPU's thread
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # as a GPU is prepared
     seen = {}
     for name in ("encoder", "decoder"):
         getattr(family._vae, name).register_forward_pre_hook(
-            lambda *_, name=name: seen.update(
-                {name: (torch.backends.cudnn.allow_tf32, matmul.allow_tf32)}
-            )
+            lambda *_, name=name: seen.update({name: torch.backends.cudnn.allow_tf32})
         )
 
     with torch.inference_mode():
         image = stepped(family, a_request(sampler="euler", num_steps=2, init_image=a_picture()))
         decoded(family, image)
 
-    assert seen == dict.fromkeys(("encoder", "decoder"), (is_allowed, is_allowed))
-    assert (torch.backends.cudnn.allow_tf32, matmul.allow_tf32) == (False, False)
+    assert seen == dict.fromkeys(("encoder", "decoder"), is_allowed)
+    assert torch.backends.cudnn.allow_tf32 is False
     assert ("vae_tf32" in family.facts()) is is_allowed
 
 
