@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.gpu.cells import Found, Setting
+from benchmarks.gpu.cells import Found
 from benchmarks.gpu.models import Model
 from benchmarks.gpu.stepper import Stepper
 from engine.config import CheckpointSpec
@@ -33,22 +33,16 @@ def full_batch(stepper: Stepper, request: ImageRequest, rows: int) -> Batch:
 
 
 def measure_launches(
-    spec: CheckpointSpec, request: ImageRequest, model: Model, setting: Setting
+    spec: CheckpointSpec, request: ImageRequest, model: Model, device: str
 ) -> Found:
     """Time the launch of a forward and the device's work on it apart.
 
-    With the rows of one image and of a full forward; launch by launch, then recorded.
+    By rows: those of one image and of a full forward.
     """
-    variants = {"eager": spec}
-    if setting.is_cuda:
-        variants["graphs"] = replace(spec, cuda_graphs=True)
-    found: Found = {}
-    for name, changed in variants.items():
-        stepper = Stepper(changed, setting.device)
-        full = full_batch(stepper, request, model.max_batch_rows)
-        one = Batch((full.images[0],), model.rows)
-        found[name] = {str(each.bucket_rows): _forward(stepper, each) for each in (one, full)}
-    return found
+    stepper = Stepper(spec, device)
+    full = full_batch(stepper, request, model.max_batch_rows)
+    one = Batch((full.images[0],), model.rows)
+    return {str(each.bucket_rows): _forward(stepper, each) for each in (one, full)}
 
 
 def _forward(stepper: Stepper, batch: Batch) -> dict[str, float | None]:

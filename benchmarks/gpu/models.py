@@ -71,6 +71,9 @@ VARIANTS: dict[str, Changes] = {
 }
 """Faster or smaller checkpoints, by the names of their cells."""
 
+LAUNCHES = {"eager": "launches", "graphs": "launches_graphs"}
+"""Cells that part launch and device, by variant."""
+
 ROWS = (1, 2, 4, 8, 16)  # of the forwards that curves are drawn through
 
 

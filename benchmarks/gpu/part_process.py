@@ -6,6 +6,7 @@ UNTIL: an instant of `time.time()`.
 """
 
 import argparse
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.cells import Cells, Setting
+from benchmarks.gpu.cells import DEVICE_LOST, Cells, Setting
 from benchmarks.gpu.curves import curves
 from benchmarks.gpu.device_check import check
 from benchmarks.gpu.full_bits import full_bits
@@ -58,4 +59,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as end:
+        if end.code == DEVICE_LOST:
+            os._exit(DEVICE_LOST)  # to take CUDA down on such a device would abort
+        raise

@@ -53,14 +53,23 @@ PARTS = {
         {
             "eager": 45,
             "plain_batched": 20,
-            "launches": 10,
+            "launches": 5,
+            "launches_graphs": 6,
             "overlap": 5,
             "graphs": 25,
             "channels_last": 25,
         },
     ),
     "flux": PartPlan(
-        1, {"eager": 75, "plain_batched": 30, "launches": 12, "overlap": 8, "graphs": 42}
+        1,
+        {
+            "eager": 75,
+            "plain_batched": 30,
+            "launches": 6,
+            "launches_graphs": 8,
+            "overlap": 8,
+            "graphs": 42,
+        },
     ),
     "profile": PartPlan(
         1,

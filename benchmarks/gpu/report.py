@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.models import MODELS, VARIANTS
+from benchmarks.gpu.models import LAUNCHES, MODELS, VARIANTS
 from benchmarks.gpu.parts import Part
 from benchmarks.gpu.plan import model_of
 from benchmarks.lib.verdict import Target, judge, rounded, said
@@ -114,14 +114,13 @@ def _speed_figures(name: str, cells: Cells) -> dict[str, Any]:
     if compiled := cells.get("plain_compiled"):
         figures[f"{name}_plain_compiled_images_per_s"] = compiled["images_per_s"]
     figures |= _variant_figures(name, variants_of(cells))
-    if launches := cells.get("launches"):
-        figures |= {
-            f"{name}_{variant}_{rows}_rows_{part}": seconds
-            for variant, by_rows in launches.items()
-            for rows, split in by_rows.items()
-            for part, seconds in split.items()
-            if seconds is not None
-        }
+    figures |= {
+        f"{name}_{variant}_{rows}_rows_{part}": seconds
+        for variant, cell in LAUNCHES.items()
+        for rows, split in cells.get(cell, {}).items()
+        for part, seconds in split.items()
+        if seconds is not None
+    }
     if overlap := cells.get("overlap"):
         figures[f"{name}_decode_hidden_share"] = overlap["hidden_share"]
     return figures

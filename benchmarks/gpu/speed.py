@@ -30,6 +30,7 @@ def speed(part: str, setting: Setting, cells: Cells) -> None:
         "eager": of_model.beside_plain,
         "plain_batched": of_model.plain_batched,
         "launches": of_model.launches,
+        "launches_graphs": partial(of_model.launches, cuda_graphs=True),
         "overlap": of_model.overlap,
         "plain_compiled": of_model.plain_compiled,
     }
@@ -93,9 +94,12 @@ class _SpeedCells:
         with _own_networks():
             return self._plain(compiled=True).measure(self._model.plain_images)[0]
 
-    def launches(self) -> Found:
-        """Time the host's and the device's part of a forward."""
-        return measure_launches(self._spec, self._request, self._model, self._setting)
+    def launches(self, **changes: Any) -> Found:
+        """Time the host's and the device's part of a forward; `changes` leave networks alone."""
+        if "cuda_graphs" in changes:
+            self._setting.check_cuda("CUDA graphs")
+        spec = replace(self._spec, **changes)
+        return measure_launches(spec, self._request, self._model, self._setting.device)
 
     def overlap(self) -> Found:
         """Time forwards, decodes, and both at once.

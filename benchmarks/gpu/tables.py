@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.gpu.models import MODELS, ROWS
+from benchmarks.gpu.models import LAUNCHES, MODELS, ROWS
 from benchmarks.gpu.parts import Part
 from benchmarks.gpu.profiles import KINDS, OTHER
 from benchmarks.gpu.report import BITS, cells_of, variants_of
@@ -24,7 +24,7 @@ def tables_of(parts: Mapping[str, Part]) -> list[Table]:
         if cells:
             tables.append(_speed_table(name, cells))
         if "launches" in cells:
-            tables.append(_launches_table(name, cells["launches"]))
+            tables.append(_launches_table(name, cells))
     if "profile" in parts:
         tables.append(_profile_table(parts["profile"]))
     tables += [_bits_table(name, parts[name]) for name in BITS if name in parts]
@@ -97,11 +97,11 @@ def _first_and_memory(cell: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _launches_table(name: str, launches: Mapping[str, Any]) -> Table:
+def _launches_table(name: str, cells: Mapping[str, Any]) -> Table:
     columns = ("forward of", "rows", "launch ms", "device ms")
     table = make_table(f"{name}: host and device", columns, left=columns[:1])
-    for variant, by_rows in launches.items():
-        for rows, split in by_rows.items():
+    for variant, cell in LAUNCHES.items():
+        for rows, split in cells.get(cell, {}).items():
             table.add_row(variant, rows, _ms(split["launch_s"]), _ms(split["device_s"]))
     return table
 
