@@ -50,8 +50,12 @@ class Sample:
 class DeviceWatch:
     """Asks nvidia-smi when it is entered, every two seconds, and when it is left."""
 
-    def __init__(self, device: str) -> None:
-        self._command = query(device, FACTS)
+    def __init__(self, command: Sequence[str]) -> None:
+        """Know what to ask.
+
+        command: as `query` gives it for `FACTS`; [] asks nothing.
+        """
+        self._command = command
         self._samples: list[Sample] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="device-watch")
@@ -74,13 +78,15 @@ class DeviceWatch:
         return summary_of(self._samples)
 
     def _run(self) -> None:
-        is_over = not self._command
-        while not is_over:
-            is_over = self._stop.wait(EVERY_S if self._samples else 0.0)
+        is_over = False
+        while self._command:
             told = answer(self._command)
             if told is None:
                 return
             self._samples += samples_of(told)
+            if is_over:
+                return
+            is_over = self._stop.wait(EVERY_S)
 
 
 def answer(command: Sequence[str]) -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.cells import DEVICE_LOST
-from benchmarks.gpu.clocks import DeviceWatch
+from benchmarks.gpu.clocks import FACTS, DeviceWatch, query
 
 REPO = Path(__file__).resolve().parents[2]
 # Beyond its seconds, before a part is stopped: of a cell that takes longer than planned.
@@ -73,7 +73,7 @@ def run_part(
     part = Part()
     last = ""
     with (
-        DeviceWatch(device) as watch,
+        DeviceWatch(query(device, FACTS)) as watch,
         subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, cwd=REPO, env=os.environ | QUIET
         ) as process,

@@ -1,6 +1,7 @@
 """The GPU benchmark, as far as a CPU shows it: its plan, what ends a part, and what it judges."""
 
 import json
+import sys
 import time
 from dataclasses import replace
 
@@ -228,8 +229,18 @@ def test_clocks_tell_what_held_the_device_back_before_after_and_meanwhile():
     assert summary["held_back_by"] == ["hw_thermal_slowdown", "sw_power_cap"]
 
 
-def test_clocks_of_a_cpu_are_not_available():
-    with DeviceWatch("cpu") as watch:
+def test_clocks_are_asked_for_before_and_after():
+    line = "1980, 3201, 690.50, 61, 0x0000000000000000"
+    with DeviceWatch([sys.executable, "-S", "-c", f"print({line!r})"]) as watch:
+        pass
+
+    assert watch.summary()["samples"] == 2
+    assert watch.summary()["held_back_by"] == []
+
+
+@pytest.mark.parametrize("command", [[], ["no-nvidia-smi-here"]])
+def test_clocks_are_not_available_where_nobody_tells_them(command):
+    with DeviceWatch(command) as watch:
         pass
 
     assert watch.summary() == "not available"
