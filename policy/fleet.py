@@ -235,6 +235,7 @@ class Model(_Table):
     # Different adapters in one forward; at least as many as one request may name.
     adapter_slots: int = Field(8, ge=8, le=256)
     channels_last: bool = False
+    vae_tf32: bool = True  # sdxl in half precision on a GPU
     compile_blocks: bool = False
     cuda_graphs: bool = False
     block_cache_threshold: float = Field(0.0, ge=0, lt=1)  # 0: no block cache; sd3 and flux alone
