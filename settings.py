@@ -424,6 +424,8 @@ class WorkerSettings(Settings, DeviceSettings):
     # A longer turn of the engine, or a load that does not move for longer, means that the device
     # hangs: the worker ends.
     engine_stuck_after_s: float = Field(300.0, gt=0)
+    # The same of a piece of a warm-up that compiles, where that is more.
+    warm_up_stuck_after_s: float = Field(900.0, gt=0)
     # Workers that share this file load one after the other; None: one in the temporary folder.
     load_lock_file: Path | None = None
     # Time to finish after SIGTERM; must be less than the sender waits before SIGKILL.

@@ -9,12 +9,12 @@ fingerprint, for each can change the last bits. None of it has a kernel of its o
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.config import CheckpointSpec
 from engine.device import Device
@@ -24,10 +24,14 @@ from engine.families.latent import LatentFamily
 from engine.tensors import Rows
 
 cuda: Any = torch.cuda
+# What diffusers does not name as repeated, though a UNet has tens of them. With attention's blocks
+# they are nearly all that a UNet computes, and a VAE's decoder is little else.
+CONVOLUTIONS = ("ResnetBlock2D",)
+COMPILED = ["repeated blocks", "convolutions", "decoder"]  # for fingerprints
 # Graphs of one kind of block in a process. Each checkpoint has some: a graph for each width of its
-# blocks, and for one row or more. Torch's own limit of 8 is passed by the second UNet of a worker,
-# and images fail from then on.
-RECOMPILE_LIMIT = 64
+# blocks, and for one row or more. Torch's own limit of 8 is passed by a single UNet, which has 12
+# widths of convolutions, and images fail from then on.
+RECOMPILE_LIMIT = 256
 # What torch.compile builds its kernels, or their launchers, with.
 COMPILERS = {"cpu": ("g++", "clang++"), "cuda": ("gcc", "clang")}
 
@@ -46,15 +50,17 @@ def accelerate(family: Family, spec: CheckpointSpec, device: Device) -> None:
             )
         denoiser.to(memory_format=torch.channels_last)
     if spec.compile_blocks:
-        _compile_blocks(denoiser, spec, device)
+        _compile_blocks(family, denoiser, spec, device)
     if spec.cuda_graphs:
         if not device.is_cuda or not isinstance(family, LatentFamily):
             raise UnsupportedRequest("cuda_graphs", "are for native families on a GPU")
         family.graphs = CudaGraphs(family.denoise, device)
 
 
-def _compile_blocks(denoiser: Any, spec: CheckpointSpec, device: Device) -> None:
-    if not getattr(denoiser, "_repeated_blocks", None):
+def _compile_blocks(family: Family, denoiser: Any, spec: CheckpointSpec, device: Device) -> None:
+    """Compile the blocks of the denoiser and of the VAE's decoder."""
+    repeated = getattr(denoiser, "_repeated_blocks", None)
+    if not repeated:
         raise UnsupportedRequest(
             "compile_blocks", f"the denoiser of family {spec.family!r} names no repeated blocks"
         )
@@ -68,22 +74,28 @@ def _compile_blocks(denoiser: Any, spec: CheckpointSpec, device: Device) -> None
         raise UnsupportedRequest(
             "compile_blocks", f"needs a compiler, and none of {', '.join(compilers)} is in PATH"
         )
-    compile_repeated(denoiser)
+    compile_named(denoiser, {*repeated, *CONVOLUTIONS})
+    if isinstance(family, LatentFamily):
+        # Convolutions are most of it, and like this layout.
+        family.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        compile_named(family.decoder, CONVOLUTIONS)
 
 
-def compile_repeated(denoiser: Any, backend: str = "inductor") -> None:
-    """Compile the blocks that a network of diffusers names as repeated, when they first run.
+def compile_named(network: nn.Module, names: Collection[str], backend: str = "inductor") -> None:
+    """Compile the blocks of these classes when they first run.
 
     One graph serves all row counts: static shapes are a tenth faster still, but cost a compilation
     per bucket.
     """
-    denoiser.compile_repeated_blocks(
-        backend=backend,
-        fullgraph=True,
-        dynamic=True,
-        recompile_limit=RECOMPILE_LIMIT,
-        options=steady_options(),
-    )
+    for block in network.modules():
+        if type(block).__name__ in names:
+            block.compile(
+                backend=backend,
+                fullgraph=True,
+                dynamic=True,
+                recompile_limit=RECOMPILE_LIMIT,
+                options=steady_options(),
+            )
 
 
 def steady_options() -> dict[str, bool]:

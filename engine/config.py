@@ -106,6 +106,8 @@ class CheckpointSpec:
     options: Mapping[str, Option] = field(default_factory=dict)
     # The UNet's weights in the layout that convolutions in half precision like.
     channels_last: bool = False
+    # Family sdxl in half precision on a GPU: where its VAE is upcast to float32, TF32 may be used.
+    vae_tf32: bool = True
     # torch.compile, block by block: a minute at the first start, a tenth or more off each step.
     compile_blocks: bool = False
     # Record each bucket's forward once; with `row_buckets`, so that there are few.

@@ -316,6 +316,15 @@ class Device:
         all_bytes = int(free_bytes + cuda.memory_reserved(self.torch_device))
         return min(int(all_bytes * MEMORY_SHARE), all_bytes - LEAST_MARGIN_BYTES)
 
+    def refusals(self) -> int:
+        """Count how often memory was refused, also to a library that went another way; 0 on a CPU.
+
+        With too little memory for one kernel's workspace cuDNN takes another kernel.
+        """
+        if not self.is_cuda:
+            return 0
+        return int(cuda.memory_stats(self.torch_device).get("num_ooms", 0))
+
     def recorded_bytes(self) -> int:
         """Tell what recorded forwards keep of the device's memory for themselves.
 

@@ -185,6 +185,11 @@ class Engine:
         return self._loop.is_device_lost
 
     @property
+    def is_compiling(self) -> bool:
+        """Tell whether the turn in progress is a piece of a warm-up that compiles blocks."""
+        return self._loop.is_compiling
+
+    @property
     def load_silent_s(self) -> float:
         """Return the seconds since a load that brings weights to the device last moved.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from engine.acceleration import accelerate
+from engine.acceleration import COMPILED, accelerate
 from engine.adapters import AdapterBank
 from engine.blockcache import BlockCache
 from engine.capabilities import Capabilities
@@ -89,7 +89,8 @@ class LoadedCheckpoint:
     def facts(self) -> dict[str, Any]:
         """Give what of its set-up can change a bit."""
         quantised = {} if self.spec.quantize is None else {"quantize": self.spec.quantize}
-        return {**self.family.facts(), **quantised}
+        compiled = {"compiled": COMPILED} if self.spec.compile_blocks else {}
+        return {**self.family.facts(), **quantised, **compiled}
 
     def adapter_facts(self, request: ImageRequest) -> list[dict[str, Any]]:
         """Give the request's adapters by name, digest and strength: part of its fingerprint."""

@@ -118,10 +118,12 @@ class DeviceLoop:
             copies=HostCopies(config.host_copy_bytes),
         )
         self._memory_bytes: int | None = None  # of the device; None: nobody divides it
+        self._refusals = 0  # of memory, that were told
         self._recordings = 0  # of forwards, whose memory is spoken for
         self._pending_decodes: deque[tuple[Decode, PendingDecode]] = deque()  # as launched
         self._fetches = Fetches()  # of previews and latents to keep
         self._telling = threading.RLock()  # one event at a time, whichever thread tells it
+        self.is_compiling = False  # a piece of a warm-up in which blocks may be compiled
         self._turn_began_at: float | None = None  # on the monotonic clock; None between two turns
         self.is_device_lost = False
         self._outcomes: Counter[RenderState] = Counter()
@@ -200,7 +202,7 @@ class DeviceLoop:
         if self._config.curves_folder:
             bits = self._checkpoints.fingerprint(spec.name)
             load_curves(self._costs, Path(self._config.curves_folder), spec.name, bits)
-        yield from warm_up(
+        pieces = warm_up(
             spec,
             validated=self._checkpoints.admit_before_service,
             runner=self._runner,
@@ -212,6 +214,14 @@ class DeviceLoop:
             weights_bytes=self._checkpoints.weights_bytes,
             is_brief=is_brief,
         )
+        try:
+            self.is_compiling = spec.compile_blocks
+            for _ in pieces:
+                self.is_compiling = False
+                yield
+                self.is_compiling = spec.compile_blocks
+        finally:
+            self.is_compiling = False
 
     def _forget(self, gone: LoadedCheckpoint) -> None:
         """Drop all that was measured and remembered of a checkpoint."""
@@ -226,10 +236,10 @@ class DeviceLoop:
         self._runner.keep_only(self._checkpoints.held)
         held = self._checkpoints.held.values()
         self._scheduler.max_adapters = min((one.spec.adapter_slots for one in held), default=1)
+        self._recordings = self._device.recordings
         if self._memory_bytes is not None:
             room_bytes = max(self._checkpoints.weights_bytes, self._config.weights_room_bytes)
             kept_bytes = self._device.recorded_bytes() + self._thread_bytes()
-            self._recordings = self._device.recordings
             self._scheduler.memory_budget_bytes = self._memory_bytes - room_bytes - kept_bytes
 
     def _thread_bytes(self) -> int:
@@ -507,6 +517,17 @@ class DeviceLoop:
         record = render_record(image, self._checkpoints.fingerprint_of(image))
         finished = FinishedImage(request=image.request, pixels=pixels, record=record)
         self._close(image, RenderState.FINISHED, finished)
+        self._tell_refusals()
+
+    def _tell_refusals(self) -> None:
+        """Log that memory was refused since the last image.
+
+        No error need have come of it, but kernels with other bits may have been taken for good.
+        """
+        refusals = self._device.refusals()
+        if refusals > self._refusals:
+            log.warning("device_memory_refused", extra={"times": refusals - self._refusals})
+        self._refusals = refusals
 
     def _with_room(self, launch: Callable[[], Launched]) -> Launched:
         """Do `launch`, and once more when the device is out of memory, having freed all it can."""

@@ -19,6 +19,7 @@ from engine.conditioning import ConditioningCache
 from engine.device import Device, Stopwatch
 from engine.errors import ImageNotFinite
 from engine.families.contract import Family, Recall, State
+from engine.families.latent import LatentFamily
 from engine.fetches import Fetched
 from engine.inflight import InFlight
 from engine.loading import LoadedCheckpoint
@@ -109,6 +110,14 @@ class Runner:
     def advance(self, image: InFlight, prediction: Any) -> None:
         """Move one image on by its part of the prediction."""
         self._family_of(image).advance(image, prediction)
+
+    @torch.inference_mode()
+    def rehearse(self, image: InFlight, prediction: Any) -> None:
+        """Make a step of a native family's image with the prediction that another one got."""
+        family = self._family_of(image)
+        if isinstance(family, LatentFamily):
+            family.inputs(image)  # some samplers begin a step there
+        family.advance(image, prediction)
 
     @torch.inference_mode()
     def decode(self, image: InFlight) -> PendingDecode:

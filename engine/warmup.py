@@ -87,7 +87,9 @@ def warm_up(
         images = [validated(replace(request, guidance=guidance)) for guidance in guidances]
         if is_brief:
             if is_first:
-                yield from _render(work, images[0], buckets[:1])
+                # One row is compiled by itself, and all larger numbers together.
+                least = buckets[: 2 if spec.compile_blocks else 1]
+                yield from _render(work, images[0], least)
             continue
         encode_bytes = yield from _encode_picture(work, request)
         for image in images:
@@ -216,7 +218,7 @@ def _try_samplers(runner: Runner, images: Sequence[InFlight], prediction: Any) -
         try:
             runner.start(image)
             while not image.is_denoised:
-                runner.advance(image, prediction)
+                runner.rehearse(image, prediction)
         finally:
             runner.release(image)
 

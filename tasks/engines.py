@@ -81,6 +81,7 @@ def _checkpoint_spec(
         pipeline_class=model.pipeline_class,
         options=model.options,
         channels_last=model.channels_last,
+        vae_tf32=model.vae_tf32,
         compile_blocks=model.compile_blocks,
         cuda_graphs=model.cuda_graphs,
         block_cache_threshold=model.block_cache_threshold,

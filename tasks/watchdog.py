@@ -42,8 +42,14 @@ def _nothing(error: EngineStopped) -> None:
 class Watchdog:
     """Watch one process and its engine, from before that starts until the process ends."""
 
-    def __init__(self, *, stuck_after_s: float) -> None:
+    def __init__(self, *, stuck_after_s: float, warm_up_stuck_after_s: float = 0.0) -> None:
+        """Watch nothing yet.
+
+        stuck_after_s: of a turn or a load.  warm_up_stuck_after_s: of a turn that compiles, if that
+        is more.
+        """
         self._stuck_after_s = stuck_after_s
+        self._compiling_s = max(stuck_after_s, warm_up_stuck_after_s)
         self._engine: Engine | None = None
         self._ends_at: float | None = None  # on the monotonic clock
         self._lock = threading.Lock()
@@ -84,7 +90,8 @@ class Watchdog:
         """Say what hangs; None if nothing does."""
         limit_s = self._stuck_after_s
         turn_s = self._engine.turn_s if self._engine is not None else 0.0
-        if turn_s > limit_s:
+        is_compiling = self._engine is not None and self._engine.is_compiling
+        if turn_s > (self._compiling_s if is_compiling else limit_s):
             error = DeviceLost(f"the device hangs: a turn of the engine takes {turn_s:.0f} s")
             return _Hang("turn", EX_DEVICE_LOST, error)
         silent_s = self._engine.load_silent_s if self._engine is not None else 0.0

@@ -38,7 +38,7 @@ from engine.families.flow import FlowFamily
 from engine.families.flux import Flux
 from engine.families.sd import StableDiffusion
 from engine.families.sd3 import StableDiffusion3
-from engine.families.sdxl import StableDiffusionXL, upcast
+from engine.families.sdxl import StableDiffusionXL, takes_tf32, upcast
 from engine.quantisation import quantise
 from engine.request import ImageRequest
 
@@ -166,6 +166,7 @@ class DrawnStableDiffusionXL(_Drawn, StableDiffusionXL):
             tokenizer=Words(),
             tokenizer_2=Words(),
             zeros_for_no_prompt=True,
+            vae_tf32=takes_tf32(spec, dtype, device),
             sampler_config=scheduler,
             device=device,
             **networks,

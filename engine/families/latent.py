@@ -164,6 +164,12 @@ class LatentFamily(ABC):
         parts = [*self.networks().values(), *vars(self).values()]
         return list(dict.fromkeys(part for part in parts if isinstance(part, nn.Module)))
 
+    @property
+    def decoder(self) -> nn.Module:
+        """Return the part of the VAE that makes pixels of latents."""
+        decoder: nn.Module = self._vae.decoder
+        return decoder
+
     @cached_property
     def capabilities(self) -> Capabilities:
         return self.describe()

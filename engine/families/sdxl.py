@@ -8,7 +8,8 @@ is not served is the refiner: it has one text encoder and an aesthetic score.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,10 +31,13 @@ from engine.families.latent import (
 )
 from engine.families.sd import StableDiffusion, load_unet
 from engine.folders import part_names
+from engine.inflight import InFlight
 from engine.previews import FACTORS
 from engine.request import ImageRequest
 from engine.tensors import Rows
 from engine.transfers import to_device
+
+backends: Any = torch.backends  # half of what is used of it is not annotated
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -43,9 +47,17 @@ class StableDiffusionXL(StableDiffusion):
     published = FACTORS["sdxl"]
 
     def __init__(
-        self, *, tokenizer_2: Any, text_encoder_2: Any, zeros_for_no_prompt: bool, **others: Any
+        self,
+        *,
+        tokenizer_2: Any,
+        text_encoder_2: Any,
+        zeros_for_no_prompt: bool,
+        vae_tf32: bool,
+        **others: Any,
     ) -> None:
+        """Take what was loaded. vae_tf32: its VAE may use TF32 for what is float32."""
         super().__init__(**others)
+        self._vae_tf32 = vae_tf32
         self._tokenizer_2 = tokenizer_2
         self._text_encoder_2 = text_encoder_2
         self._zeros_for_no_prompt = zeros_for_no_prompt
@@ -75,6 +87,7 @@ class StableDiffusionXL(StableDiffusion):
             vae=upcast(load_network(AutoencoderKL, path, "vae", dtype, device)),
             sampler_config=load_sampler_config(path),
             zeros_for_no_prompt=_zeros_for_no_prompt(path),
+            vae_tf32=takes_tf32(spec, dtype, device),
             device=device,
         )
 
@@ -158,6 +171,34 @@ class StableDiffusionXL(StableDiffusion):
         )[0]
         return prediction
 
+    def decode(self, image: InFlight) -> Tensor:
+        """Decode as other families do, in TF32 where that is float32 only for its range.
+
+        Float32 alone takes a GPU longer than five denoise steps. What the weights and latents were
+        rounded to has no more digits than TF32.
+        """
+        with self._tf32_if_allowed():
+            return super().decode(image)
+
+    def encode_picture(self, picture: Tensor, generator: torch.Generator) -> Tensor:
+        with self._tf32_if_allowed():
+            return super().encode_picture(picture, generator)
+
+    @contextmanager
+    def _tf32_if_allowed(self) -> Iterator[None]:
+        """Let convolutions in float32 use TF32 within this context, as torch does unless told.
+
+        The switch is the process's; nothing but the engine's thread computes meanwhile.
+        """
+        if not self._vae_tf32:
+            yield
+            return
+        backends.cudnn.allow_tf32 = True
+        try:
+            yield
+        finally:
+            backends.cudnn.allow_tf32 = False
+
     def _mean_and_std(self) -> tuple[Tensor, Tensor] | None:
         """Give mean and deviation of the VAE's latents by channel, [1, c, 1, 1] each, float32.
 
@@ -191,6 +232,7 @@ class StableDiffusionXL(StableDiffusion):
             "vae_encoder": str(next(self._vae.encoder.parameters()).dtype),
             "vae_decoder": str(next(self._vae.decoder.parameters()).dtype),
             "zeros_for_no_prompt": self._zeros_for_no_prompt,
+            **({"vae_tf32": True} if self._vae_tf32 else {}),
         }
 
 
@@ -209,6 +251,11 @@ def _check_told(unet: Any, text_encoder_2: Any) -> None:
         raise CheckpointCorrupt(
             "unet/config.json", "is not told three sizes and a text's summary: a refiner?"
         )
+
+
+def takes_tf32(spec: CheckpointSpec, dtype: torch.dtype, device: torch.device) -> bool:
+    """Tell whether the VAE uses TF32: on a GPU, for a checkpoint whose weights are not float32."""
+    return spec.vae_tf32 and dtype != torch.float32 and device.type == "cuda"
 
 
 def upcast(vae: Any) -> Any:

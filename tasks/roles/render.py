@@ -388,7 +388,10 @@ def serve(settings: WorkerSettings, current: CurrentFleet) -> NoReturn:
     # Until Celery's own handler is there; loading takes a while.
     signal.signal(signal.SIGTERM, _raise_end)
     fleet = current.fleet
-    watchdog = Watchdog(stuck_after_s=settings.engine_stuck_after_s)
+    watchdog = Watchdog(
+        stuck_after_s=settings.engine_stuck_after_s,
+        warm_up_stuck_after_s=settings.warm_up_stuck_after_s,
+    )
     watchdog.start()
     with watchdog.limited():
         _check_device(settings, fleet)

@@ -314,6 +314,7 @@ def _stubs(gpu: ClaimedCuda):
         "mem_get_info": lambda *_: (1 << 40, 1 << 40),
         "memory_allocated": lambda *_: 1 << 20,
         "memory_reserved": lambda *_: 1 << 20,
+        "memory_stats": lambda *_: {},
         "memory_snapshot": lambda **_: [],
         "reset_peak_memory_stats": lambda *_: None,
         "set_device": lambda *_: gpu.join(),

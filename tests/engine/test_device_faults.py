@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from diffusers import ModelMixin
 from torch import nn
 from torch.nn.attention import SDPBackend
 
-from engine.acceleration import RECOMPILE_LIMIT, compile_repeated
+from engine.acceleration import RECOMPILE_LIMIT, compile_named
 from engine.config import EngineConfig
 from engine.device import Device, is_out_of_memory
 from engine.engine import Engine
@@ -182,10 +181,7 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """A network of one block, as diffusers' models name and compile theirs."""
-
-    _repeated_blocks = ("Block",)
-    compile_repeated_blocks = ModelMixin.compile_repeated_blocks
+    """A network of one block."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -202,7 +198,7 @@ def test_many_kinds_of_blocks_are_compiled_in_one_process():
 
     for width in range(8, 20):
         network = Network(width).requires_grad_(False)
-        compile_repeated(network, backend="eager")
+        compile_named(network, ("Block",), backend="eager")
         with torch.inference_mode():
             network(torch.randn(2, width))
 

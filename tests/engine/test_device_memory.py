@@ -3,6 +3,8 @@
 The meters of a GPU are stand-ins; who reads them is not.
 """
 
+import logging
+
 import pytest
 import torch
 from engine_builders import a_request, a_spec, reproducible
@@ -144,6 +146,18 @@ def test_a_reproducible_image_runs_only_once_cached_memory_was_given_back(engine
     first = done.index(8)
     assert done[: first - 1].count(2) == 2
     assert done[first - 1] == "freed"
+
+
+def test_memory_that_was_refused_without_an_error_is_told_once(engine, monkeypatch, caplog):
+    monkeypatch.setattr(engine._loop._device, "refusals", lambda: 2)
+
+    with caplog.at_level(logging.WARNING):
+        for name in ("a", "b"):
+            engine.submit(a_request(name, num_steps=2)).result(60)
+        engine.submit(a_request("c", num_steps=2)).result(60)
+
+    told = [one.times for one in caplog.records if one.message == "device_memory_refused"]
+    assert told == [2]
 
 
 def test_an_unloaded_checkpoint_lets_go_of_its_recordings(checkpoint):

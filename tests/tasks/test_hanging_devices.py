@@ -104,6 +104,28 @@ def test_a_device_that_hangs_under_a_job_ends_its_worker_and_counts_no_try(
     thread.join(timeout=60)
 
 
+@pytest.mark.parametrize(("compiles", "ends"), [(True, False), (False, True)])
+def test_a_warm_up_that_compiles_may_take_longer_than_other_turns(
+    here, monkeypatch, hang, compiles, ends
+):
+    engine = here.engine
+    [spec] = engine._checkpoints.specs.values()
+    monkeypatch.setattr("engine.loop.warm_up", lambda *_, **__: iter(hang, None))
+    monkeypatch.setattr("engine.loading.accelerate", lambda *_: None)
+    watchdog = Watchdog(stuck_after_s=LIMIT_S, warm_up_stuck_after_s=3600)
+    watchdog.watch(engine)
+
+    came = engine.load(dataclasses.replace(spec, name="second@1", compile_blocks=compiles))
+    until(lambda: engine.turn_s > LIMIT_S, what="a piece that takes long")
+    found = watchdog._hang()
+    hang.end()
+    came.result(60)
+    engine.unload("second@1").result(60)
+
+    assert (found is not None) is ends
+    assert not engine.is_compiling
+
+
 def test_a_job_under_which_a_second_device_is_lost_counts_the_try(here):
     job = here.accept()
 
