@@ -39,8 +39,8 @@ def sql(installation: Installation, statement: str, owner: bool, as_json: bool) 
 
     Views to read: job_history, queue_now, flows_now, fleet_history, dead_letters,
     images_by_tenant_day, usage_by_tenant_day, costs_by_tenant_day, costs_by_pool_day,
-    device_time_by_hour, wasted_time_by_day, stored_files_by_tenant, webhooks_now, workers_now,
-    audit_log, audit_chain_status.
+    slo_attainment, device_time_by_hour, wasted_time_by_day, stored_files_by_tenant, webhooks_now,
+    workers_now, audit_log, audit_chain_status.
     """
     variable = "MIGRATION_DATABASE_URL" if owner else "AUDITOR_DATABASE_URL"
     answer = ask(installation.look_up(variable), statement)

@@ -193,6 +193,21 @@ WEBHOOKS_DEFERRED = Counter(
 WEBHOOKS_PENDING = Gauge(
     "darkroom_webhooks_pending", "Deliveries that have not ended; 10,000 means 10,000 or more"
 )
+SLO_TARGET = Gauge(
+    "darkroom_slo_target_ratio",
+    "Part of a tier's jobs that is to meet an objective",
+    ["tier", "objective"],
+)
+SLO_ATTAINMENT = Gauge(
+    "darkroom_slo_attainment_ratio",
+    "Part of the jobs that ended within a span and met an objective; 1 without a job",
+    ["tier", "objective", "span"],
+)
+SLO_JOBS = Gauge(
+    "darkroom_slo_jobs",
+    "Jobs that ended within a span and count for an objective",
+    ["tier", "objective", "span"],
+)
 TENANTS_OVER_BUDGET = Gauge(
     "darkroom_tenants_over_budget", "Tenants that have spent their budget of this month"
 )

@@ -28,11 +28,12 @@ class NewJob:
     """A job to be accepted.
 
     params: every resolved parameter, so that it can be replayed.  predicted_s: device seconds of
-    all its images.  eta_raw_s: the first guess of its end, kept to learn from.  megapixel_steps:
-    its count against quotas.  steps_per_image: denoise steps that each image makes, as they were
-    counted; None: as many as were asked for.  tenant_metadata: the tenant's own.  warnings: parts
-    of its texts that have no effect, as far as is known.  fleet_revision: under which it was
-    resolved; None: a file's.  announced: it goes to Celery as soon as this is committed.
+    all its images. eta_raw_s: the first guess of its end, kept to learn from. eta_p90_s: what was
+    told. megapixel_steps: its count against quotas. steps_per_image: denoise steps that each image
+    makes, as they were counted; None: as many as were asked for. tenant_metadata: the tenant's own.
+    warnings: parts of its texts that have no effect, as far as is known. fleet_revision: under
+    which it was resolved; None: a file's. announced: it goes to Celery as soon as this is
+    committed.
     """
 
     id: uuid.UUID = field(default_factory=new_id)
@@ -41,6 +42,7 @@ class NewJob:
     run_within_s: float | None = None
     predicted_s: float = 0.0
     eta_raw_s: float | None = None
+    eta_p90_s: float | None = None
     megapixel_steps: Decimal = Decimal(0)
     steps_per_image: int | None = None
     tenant_metadata: Mapping[str, str] | None = None
@@ -132,6 +134,7 @@ def _row(place: int, job: NewJob) -> dict[str, Any]:
         "run_within_s": job.run_within_s,
         "predicted_s": job.predicted_s,
         "eta_raw_s": job.eta_raw_s,
+        "eta_p90_s": job.eta_p90_s,
         "warnings": list(job.warnings) or None,
         "fleet_revision": job.fleet_revision,
         "megapixel_steps": str(job.megapixel_steps),

@@ -7,6 +7,7 @@ import uuid
 from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
+from typing import Any
 
 from sqlalchemy import text
 from sqlalchemy.orm import Session
@@ -69,7 +70,7 @@ def tell_reached(session: Session, *, currency: str) -> list[ReachedBudget]:
     rows = session.execute(_REACHED, {"thresholds": list(BUDGET_THRESHOLDS)})
     reached = [ReachedBudget(*row) for row in rows]
     for one in reached:
-        data = {
+        data: dict[str, Any] = {
             "month": f"{one.month:%Y-%m}",
             "percent": one.percent,
             "budget": f"{one.budget:.6f}",

@@ -83,7 +83,8 @@ class RenderedWork:
     """The work of rendering one image, in the columns of `attempts`.
 
     prompt_tokens, truncated_tokens: of the job's prompt, and those of them that the model does not
-    read; None: not known.
+    read; None: not known.  previewed_s_ago: seconds since the job's first preview; None: it had
+    none.
     """
 
     num_steps: int  # of the image, those of earlier attempts included
@@ -102,6 +103,7 @@ class RenderedWork:
     fingerprint_facts: dict[str, Any]
     prompt_tokens: int | None = None
     truncated_tokens: int | None = None
+    previewed_s_ago: float | None = None
 
 
 def take(
@@ -278,6 +280,9 @@ def hand_off(
     job.precision = rendered.fingerprint_facts.get("precision", job.precision)
     job.prompt_tokens = rendered.prompt_tokens
     job.truncated_tokens = rendered.truncated_tokens
+    if job.first_preview_at is None and rendered.previewed_s_ago is not None:
+        ago = timedelta(seconds=rendered.previewed_s_ago)
+        job.first_preview_at = func.clock_timestamp() - ago
     _add_to_record(attempt, rendered)
     session.flush()
     if not _num_pending(session, job):

@@ -132,6 +132,19 @@ class _Table(BaseModel):
         return copy
 
 
+class Slo(_Table):
+    """The part of a tier's jobs that is to be served as its objectives say."""
+
+    first_preview: float = Field(0.95, gt=0, lt=1)  # a first preview within `first_preview_s`
+    final: float = Field(0.95, gt=0, lt=1)  # all images stored within `final_s`
+    success: float = Field(0.999, gt=0, lt=1)  # neither failed by a fault of ours nor expired
+    eta: float = Field(0.9, gt=0, lt=1)  # over before the 90 % estimate that was given at accept
+
+    def targets(self) -> dict[str, float]:
+        """Return the parts by the name of their objective."""
+        return {name: getattr(self, name) for name in type(self).model_fields}
+
+
 class Tier(_Table):
     """A class of service. `rank` 0 is served first."""
 
@@ -143,6 +156,7 @@ class Tier(_Table):
     guaranteed_share: float = Field(ge=0, lt=1)
     first_preview_s: float = Field(gt=0)
     final_s: float = Field(gt=0)
+    slo: Slo = Slo()
     determinism: Literal["best_effort", "reproducible"]
     price_weight: float = Field(gt=0)
     start_within_s: int = Field(ge=1)

@@ -236,6 +236,7 @@ class Renderer:
             elif isinstance(event, Previewed):
                 preview = Preview(index, event.step, image_steps(lease.job), event.jpeg)
                 self.progress.show(lease.job_id, preview)
+                work.first_preview_at = work.first_preview_at or time.monotonic()
             elif isinstance(event, Started | Resumed) and event.unread:
                 work.put(TextsUnread(event.unread))
             elif isinstance(event, Finished | Failed):
@@ -286,7 +287,7 @@ class Renderer:
         self._put_pixels(work, index, finished)
         self.progress.flush()  # or its last step is told after it was stored
         persist(
-            lambda: self._note_hand_off(work.lease, index, steps, finished),
+            lambda: self._note_hand_off(work, index, steps, finished),
             verdicts.DATABASE_AWAY,
         )
         work.note_handed_on(index)
@@ -325,18 +326,18 @@ class Renderer:
 
     def _note_hand_off(
         self,
-        lease: Lease,
+        work: RenderWork,
         index: int,
         steps: int,
         finished: FinishedImage,
     ) -> None:
         """Write the image's hand-off and what it took. Raises LeaseLost."""
-        rendered = _rendered(finished.record, steps)
+        rendered = _rendered(finished.record, steps, work.first_preview_at)
 
         def note(session: Session) -> Job:
             return leases.hand_off(
                 session,
-                lease,
+                work.lease,
                 index,
                 rendered=rendered,
                 store_within_s=self.settings.store_within_s,
@@ -415,8 +416,12 @@ class Renderer:
         persist(lambda: run_transaction(self.database, note), verdicts.DATABASE_AWAY)
 
 
-def _rendered(record: RenderRecord, steps: int) -> RenderedWork:
-    """Tell what rendering took. steps: those of this attempt alone."""
+def _rendered(record: RenderRecord, steps: int, previewed_at: float | None) -> RenderedWork:
+    """Tell what rendering took.
+
+    steps: those of this attempt alone.  previewed_at: its job's first preview, by the monotonic
+    clock.
+    """
     return RenderedWork(
         num_steps=record.num_steps,
         steps=steps,
@@ -434,6 +439,7 @@ def _rendered(record: RenderRecord, steps: int) -> RenderedWork:
         padding_s=record.padding_s,
         fingerprint=record.fingerprint,
         fingerprint_facts=record.fingerprint_facts,
+        previewed_s_ago=None if previewed_at is None else time.monotonic() - previewed_at,
     )
 
 

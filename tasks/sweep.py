@@ -38,6 +38,7 @@ from models import (
     jobs,
     learning,
     leases,
+    objectives,
     quarantine,
     releasing,
     revisions,
@@ -64,6 +65,7 @@ log = structlog.get_logger(__name__)
 
 LOST_AFTER_S = 3.0  # an announced job that no worker took this long may have lost its message
 ENDPOINTS_AT_A_TIME = 200  # with deliveries pending, looked at in one sweep
+OBJECTIVES_S = 15.0
 MINUTELY_S = 60.0
 HOURLY_S = 3600.0
 # For parts that run every minute or hour and fail. Not at the next sweep: it may delay the others.
@@ -209,12 +211,14 @@ class Sweeper:
             (self._etas, 0),
             (self._undeliverable, MINUTELY_S),
             (self._budgets, MINUTELY_S),
+            (self._objectives, OBJECTIVES_S),
             (self._orphans, MINUTELY_S),
             (self._audit_partitions, HOURLY_S),
             (self._retention, HOURLY_S),
             (self._silent_workers, HOURLY_S),
             (self._old_deliveries, HOURLY_S),
             (self._old_idempotency_keys, HOURLY_S),
+            (self._old_objectives, HOURLY_S),
         )
 
     def _outages(self) -> None:
@@ -501,6 +505,22 @@ class Sweeper:
             telemetry.TENANTS_OVER_BUDGET.set(budgets.count_over(session))
         for one in reached:
             log.info("budget_reached", tenant_id=str(one.tenant_id), percent=one.percent)
+
+    def _objectives(self) -> None:
+        """Count the jobs that met their tier's objectives, and show how far these are met."""
+        with transaction(self.database) as session:
+            objectives.count(session, self.fleet.tiers)
+            known = objectives.attainments(session)
+        for gauge in (telemetry.SLO_TARGET, telemetry.SLO_ATTAINMENT, telemetry.SLO_JOBS):
+            gauge.clear()
+        for one in known:
+            telemetry.SLO_TARGET.labels(one.tier, one.objective).set(one.target)
+            telemetry.SLO_ATTAINMENT.labels(one.tier, one.objective, one.span).set(one.ratio)
+            telemetry.SLO_JOBS.labels(one.tier, one.objective, one.span).set(one.total)
+
+    def _old_objectives(self) -> bool:
+        """Remove what was counted more than a month ago."""
+        return self._forget("objective_count", objectives.forget_old)
 
     def _gauges(self) -> None:
         """Set the gauges of the queues, for Prometheus."""

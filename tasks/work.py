@@ -59,6 +59,7 @@ class RenderWork:
         self.held = held
         self.handles: dict[int, Handle] = {}
         self.resumed: dict[int, int] = {}  # the step at which each began: 0, or its snapshot's
+        self.first_preview_at: float | None = None  # on the monotonic clock
         self._accounted: set[int] = set()
         self._messages: queue.SimpleQueue[ImageEnding | TextsUnread | None] = queue.SimpleQueue()
         self._is_begun = False

@@ -67,6 +67,7 @@ def _tier_view(fleet: Fleet, name: str) -> schemas.Tier:
         start_within_s=tier.start_within_s,
         first_preview_s=tier.first_preview_s,
         final_s=tier.final_s,
+        slo=schemas.Slo(**tier.slo.targets()),
     )
 
 

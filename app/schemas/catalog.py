@@ -132,6 +132,14 @@ class Models:
     data: Annotated[list[ModelAlias | Model], says("The models.")]
 
 
+@document("The part of a tier's jobs that is to meet each of its targets.")
+class Slo:
+    first_preview: Annotated[float, says("A first preview within `first_preview_s`.")]
+    final: Annotated[float, says("All images stored within `final_s`.")]
+    success: Annotated[float, says("Neither expired nor failed by a fault of the installation.")]
+    eta: Annotated[float, says("Over before the `eta_p90_s` that was told at accept.")]
+
+
 @document("A class of service.")
 class Tier:
     id: str
@@ -153,6 +161,7 @@ class Tier:
     ]
     first_preview_s: Annotated[float, says("The target for the first preview, in seconds.")]
     final_s: Annotated[float, says("The target for the finished images, in seconds.")]
+    slo: Slo
 
 
 @document("Tiers in the order in which they are served.")

@@ -219,6 +219,7 @@ def price_and_admit(
         run_within_s=tier.run_within_s,
         predicted_s=expected.predicted_s,
         eta_raw_s=expected.eta_raw_s,
+        eta_p90_s=expected.place.eta.p90_s,
         megapixel_steps=megapixel_steps(fleet, resolved),
         steps_per_image=denoising_of(fleet, resolved).steps,
         tenant_metadata=prepared.metadata,

@@ -6,13 +6,15 @@ Works beside the previous version, which writes none of it: its time is then not
 import sqlalchemy as sa
 from alembic import op
 
+from migrations import online
+
 revision = "0027"
 down_revision = "0026"
 branch_labels = None
 depends_on = None
 
 SECONDS = ("billed", "startup", "idle", "turns", "loads", "encode", "denoise", "decode", "padding")
-ADDED = (("images", "padding_s"), ("attempts", "padding_s"), ("attempts", "unfinished_s"))
+ADDED = {"images": ("padding_s",), "attempts": ("padding_s", "unfinished_s")}
 READING = ("costs_by_pool_day", "costs_by_tenant_day", "device_time_by_hour", "wasted_time_by_day")
 
 
@@ -41,13 +43,14 @@ def upgrade() -> None:
     )
     op.create_index("device_time_since", "device_time", ["since"])
     op.execute("GRANT SELECT, INSERT, UPDATE, DELETE ON device_time TO darkroom_app")
-    for table, name in ADDED:
-        op.add_column(table, seconds(name))
+    for table, names in ADDED.items():
+        online.add_columns(table, [seconds(name) for name in names])
 
 
 def downgrade() -> None:
     for view in READING:
         op.execute(f"DROP VIEW IF EXISTS {view}")
     op.drop_table("device_time")
-    for table, name in ADDED:
-        op.drop_column(table, name)
+    for table, names in ADDED.items():
+        for name in names:
+            op.drop_column(table, name)

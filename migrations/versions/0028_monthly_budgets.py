@@ -7,18 +7,20 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
 
+from migrations import online
+
 revision = "0028"
 down_revision = "0027"
 branch_labels = None
 depends_on = None
 
+NOT_NEGATIVE = "tenants_monthly_budget_is_not_negative"
+
 
 def upgrade() -> None:
-    op.add_column("tenants", sa.Column("monthly_budget", sa.Numeric(18, 6), nullable=True))
-    op.create_check_constraint(
-        "tenants_monthly_budget_is_not_negative", "tenants", "monthly_budget >= 0"
-    )
-    op.add_column("webhook_deliveries", sa.Column("data", postgresql.JSONB(), nullable=True))
+    online.add_columns("tenants", [sa.Column("monthly_budget", sa.Numeric(18, 6), nullable=True)])
+    online.add_check("tenants", NOT_NEGATIVE, "monthly_budget >= 0")
+    online.add_columns("webhook_deliveries", [sa.Column("data", postgresql.JSONB(), nullable=True)])
     op.create_table(
         "budget_alerts",
         sa.Column("tenant_id", sa.Uuid(), sa.ForeignKey("tenants.id"), primary_key=True),
@@ -37,5 +39,5 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.drop_table("budget_alerts")
     op.drop_column("webhook_deliveries", "data")
-    op.drop_constraint("tenants_monthly_budget_is_not_negative", "tenants")
+    online.drop_check("tenants", NOT_NEGATIVE)
     op.drop_column("tenants", "monthly_budget")

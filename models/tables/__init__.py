@@ -10,6 +10,7 @@ tenants ─┬─ api_keys, usage_ledger, budget_alerts, idempotency_keys
          └─ flows ── fair_clocks                  learnt_costs, learnt_etas (what jobs took)
 audit_events ── audit_chains (heads)              workers (live ones), capabilities (theirs)
              ── audit_checkpoints (of pruned months)  job_labels (jobs by metadata)
+slo_targets, slo_counts (objectives of tiers)
 fleet_revisions (fleet.toml as it was applied)   lost_devices (which get no worker),
                                                  device_time (of workers, by the hour)
 """
@@ -21,6 +22,7 @@ from models.tables.fairness import FairClock, Flow, LearntCost, LearntEta
 from models.tables.files import File, StoredFiles, Upload
 from models.tables.fleet import FleetRevision
 from models.tables.jobs import Artifact, Attempt, Image, Job, JobLabel
+from models.tables.objectives import ObjectiveCount, ObjectiveTarget
 from models.tables.tenants import ApiKey, BudgetAlert, IdempotencyKey, Tenant, UsageDay
 from models.tables.webhooks import WebhookAttempt, WebhookDelivery, WebhookEndpoint, WebhookSecret
 from models.tables.workers import CheckpointCapabilities, Worker
@@ -48,6 +50,8 @@ __all__ = [
     "LearntCost",
     "LearntEta",
     "LostDevice",
+    "ObjectiveCount",
+    "ObjectiveTarget",
     "StoredFiles",
     "Tenant",
     "Upload",

@@ -74,6 +74,8 @@ class Job(Base):
     predicted_s: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
     # Seconds until its end, as estimated at accept, before the learnt correction.
     eta_raw_s: Mapped[float | None]
+    # Within which nine of ten such jobs end, as told at accept.
+    eta_p90_s: Mapped[float | None]
     accepted_at: Mapped[datetime] = mapped_column(server_default=NOW)
     # When it came to its pool from another one; None: it was accepted there.
     pool_since: Mapped[datetime | None]
@@ -88,6 +90,7 @@ class Job(Base):
     run_within_s: Mapped[float | None]
     run_by: Mapped[datetime | None]
     started_at: Mapped[datetime | None]
+    first_preview_at: Mapped[datetime | None]  # None: nobody watched
     rendered_at: Mapped[datetime | None]
     store_by: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
@@ -193,6 +196,7 @@ class Job(Base):
             "jobs_oldest", "pool", "tier", "accepted_at", postgresql_where=text("state = 'queued'")
         ),
         Index("jobs_succeeded", "finished_at", postgresql_where=text("state = 'succeeded'")),
+        Index("jobs_expired", "finished_at", postgresql_where=text("state = 'expired'")),
         Index("jobs_dead", "finished_at", postgresql_where=text("state = 'failed'")),
         Index(
             "jobs_requeued",

@@ -31,6 +31,7 @@ VIEWS = [
     "images_by_tenant_day",
     "job_history",
     "queue_now",
+    "slo_attainment",
     "stored_files_by_tenant",
     "usage_by_tenant_day",
     "wasted_time_by_day",

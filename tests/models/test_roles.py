@@ -17,6 +17,7 @@ from models import (
     jobs,
     learning,
     leases,
+    objectives,
     releasing,
     sweeping,
     uploads,
@@ -28,7 +29,16 @@ from models.tables import Base
 from models.webhooks import AttemptResult
 from policy.release import ReleaseLimits
 from policy.workers import WorkerTerms
-from tests.builders import a_job, a_lease, a_succeeded_job, a_tenant, hand_off, spend, store
+from tests.builders import (
+    a_fleet,
+    a_job,
+    a_lease,
+    a_succeeded_job,
+    a_tenant,
+    hand_off,
+    spend,
+    store,
+)
 
 REFUSED = {
     "gateway": [
@@ -117,7 +127,9 @@ def test_a_process_cannot(as_process, kind, statement):
         connection.execute(text(statement))
 
 
-def test_sweeper_may_tell_of_budgets_and_workers_may_keep_their_time(as_process, session):
+def test_sweeper_may_tell_of_budgets_and_objectives_and_workers_may_keep_their_time(
+    as_process, session
+):
     tenant = a_tenant(session)
     spend(session, tenant, budget=10, cost=9)
     session.commit()
@@ -127,6 +139,9 @@ def test_sweeper_may_tell_of_budgets_and_workers_may_keep_their_time(as_process,
             one.tenant_id for one in budgets.tell_reached(sweeping, currency="EUR")
         }
         assert budgets.count_over(sweeping) >= 0
+        objectives.count(sweeping, a_fleet().tiers)
+        assert objectives.attainments(sweeping)
+        objectives.forget_old(sweeping)
         sweeping.rollback()
     period = DevicePeriod(
         worker="w",

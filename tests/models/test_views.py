@@ -15,7 +15,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from models import audit, files, inputs, jobs, leases, revisions, tenants, webhooks, workers
-from models.tables import File, Tenant
+from models.tables import File, ObjectiveCount, ObjectiveTarget, Tenant
 from models.webhooks import AttemptResult
 from models.workers import NewWorker
 from policy.failures import FailureCode
@@ -292,6 +292,25 @@ def flows_now(session, tenant) -> Rows:
     )
 
 
+def slo_attainment(session, tenant) -> Rows:
+    """Of 1,000 jobs of the last hour 999 met it, and of as many a day ago 899."""
+    own = {"tier": tenant.name, "objective": "final"}
+    session.add(ObjectiveTarget(**own, target=0.95))
+    for seconds, good in ((600, 999), (86_400, 899)):
+        bucket = ago(session, seconds)
+        session.add(ObjectiveCount(**own, bucket=bucket, good=good, total=1000))
+    session.flush()
+    recent = {"good": 999, "total": 1000, "attainment": Decimal("0.999")}
+    longer = {"good": 1898, "total": 2000, "attainment": Decimal("0.949")}
+    none = {"good": 0, "total": 0, "attainment": None}
+    spans = {"1h": recent, "30d": longer, "30m": recent, "3d": longer, "5m": none, "6h": recent}
+    burn_rates = {999: Decimal("0.020"), 1898: Decimal("1.020"), 0: None}
+    return [
+        {**own, "target": 0.95, "span": span, **row, "burn_rate": burn_rates[row["good"]]}
+        for span, row in spans.items()
+    ]
+
+
 def stored_files_by_tenant(session, tenant) -> Rows:
     tenants.limit(session, tenant, changes={"max_stored_bytes": 1000}, actor="tests")
     *_, erased = keep_files(session, tenant, 100, 150, 700)
@@ -502,6 +521,7 @@ CONTENTS: dict[str, tuple[Callable[[Session, Tenant], Rows], str, str]] = {
     "images_by_tenant_day": (images_by_tenant_day, "tenant", "day"),
     "job_history": (job_history, "tenant", "job_id"),
     "queue_now": (queue_now, "pool", "tier"),
+    "slo_attainment": (slo_attainment, "tier", "span"),
     "stored_files_by_tenant": (stored_files_by_tenant, "tenant", "tenant"),
     "usage_by_tenant_day": (usage_by_tenant_day, "tenant", "day"),
     "wasted_time_by_day": (cost_rows.wasted_time_by_day, "tenant", "waste_class"),
