@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu --round 1         # nine minutes: run 1, then 2, then 3
     python -m benchmarks.gpu --only sdxl flux  # some parts, as long as they take
-    python -m benchmarks.gpu --quick           # a minute: does the device work, SDXL once
+    python -m benchmarks.gpu --quick           # a minute: SDXL beside plain diffusers
     python -m benchmarks.gpu --tiny            # tiny networks, anywhere: shows that it runs
 
 Networks have SDXL's and FLUX.1's size. Weights are random (random_networks.py): nothing is
@@ -104,7 +104,7 @@ def _options() -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--round", type=int, choices=ROUNDS, help="what nine minutes suffice for")
     which.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", help="some parts")
-    add("--quick", action="store_true", help="end within a minute: fewer images, two parts")
+    add("--quick", action="store_true", help="end within a minute: fewer images, one part")
     add("--tiny", action="store_true", help="tiny networks, on any device: shows that it runs")
     add("--minutes", type=float, help="begin nothing that would not end within these")
     add("--device", help="cuda:0 where there is one; cpu is for --tiny")

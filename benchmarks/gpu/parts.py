@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.gpu.cells import DEVICE_LOST
 from benchmarks.gpu.clocks import FACTS, DeviceWatch, query
+from benchmarks.gpu.plan import PARTS, START_S
 
 REPO = Path(__file__).resolve().parents[2]
 # Beyond its seconds, before a part is stopped: of a cell that takes longer than planned.
@@ -62,10 +63,12 @@ class Part:
 def run_part(
     name: str, seconds: float, *, device: str, quick: bool, tiny: bool, traces: Path
 ) -> Part:
-    """Run a part in a fresh process.
+    """Run a part in a fresh process; without the seconds to start one, leave out all its cells.
 
     Nothing that another has loaded, broken or left behind weighs on it.
     """
+    if seconds < START_S:
+        return Part(left_out=dict.fromkeys(PARTS[name].cells, "no time was left for this part"))
     until = str(time.time() + seconds)
     command = [sys.executable, "-m", "benchmarks.gpu.part_process", name, until, device]
     command += ["--traces", str(traces)]

@@ -22,6 +22,8 @@ from engine.scheduler import Batch
 
 STEPS = 3
 DEVICE: Any = torch._C._autograd.DeviceType.CUDA
+LONGEST = 20  # kernels that are named with their seconds
+NAME_LENGTH = 120
 OTHER = "other"
 # Words in the names of kernels, and on a CPU of operations; the first kind that has one is it.
 KINDS = {
@@ -98,21 +100,25 @@ def summed(events: Iterable[Any], *, on_device: bool) -> Found:
     """
     seconds: dict[str, float] = dict.fromkeys([*KINDS, OTHER], 0.0)
     launches: dict[str, int] = defaultdict(int)
+    by_name: dict[str, float] = defaultdict(float)
     spans = []
     for event in events:
         if (event.device_type == DEVICE) is not on_device:
             continue
-        kind = kind_of(event.name)
-        launches[kind] += 1
+        took_us = event.self_cpu_time_total
         if on_device:
             spans.append((event.time_range.start, event.time_range.end))
-            seconds[kind] += (event.time_range.end - event.time_range.start) / 1e6
-        else:
-            seconds[kind] += event.self_cpu_time_total / 1e6
+            took_us = event.time_range.end - event.time_range.start
+        kind = kind_of(event.name)
+        launches[kind] += 1
+        seconds[kind] += took_us / 1e6
+        by_name[event.name] += took_us / 1e6
     busy_us, span_us = busy_and_span(spans)
+    longest = sorted(by_name.items(), key=lambda each: each[1], reverse=True)[:LONGEST]
     return {
         "seconds_by_kind": seconds,
         "launches_by_kind": dict(launches),
+        "longest": [[name[:NAME_LENGTH], took_s] for name, took_s in longest],
         "device_s": busy_us / 1e6 if on_device else None,
         "gaps_s": (span_us - busy_us) / 1e6 if on_device else None,
     }

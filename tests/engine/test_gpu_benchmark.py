@@ -12,7 +12,7 @@ from benchmarks.gpu.checkpoints import a_request, write_checkpoint
 from benchmarks.gpu.clocks import DeviceWatch, samples_of, summary_of
 from benchmarks.gpu.full_bits import beside_others, full_bits
 from benchmarks.gpu.part_process import TAKEN
-from benchmarks.gpu.parts import Part
+from benchmarks.gpu.parts import Part, run_part
 from benchmarks.gpu.plan import PARTS, ROUND_S, ROUNDS, parts_of_round, seconds_for
 from benchmarks.gpu.profiles import busy_and_span, kind_of, profiles
 from benchmarks.gpu.report import TARGETS, figures_of, verdict
@@ -85,6 +85,13 @@ def test_a_part_gets_what_it_needs_and_its_share_of_what_is_over():
     assert seconds_for("sdxl", ["flux"], 2 * both_s) == pytest.approx(2 * needs_s["sdxl"])
     assert seconds_for("sdxl", ["flux"], both_s - 50) == needs_s["sdxl"]
     assert seconds_for("flux", [], 50) == 50
+
+
+def test_a_part_without_the_seconds_to_start_is_left_out(tmp_path):
+    part = run_part("curves", 3.0, device="cpu", quick=False, tiny=True, traces=tmp_path)
+
+    assert list(part.left_out) == list(PARTS["curves"].cells)
+    assert part.failed == {}
 
 
 # --- what ends a cell or a part ---
@@ -209,6 +216,7 @@ def test_a_profile_leaves_a_trace_and_seconds_by_kind(setting, capsys):
     (found,) = [line["found"] for line in told(capsys) if "found" in line]
     assert found["seconds_by_kind"]["convolution"] > 0
     assert found["seconds_by_kind"]["attention"] > 0
+    assert len(found["longest"]) > 5
     assert found["gaps_s"] is None
     assert (setting.traces / found["trace"]).stat().st_size > 0
 
