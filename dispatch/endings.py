@@ -20,6 +20,7 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from dispatch.release import Release
+from edges import telemetry
 from edges.handoff import Handoff, HandoffUnavailable
 from edges.inputs import Inputs
 from edges.progress import JobSignals
@@ -81,6 +82,9 @@ class EndedJobs:
         The worker that may still render it is told to stop: it may have been canceled, erased or
         failed under way.  Harmless when repeated.
         """
+        if job.has_just_ended:  # not when a cancel is repeated, or an ended job erased
+            job.has_just_ended = False
+            telemetry.JOBS_ENDED.labels(job.tier, job.model, job.state).inc()
         if job.attempt and job.state != JobState.SUCCEEDED:
             self.signals.publish_cancel(job.id)
         self.signals.publish_ending(job.id)

@@ -66,6 +66,34 @@ IMAGES_RENDERED = Counter("darkroom_images_rendered_total", "Images handed off",
 DEVICE_SECONDS = Counter(
     "darkroom_device_seconds_total", "Device time of rendered images", ["tier", "model"]
 )
+JOBS_ENDED = Counter(
+    "darkroom_jobs_ended_total", "Jobs that came to a final state", ["tier", "model", "state"]
+)
+JOB_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 900, 3600, 14400, 86400)
+JOB_SECONDS = Histogram(
+    "darkroom_job_seconds",
+    "From accepting a job that succeeded until its images were stored",
+    ["tier"],
+    buckets=JOB_BUCKETS_S,
+)
+JOB_WAIT_SECONDS = Histogram(
+    "darkroom_job_wait_seconds",
+    "From accepting a job that succeeded until a worker began with it",
+    ["tier"],
+    buckets=JOB_BUCKETS_S,
+)
+JOB_PREVIEW_SECONDS = Histogram(
+    "darkroom_job_first_preview_seconds",
+    "From accepting a job that succeeded until its first preview, if it had one",
+    ["tier"],
+    buckets=JOB_BUCKETS_S,
+)
+JOB_ETA_RATIO = Histogram(
+    "darkroom_job_eta_ratio",
+    "Time of a job that succeeded / the 90 % estimate at accept; 9 of 10 should be up to 1",
+    ["tier"],
+    buckets=(0.1, 0.25, 0.5, 0.75, 0.9, 1, 1.1, 1.25, 1.5, 2, 4, 10),
+)
 # A load from a disk takes up to minutes.
 LOAD_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 LOAD_SECONDS = Histogram(

@@ -497,6 +497,7 @@ def finish(
     facts that are returned: the amounts that a job came to without succeeding, if any.
     """
     job.state = state
+    job.has_just_ended = True
     job.finished_at = func.clock_timestamp()
     job.lease_expires_at = job.announced_at = job.store_by = None
     job.failure_code = code

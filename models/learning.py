@@ -53,13 +53,20 @@ class ImageTimings:
 
 @dataclass(frozen=True)
 class SucceededJob:
-    """A job that succeeded: how long it took from accept, beside the first guess."""
+    """A job that succeeded: how long it took from accept, beside the first guess.
+
+    waited_s: until it was started first.  previewed_s: until its first preview; None: it had none.
+    promised_s: within which nine of ten such jobs were to end; None: nobody said.
+    """
 
     pool: str
     tier: str
     guessed_s: float
     taken_s: float
     finished_at: datetime
+    waited_s: float
+    previewed_s: float | None
+    promised_s: float | None
 
 
 def observe(session: Session, seen: Mapping[CostKey, ImageTimings]) -> None:
@@ -97,7 +104,10 @@ def newly_ended(session: Session, *, most: int = 500) -> Sequence[SucceededJob]:
     """
     since = session.scalar(select(func.max(LearntEta.learnt_until)))
     taken_s = func.extract("epoch", Job.finished_at - Job.accepted_at)
-    query = select(Job.pool, Job.tier, Job.eta_raw_s, taken_s, Job.finished_at).where(
+    waited_s = func.extract("epoch", Job.started_at - Job.accepted_at)
+    previewed_s = func.extract("epoch", Job.first_preview_at - Job.accepted_at)
+    columns = (Job.pool, Job.tier, Job.eta_raw_s, taken_s, Job.finished_at)
+    query = select(*columns, waited_s, previewed_s, Job.eta_p90_s).where(
         Job.finished_at > (since if since is not None else statement_time() - timedelta(hours=1)),
         # `finished_at` is older than its commit.
         Job.finished_at < statement_time() - timedelta(seconds=2),
@@ -106,8 +116,17 @@ def newly_ended(session: Session, *, most: int = 500) -> Sequence[SucceededJob]:
     )
     rows = session.execute(query.order_by(Job.finished_at).limit(most))
     return [
-        SucceededJob(pool, tier, guessed_s, float(taken), at)
-        for pool, tier, guessed_s, taken, at in rows
+        SucceededJob(
+            pool,
+            tier,
+            guessed_s,
+            float(taken),
+            at,
+            waited_s=float(waited or 0.0),
+            previewed_s=None if previewed is None else float(previewed),
+            promised_s=promised,
+        )
+        for pool, tier, guessed_s, taken, at, waited, previewed, promised in rows
         if guessed_s and at
     ]
 

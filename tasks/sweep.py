@@ -48,6 +48,7 @@ from models import (
     workers,
 )
 from models.database import is_away, run_transaction, transaction
+from models.learning import SucceededJob
 from models.releasing import Announced
 from models.sweeping import OldJob, OverdueStore
 from models.uploads import ORPHAN_AFTER_S
@@ -540,9 +541,13 @@ class Sweeper:
         telemetry.HANDOFF_FILL.set(self.fill())
 
     def _etas(self) -> None:
-        """Learn from newly ended jobs how far the gateway's estimates are off."""
+        """Learn from newly ended jobs how far the gateway's estimates are off; count their times.
+
+        Each is counted once, also over restarts: what was learnt last is in the database.
+        """
         with transaction(self.database) as session:
-            for ended in learning.newly_ended(session):
+            newly_ended = learning.newly_ended(session)
+            for ended in newly_ended:
                 row = learning.eta_of(session, pool=ended.pool, tier=ended.tier)
                 known = EtaRatios(p50=row.ratio_p50, p90=row.ratio_p90) if row is not None else None
                 ratios = learn_ratios(
@@ -551,6 +556,8 @@ class Sweeper:
                     observed=row.observed if row is not None else 0,
                 )
                 learning.learn_eta(session, ended, ratio_p50=ratios.p50, ratio_p90=ratios.p90)
+        for ended in newly_ended:
+            _observe(ended)
 
     def _orphans(self) -> None:
         """Delete pixels, snapshots and pictures that nobody will read; have the store tidied."""
@@ -684,6 +691,16 @@ class SweepLoop:
             except Exception as error:  # nothing may end this loop
                 log.error("sweep_failed", exc_info=error)
             self._stop.wait(self._every_s)
+
+
+def _observe(ended: SucceededJob) -> None:
+    """Count the times of a job that has succeeded, for Prometheus."""
+    telemetry.JOB_SECONDS.labels(ended.tier).observe(ended.taken_s)
+    telemetry.JOB_WAIT_SECONDS.labels(ended.tier).observe(ended.waited_s)
+    if ended.previewed_s is not None:
+        telemetry.JOB_PREVIEW_SECONDS.labels(ended.tier).observe(ended.previewed_s)
+    if ended.promised_s:
+        telemetry.JOB_ETA_RATIO.labels(ended.tier).observe(ended.taken_s / ended.promised_s)
 
 
 def _gauge_queues(rows: Iterable[Row[Any]]) -> None:

@@ -33,6 +33,7 @@ class Job(Base):
     """A request of a tenant, complete enough to be replayed, with one final state."""
 
     __tablename__ = "jobs"
+    has_just_ended = False  # by this object, no column: so that its end is counted once
 
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True, default=new_id)
     tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))

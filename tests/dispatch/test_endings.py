@@ -24,6 +24,7 @@ from tests.builders import (
     some_pixels,
     until,
 )
+from tests.metrics import increases
 
 
 @pytest.fixture
@@ -105,6 +106,28 @@ def test_no_worker_is_told_of_a_job_that_none_renders(database, ended, told, sta
     ended.notify_ended(job)
 
     assert told(job.id) == [ENDINGS]
+
+
+def test_each_end_is_counted_once_whoever_tells_of_it_again(database, ended):
+    with transaction(database.app) as session:
+        lease, late = a_lease(session), a_job(session, start_within_s=-1)
+    one = {"tier": "fast", "model": "pocket"}
+
+    with increases() as grown:
+        ended.notify_ended(canceled(database, lease))
+        ended.notify_ended(canceled(database, lease))  # repeated by its tenant
+        ended.run_ending(database.app, lambda session: jobs.expire(session, late.id))
+        with transaction(database.app) as session:
+            who = {"tenant_id": late.tenant_id, "actor": "tests"}
+            gone = erasing.erase(session, late.id, **who)
+        ended.notify_erased(gone)
+
+    labels = ",".join(f'{name}="{value}"' for name, value in one.items())
+    told = {name: count for name, count in grown.items() if name.startswith("jobs_ended")}
+    assert told == {
+        f'jobs_ended{{{labels},state="canceled"}}': 1,
+        f'jobs_ended{{{labels},state="expired"}}': 1,
+    }
 
 
 def test_job_that_ended_leaves_neither_snapshots_nor_pictures(database, ended, handoff_redis):

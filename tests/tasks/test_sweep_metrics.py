@@ -24,7 +24,16 @@ from models.webhooks import KEPT_FOR_S
 from policy.current import CurrentFleet
 from policy.webhooks import GIVE_UP_AFTER_S
 from tasks.sweep import Sweeper
-from tests.builders import a_closed_port, a_fleet, a_job, a_lease, a_tenant, hand_off, some_pixels
+from tests.builders import (
+    a_closed_port,
+    a_fleet,
+    a_job,
+    a_lease,
+    a_succeeded_job,
+    a_tenant,
+    hand_off,
+    some_pixels,
+)
 from tests.metrics import gauges, increases
 from tests.models.conftest import Database, a_database
 from tests.models.test_pruning import age
@@ -138,7 +147,10 @@ def test_a_sweep_counts_what_it_did_by_its_reason(own_sweeper, own_database, set
         1,
     )
     counts = {**once, "released": 3}  # the one that waits, and those that were put back
-    assert grown == {f'swept{{why="{why}"}}': count for why, count in counts.items()}
+    swept = {f'swept{{why="{why}"}}': count for why, count in counts.items()}
+    ends = ("expired", "failed")
+    ended = {f'jobs_ended{{tier="fast",model="pocket",state="{state}"}}': 1 for state in ends}
+    assert grown == swept | ended
 
     with increases() as again:
         own_sweeper.sweep()
@@ -211,3 +223,25 @@ def test_an_outage_is_told_and_prolongs_deadlines(own_sweeper, own_database, mon
     assert grown['swept{why="deadline_prolonged"}'] == 1
     assert gauges()['away_seconds{part="handoff"}'] >= 30
     assert gauges()['away_seconds{part="broker"}'] == 0
+
+
+def test_times_of_jobs_that_succeeded_are_counted_once(own_sweeper, own_database):
+    with transaction(own_database.app) as session:
+        job = a_succeeded_job(session, eta_raw_s=10.0)
+        query = """
+            UPDATE jobs SET finished_at = clock_timestamp() - interval '5 s',
+                accepted_at = clock_timestamp() - interval '25 s',
+                started_at = clock_timestamp() - interval '22 s',
+                first_preview_at = clock_timestamp() - interval '21 s', eta_p90_s = 16
+            WHERE id = :id
+        """
+        session.execute(text(query), {"id": job.id})
+
+    with increases() as grown:
+        own_sweeper.sweep()
+        own_sweeper.sweep()
+
+    names = ("job_seconds", "job_wait_seconds", "job_first_preview_seconds", "job_eta_ratio")
+    assert {name: count for name, count in grown.items() if name.startswith("job_")} == {
+        f'{name}{{tier="fast"}}': 1 for name in names
+    }
