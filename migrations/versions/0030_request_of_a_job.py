@@ -22,7 +22,9 @@ def upgrade() -> None:
             sa.Column("traceparent", sa.Text(), nullable=True),
         ],
     )
-    waited = sa.Column("waited_s", sa.Double(), server_default=sa.text("0"), nullable=False)
+    waited: sa.Column[float] = sa.Column(
+        "waited_s", sa.Double(), server_default=sa.text("0"), nullable=False
+    )
     online.add_columns("attempts", [waited])
 
 
