@@ -23,7 +23,7 @@ class Caller:
     """The tenant and the API key that a request was sent with.
 
     kid: the public id of its key. actor: its name in the audit log. tenant: the name of its tenant.
-    used: filled in while the request is answered.
+    request_id, traceparent: of the request. used: filled in while it is answered.
     """
 
     tenant_id: UUID
@@ -33,4 +33,6 @@ class Caller:
     scopes: frozenset[str]
     limits: Limits
     tenant: str = ""
+    request_id: str | None = None
+    traceparent: str | None = None
     used: LimitsUse = field(default_factory=LimitsUse, compare=False)

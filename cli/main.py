@@ -42,6 +42,7 @@ _MODULES = {
     "estimate": "cli.estimate",
     "jobs": "cli.jobs",
     "watch": "cli.jobs",
+    "trace": "cli.trace",
     "cancel": "cli.jobs",
     "replay": "cli.replay",
     "delete": "cli.jobs",

@@ -28,6 +28,8 @@ from sqlalchemy import Engine, event
 from sqlalchemy.engine import ExceptionContext
 
 from models.database import CONFLICTS
+from models.tables import Job
+from policy import tracecontext
 from policy.version import VERSION
 
 log = structlog.get_logger(__name__)
@@ -373,6 +375,14 @@ def _foreign_handler(shared: Sequence[structlog.typing.Processor]) -> logging.Ha
         structlog.stdlib.ProcessorFormatter(processors=renderer, foreign_pre_chain=foreign)
     )
     return handler
+
+
+def bind_request_of(job: Job) -> None:
+    """Have what this thread logs name the request that made the job, and its trace."""
+    if job.request_id is not None:
+        structlog.contextvars.bind_contextvars(request_id=job.request_id)
+    if job.traceparent is not None:
+        structlog.contextvars.bind_contextvars(trace_id=tracecontext.trace_id(job.traceparent))
 
 
 def loop(name: str) -> Callable[[], None]:

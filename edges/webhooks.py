@@ -16,12 +16,16 @@ def new_secret() -> str:
 
 
 def headers(
-    message_id: str, at: datetime, body: str, live_secrets: Sequence[str]
+    message_id: str,
+    at: datetime,
+    body: str,
+    live_secrets: Sequence[str],
+    traceparent: str | None = None,
 ) -> dict[str, str]:
     """Return the headers for `body`: the id, the attempt's time, a signature by each live secret.
 
-    at: aware, in UTC: the library would read the digits of any other zone as UTC. Raises ValueError
-    for another zone.
+    at: aware, in UTC: the library would read the digits of any other zone as UTC.  traceparent: of
+    the job, for the receiver to go on with.  Raises ValueError for another zone.
     """
     offset = at.utcoffset()
     if offset is None or offset.total_seconds():
@@ -32,4 +36,4 @@ def headers(
         "webhook-id": message_id,
         "webhook-timestamp": str(int(at.timestamp())),
         "webhook-signature": " ".join(signatures),
-    }
+    } | ({} if traceparent is None else {"traceparent": traceparent})

@@ -56,7 +56,7 @@ def warm_up(
 
     Those that requests pin are among them. A picture of every size is encoded where one may be
     given, and every sampler makes some steps: its first one may load a library. Yields after each
-    piece of work: an encode, the forwards of one size, a step or a decode. What `costs` does not
+    piece of work: an encode, the forwards of one bucket, a step or a decode. What `costs` does not
     know yet is measured, `repeats` times.
 
     weights_bytes: of all checkpoints; the memory that is measured is what comes on top.  is_brief:
@@ -186,7 +186,8 @@ def _render(
         # A plain pipeline calls its own denoiser, elsewhere.
         is_known = costs.is_measured(key) or key.call.startswith("alone ")
         base_bytes = device.memory_bytes()
-        peaks = _try_buckets(image, runner, device, costs, buckets, 0 if is_known else work.repeats)
+        repeats = 0 if is_known else work.repeats
+        peaks = yield from _try_buckets(image, runner, device, costs, buckets, repeats)
         prediction = None
         # Of a number of rows that was tried: cuda_graphs would record one more.
         batch = Batch((image,), buckets[0] if buckets else image.rows)
@@ -230,10 +231,15 @@ def _try_buckets(
     costs: CostModel,
     buckets: list[int],
     repeats: int,
-) -> dict[int, int]:
-    """Measure a forward of every bucket that fits, `repeats` times; return their peak bytes."""
+) -> Generator[None, None, dict[int, int]]:
+    """Measure a forward of every bucket that fits, `repeats` times; return their peak bytes.
+
+    Yields between two buckets: the first forward of each may record or compile.
+    """
     peaks: dict[int, int] = {}
     for rows in buckets:
+        if peaks:
+            yield
         batch = Batch(_copies(image, rows), rows)
         device.forget_peak()
         try:

@@ -32,7 +32,8 @@ class NewJob:
     told. megapixel_steps: its count against quotas. steps_per_image: denoise steps that each image
     makes, as they were counted; None: as many as were asked for. tenant_metadata: the tenant's own.
     warnings: parts of its texts that have no effect, as far as is known. fleet_revision: under
-    which it was resolved; None: a file's. announced: it goes to Celery as soon as this is
+    which it was resolved; None: a file's. request_id, traceparent: of the request that made it.
+    announced: it goes to Celery as soon as this is
     committed.
     """
 
@@ -48,6 +49,8 @@ class NewJob:
     tenant_metadata: Mapping[str, str] | None = None
     warnings: Sequence[Mapping[str, Any]] = ()
     fleet_revision: int | None = None
+    request_id: str | None = None
+    traceparent: str | None = None
     requeue_of: uuid.UUID | None = None
     replay_of: uuid.UUID | None = None
     announced: bool = False
@@ -137,6 +140,8 @@ def _row(place: int, job: NewJob) -> dict[str, Any]:
         "eta_p90_s": job.eta_p90_s,
         "warnings": list(job.warnings) or None,
         "fleet_revision": job.fleet_revision,
+        "request_id": job.request_id,
+        "traceparent": job.traceparent,
         "megapixel_steps": str(job.megapixel_steps),
         "steps_per_image": job.steps_per_image,
         "metadata": dict(job.tenant_metadata) if job.tenant_metadata else None,

@@ -99,6 +99,7 @@ class RenderedWork:
     denoise_s: float
     decode_s: float
     padding_s: float
+    waited_s: float
     fingerprint: str
     fingerprint_facts: dict[str, Any]
     prompt_tokens: int | None = None
@@ -651,5 +652,6 @@ def _add_to_record(attempt: Attempt, rendered: RenderedWork) -> None:
     attempt.denoise_s += rendered.denoise_s
     attempt.decode_s += rendered.decode_s
     attempt.padding_s += rendered.padding_s
+    attempt.waited_s = max(attempt.waited_s, rendered.waited_s)
     attempt.fingerprint = rendered.fingerprint
     attempt.fingerprint_facts = rendered.fingerprint_facts

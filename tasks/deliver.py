@@ -132,7 +132,8 @@ class WebhookSender:
         retry_after_s: float | None = None
         error: str | None = None
         try:
-            signed = headers(str(claim.id), at, body, claim.secrets)
+            trace = job.traceparent if job is not None else None
+            signed = headers(str(claim.id), at, body, claim.secrets, trace)
             answer = self.outbound.post(claim.url, body.encode(), signed, timeout_s=ATTEMPT_S)
             status = answer.status
             retry_after_s = answer.retry_after_s

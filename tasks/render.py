@@ -108,6 +108,7 @@ class Renderer:
             if held is None:
                 telemetry.DUPLICATES.labels("render").inc()
                 return
+            telemetry.bind_request_of(held.lease.job)
             self._render_alone_if_suspect(held)
         self.release.release(held.lease.job.pool, held.lease.job.tier)
 
@@ -208,6 +209,7 @@ class Renderer:
                 return _result_of(ending.event.error)
             self._hand_on(work, ending.index, ending.event.image)
         self.inputs.drop(work.lease.job)
+        log.info("job_rendered", attempt=work.lease.attempt, images=len(work.handles))
         # As a rule the last hand-off has ended the lease; but one of an earlier attempt may have
         # vanished meanwhile.
         reason = "an image of an earlier attempt is to be rendered again"
@@ -437,6 +439,7 @@ def _rendered(record: RenderRecord, steps: int, previewed_at: float | None) -> R
         denoise_s=record.denoise_s,
         decode_s=record.decode_s,
         padding_s=record.padding_s,
+        waited_s=record.waited_s,
         fingerprint=record.fingerprint,
         fingerprint_facts=record.fingerprint_facts,
         previewed_s_ago=None if previewed_at is None else time.monotonic() - previewed_at,

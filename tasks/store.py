@@ -82,6 +82,7 @@ class Storekeeper:
         if job is None or not waiting:
             telemetry.DUPLICATES.labels("store").inc()
             return
+        telemetry.bind_request_of(job)
         gone = [
             index
             for index, attempt in waiting.items()

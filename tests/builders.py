@@ -361,6 +361,7 @@ def rendered(**record: Any) -> RenderedWork:
         "denoise_s": 0.3,
         "decode_s": 0.1,
         "padding_s": 0.0,
+        "waited_s": 0.0,
         "fingerprint": "cpu-fp32",
         "fingerprint_facts": {"torch_threads": 1},
     }

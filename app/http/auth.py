@@ -13,6 +13,7 @@ from app.problems import Forbidden, RateLimited, Unauthenticated
 from edges import telemetry
 from edges.limits import WINDOW_S
 from models import api_keys
+from policy import tracecontext
 
 
 def require_key() -> None:
@@ -53,6 +54,8 @@ def _caller(known: CachedKey) -> Caller:
         actor=f"key:{found.kid}",
         scopes=found.scopes,
         limits=known.limits,
+        request_id=g.get("request_id"),
+        traceparent=tracecontext.read(request.headers.get("traceparent", "")),
     )
 
 

@@ -225,6 +225,8 @@ def price_and_admit(
         tenant_metadata=prepared.metadata,
         warnings=runtime.expected_warnings(resolved),
         fleet_revision=runtime.current.number or None,
+        request_id=caller.request_id,
+        traceparent=caller.traceparent,
         replay_of=prepared.replay_of,
     )
     return new, expected

@@ -108,6 +108,9 @@ class Job(Base):
     # Tokens of the prompt, and those that the model did not read; None: not known yet, or never.
     prompt_tokens: Mapped[int | None]
     truncated_tokens: Mapped[int | None]
+    # Of the request that made it: its X-Request-Id, and the W3C trace context that it came with.
+    request_id: Mapped[str | None]
+    traceparent: Mapped[str | None]
     # The failed job that this one repeats.
     requeue_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"))
     # The job whose parameters these are.
@@ -326,6 +329,8 @@ class Attempt(Base):
     device_seconds: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
     # Of images that it had in hand when it was last heard of; 0 once their time is on record.
     unfinished_s: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
+    # From its engine's taking an image until its first step; of several images the longest.
+    waited_s: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
     encode_s: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
     denoise_s: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
     decode_s: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)

@@ -227,6 +227,41 @@ def test_memory_is_flat_over_two_hundred_images(tmp_path):
     assert max(reserved[2:]) <= max(reserved[:2]) + 64 * 2**20
 
 
+def test_recorded_forwards_keep_memory_from_rows_until_their_checkpoint_goes(tmp_path):
+    spec = write_checkpoint(tmp_path, "flux", "tiny", cuda_graphs=True)
+    with an_engine(spec, row_buckets=(1, 2, 4, 8)) as engine:
+        loop = engine._loop
+        kept = loop._device.recorded_bytes()
+        room = loop._memory_bytes - engine.weights_bytes(spec.name)
+        budget = engine._scheduler.memory_budget_bytes
+        engine.unload(spec.name).result(60)
+        left = loop._device.recorded_bytes()
+
+    assert kept > 0
+    assert budget == room - kept
+    assert left == 0
+
+
+def test_a_picture_s_encode_is_measured(tmp_path):
+    spec = write_checkpoint(tmp_path, "sdxl", "tiny")
+    with an_engine(spec) as engine:
+        found = [one.footprint for one in engine.costs.measurements() if one.footprint]
+
+    assert found
+    assert all(footprint.encode_bytes > 0 for footprint in found)
+
+
+def test_sdxl_decoded_with_tf32_looks_the_same(tmp_path):
+    spec = write_checkpoint(tmp_path, "sdxl", "small", precision="fp16")
+    pixels = {}
+    for vae_tf32 in (True, False):
+        stepper = Stepper(replace(spec, vae_tf32=vae_tf32), DEVICE)
+        image = stepper.started(a_request(spec, "a"))
+        pixels[vae_tf32] = stepper.runner.decode(image).pixels().astype(int)
+
+    assert np.abs(pixels[True] - pixels[False]).mean() < 1
+
+
 def test_a_forward_that_does_not_fit_lowers_the_cap_and_every_image_is_rendered(tmp_path):
     spec = write_checkpoint(tmp_path, "sd", "small", sizes=((512, 512),))
     stepper = Stepper(spec, DEVICE)

@@ -47,7 +47,7 @@ def engine(checkpoint):
         yield engine
 
 
-def warmed_up(engine, **changes) -> CostModel:
+def warmed_up(engine, on_piece=lambda: None, **changes) -> CostModel:
     """Warm its checkpoint up once more, on a metered device; give what that measured."""
     device = MeteredDevice("cpu", num_threads=1)
     family = engine._checkpoints["tiny"].family
@@ -72,7 +72,7 @@ def warmed_up(engine, **changes) -> CostModel:
     }
     try:
         for _ in warm_up(engine._checkpoints["tiny"].spec, **given | changes):
-            pass
+            on_piece()
     finally:
         for hook in hooks:
             hook.remove()
@@ -109,6 +109,23 @@ def test_a_load_leaves_room_for_the_larger_of_encode_and_row_beside_a_decode(eng
 
 def test_a_brief_warm_up_encodes_no_picture(engine):
     assert warmed_up(engine, is_brief=True).working_bytes() == 0
+
+
+def test_a_piece_of_a_warm_up_makes_the_forwards_of_one_bucket(engine):
+    made, pieces = [], []
+    hook = engine._checkpoints["tiny"].family._unet.register_forward_hook(
+        lambda _, inputs, __: made.append(len(inputs[0]))
+    )
+
+    def note_piece():
+        pieces.append(tuple(made))
+        made.clear()
+
+    warmed_up(engine, note_piece)
+    hook.remove()
+
+    assert {(1, 1), (2, 2), (4, 4)} <= set(pieces), "one that is tried and one that is measured"
+    assert max(map(len, pieces)) == 2
 
 
 # --- forwards that are slow nevertheless ---

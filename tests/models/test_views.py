@@ -136,6 +136,8 @@ def job_history(session, tenant) -> Rows:
             "images_stored": 2,
             "steps_abandoned": 0,
             "fleet_revision": None,
+            "request_id": None,
+            "traceparent": None,
             "metadata": {"order": "12"},
             **wish,
             **tokens,

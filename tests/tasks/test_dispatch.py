@@ -3,6 +3,7 @@
 Accept, queue, lease, render in company, hand off, store; and what happens when parts of it die.
 """
 
+import json
 import time
 import uuid
 from collections.abc import Iterator
@@ -13,8 +14,10 @@ import httpx
 import psutil
 import pytest
 import redis
+from click.testing import CliRunner
 from sqlalchemy import text
 
+from cli.main import darkroom
 from darkroom_client import Client, Job, ProblemError
 from edges.broker import Broker, make_celery
 from models.database import make_engine
@@ -229,6 +232,11 @@ def test_a_killed_worker_loses_no_job_and_doubles_no_image(client, sql, stack):
     assert second["resumed_steps"] >= 2 * 10, "from the newest snapshot of each image"
     assert second["lost_steps"] <= 2 * 10, "an interval of each image"
     assert sql("SELECT * FROM audit_verify()") == []
+    command = ["--data-dir", str(stack.data_dir), "trace", "--json", first.id]
+    spans = json.loads(CliRunner().invoke(darkroom, command).stdout)["spans"]
+    tries = [span for span in spans if span["name"].startswith("attempt")]
+    assert [span["outcome"] for span in tries] == ["lease_lost", "rendered"]
+    assert tries[1]["resumed_steps"] == second["resumed_steps"]
 
 
 def test_flushed_redises_lose_no_job(client, sql, stack):

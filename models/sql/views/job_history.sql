@@ -16,7 +16,8 @@ SELECT j.id AS job_id, t.name AS tenant, j.state, j.tier, j.pool, j.model, j.mod
        CASE WHEN j.state IN ('canceled', 'rejected') THEN i.steps_unstored ELSE 0 END
            AS steps_abandoned,
        j.model_alias, j.init_file_id, j.mask_file_id, j.control_file_id, j.strength, j.adapters,
-       j.metadata, j.clip_skip, j.fleet_revision, j.prompt_tokens, j.truncated_tokens
+       j.metadata, j.clip_skip, j.fleet_revision, j.prompt_tokens, j.truncated_tokens,
+       j.request_id, j.traceparent
 FROM jobs j
 JOIN tenants t ON t.id = j.tenant_id
 LEFT JOIN LATERAL (
