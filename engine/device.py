@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from engine.devicefacts import cpu_facts, cuda_facts, told
+from engine.errors import UnsupportedRequest
 
 cuda: Any = torch.cuda  # half of what is used of these two is not annotated
 backends: Any = torch.backends
@@ -174,11 +175,17 @@ class Device:
         fp16_accumulation: bool = False,
         blas_workspaces: tuple[str, str] = ("", ""),
     ) -> None:
-        """Set nothing yet. See `EngineConfig`; raises `ValueError`, naming what cannot be."""
+        """Set nothing yet. See `EngineConfig`.
+
+        Raises `UnsupportedRequest`, naming the field, for what this device has not, and
+        `ValueError` for a kernel of attention that nobody has.
+        """
         if attention not in ATTENTION:
             raise ValueError(f"attention is {attention!r}, none of {', '.join(ATTENTION)}")
         if fp16_accumulation and not name.startswith("cuda"):
-            raise ValueError(f"fp16_accumulation is for GPUs, and the device is {name!r}")
+            raise UnsupportedRequest(
+                "fp16_accumulation", f"is for GPUs, and the device is {name!r}"
+            )
         self.name = name
         self.attention = attention
         self.torch_device = torch.device(name)

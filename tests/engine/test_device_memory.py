@@ -12,7 +12,7 @@ from engine_builders import a_request, a_spec, reproducible
 from engine.config import EngineConfig
 from engine.device import Device
 from engine.engine import Engine
-from engine.errors import OutOfDeviceMemory
+from engine.errors import OutOfDeviceMemory, UnsupportedRequest
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -87,8 +87,9 @@ def test_a_cpu_keeps_nothing_for_recordings_and_threads():
 
 
 def test_sums_in_half_precision_are_refused_by_name_on_a_cpu():
-    with pytest.raises(ValueError, match="fp16_accumulation is for GPUs, and the device is 'cpu'"):
+    with pytest.raises(UnsupportedRequest, match="is for GPUs, and the device is 'cpu'") as refused:
         Device("cpu", num_threads=1, fp16_accumulation=True)
+    assert refused.value.field == "fp16_accumulation"
 
 
 # --- in an engine ---
