@@ -80,8 +80,10 @@ PARTS = {
             "flux full batch": 10,
         },
     ),
-    "sdxl_compiled": PartPlan(2, {"plain_compiled": 60, "compiled": 45, "compiled_graphs": 30}),
-    "flux_compiled": PartPlan(2, {"plain_compiled": 60, "compiled": 55, "compiled_graphs": 42}),
+    # Ours compiles its convolutions and the decoder besides; the second finds them in the cache.
+    "sdxl_compiled": PartPlan(2, {"plain_compiled": 45, "compiled": 100, "compiled_graphs": 45}),
+    # With graphs there is nothing to gain: its forwards keep a GPU busy for longer than the host.
+    "flux_compiled": PartPlan(2, {"plain_compiled": 45, "compiled": 55}),
     "sdxl_quantised": PartPlan(
         2, {"float8": 25, "float8_graphs": 25, "int8": 25, "int8_graphs": 25}
     ),
@@ -94,7 +96,7 @@ PARTS = {
             "sdxl bf16 bucket 8 float8": 12,
             "flux bf16 bucket 4 cuda_graphs": 20,
             "flux bf16 bucket 4 float8": 20,
-            "sdxl bf16 bucket 8 compile_blocks": 60,
+            "sdxl bf16 bucket 8 compile_blocks": 100,
         },
     ),
     "invariance": PartPlan(3, _small_bits()),
