@@ -317,8 +317,10 @@ def test_the_shares_of_a_batch_add_up_to_its_forwards(engine):
 
 def test_a_record_says_how_long_an_image_waited_and_in_what_company_it_was_made(engine):
     on_event, reached, go = held_at(1)
+    begun_at = time.monotonic()
     guided = engine.submit(a_request("guided", num_steps=4), on_event)
     assert reached.wait(30)
+    stepped_within_s = time.monotonic() - begun_at
     plain = engine.submit(a_request("plain", num_steps=2, guidance=1.0))
     time.sleep(0.2)
     go.set()
@@ -328,7 +330,8 @@ def test_a_record_says_how_long_an_image_waited_and_in_what_company_it_was_made(
     assert (first.forwards, first.shared_forwards, first.max_images, first.max_rows) == (4, 2, 2, 3)
     assert (second.forwards, second.shared_forwards, second.max_images) == (2, 2, 2)
     assert (first.mean_rows, second.mean_rows) == (2.5, 3.0)
-    assert first.waited_s < 0.2 <= second.waited_s
+    assert first.waited_s < stepped_within_s
+    assert second.waited_s >= 0.2
     assert first.denoise_s > second.denoise_s > 0
 
 
