@@ -63,6 +63,11 @@ REQUESTS_REPLAYED = Counter(
     "darkroom_requests_replayed_total", "Requests repeated with the same Idempotency-Key"
 )
 IMAGES_RENDERED = Counter("darkroom_images_rendered_total", "Images handed off", ["tier", "model"])
+IMAGES_SUSPECT = Counter(
+    "darkroom_images_suspect_total",
+    "Images that probably show nothing: black, white, flat, noise",
+    ["model", "why"],
+)
 DEVICE_SECONDS = Counter(
     "darkroom_device_seconds_total", "Device time of rendered images", ["tier", "model"]
 )

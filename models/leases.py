@@ -84,7 +84,7 @@ class RenderedWork:
 
     prompt_tokens, truncated_tokens: of the job's prompt, and those of them that the model does not
     read; None: not known.  previewed_s_ago: seconds since the job's first preview; None: it had
-    none.
+    none.  suspect: why the image probably shows nothing; None: it does not seem so.
     """
 
     num_steps: int  # of the image, those of earlier attempts included
@@ -105,6 +105,7 @@ class RenderedWork:
     prompt_tokens: int | None = None
     truncated_tokens: int | None = None
     previewed_s_ago: float | None = None
+    suspect: str | None = None
 
 
 def take(
@@ -276,6 +277,7 @@ def hand_off(
     attempt = session.get_one(Attempt, (job.id, lease.attempt))
     _charge(image, attempt, rendered.device_seconds)
     image.padding_s += rendered.padding_s
+    image.suspect = rendered.suspect
     attempt.unfinished_s = max(0.0, attempt.unfinished_s - rendered.device_seconds)
     # What rendered it, where the catalogue was edited since the job was accepted.
     job.precision = rendered.fingerprint_facts.get("precision", job.precision)

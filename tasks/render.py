@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import structlog
@@ -50,6 +50,7 @@ from tasks.held import HeldLease
 from tasks.inputs import InputPictures
 from tasks.keeper import EXCLUSIVE_FROM, LeaseKeeper
 from tasks.lacking import LackingModels
+from tasks.looks import suspicion
 from tasks.previews import Previews
 from tasks.residency import Residency
 from tasks.verdicts import Verdicts, persist
@@ -334,7 +335,10 @@ class Renderer:
         finished: FinishedImage,
     ) -> None:
         """Write the image's hand-off and what it took. Raises LeaseLost."""
-        rendered = _rendered(finished.record, steps, work.first_preview_at)
+        suspect = suspicion(finished.pixels)
+        rendered = replace(
+            _rendered(finished.record, steps, work.first_preview_at), suspect=suspect
+        )
 
         def note(session: Session) -> Job:
             return leases.hand_off(
@@ -346,6 +350,9 @@ class Renderer:
             )
 
         run_transaction(self.database, note)
+        if suspect is not None:
+            telemetry.IMAGES_SUSPECT.labels(work.lease.job.model, suspect).inc()
+            log.warning("image_suspect", index=index, why=suspect)
 
     def _ask_to_store(self, job: Job) -> None:
         queue = queues.results_queue(self.fleet, job.tier)

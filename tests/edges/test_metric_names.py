@@ -19,6 +19,7 @@ COUNTERS = {
     "darkroom_http_requests_total": ("method", "route", "status"),
     "darkroom_images_rendered_total": ("tier", "model"),
     "darkroom_images_stored_total": ("tier", "format"),
+    "darkroom_images_suspect_total": ("model", "why"),
     "darkroom_inputs_brought_total": (),
     "darkroom_inputs_gone_total": (),
     "darkroom_jobs_accepted_total": ("tier", "model"),

@@ -85,7 +85,8 @@ def job_history(session, tenant) -> Rows:
     lease = a_lease(session, job, worker="gpu0@a")
     tokens = {"prompt_tokens": 30, "truncated_tokens": 8}
     hand_off(session, lease, 0, steps=4, shared_steps=3, max_rows=6, max_images=2, **tokens)
-    hand_off(session, lease, 1, steps=4, shared_steps=1, max_rows=4, max_images=5, **tokens)
+    told = {"max_rows": 4, "max_images": 5, "suspect": "black"}
+    hand_off(session, lease, 1, steps=4, shared_steps=1, **told, **tokens)
     store(session, job, 0, attempt=2)
     store(session, job, 1, attempt=2)
     instants = {
@@ -138,6 +139,7 @@ def job_history(session, tenant) -> Rows:
             "fleet_revision": None,
             "request_id": None,
             "traceparent": None,
+            "images_suspect": 1,
             "metadata": {"order": "12"},
             **wish,
             **tokens,

@@ -17,7 +17,7 @@ SELECT j.id AS job_id, t.name AS tenant, j.state, j.tier, j.pool, j.model, j.mod
            AS steps_abandoned,
        j.model_alias, j.init_file_id, j.mask_file_id, j.control_file_id, j.strength, j.adapters,
        j.metadata, j.clip_skip, j.fleet_revision, j.prompt_tokens, j.truncated_tokens,
-       j.request_id, j.traceparent
+       j.request_id, j.traceparent, i.suspect AS images_suspect
 FROM jobs j
 JOIN tenants t ON t.id = j.tenant_id
 LEFT JOIN LATERAL (
@@ -27,6 +27,7 @@ LEFT JOIN LATERAL (
 ) a ON true
 LEFT JOIN LATERAL (
     SELECT count(*) FILTER (WHERE i.state = 'stored') AS stored,
+           count(*) FILTER (WHERE i.suspect IS NOT NULL) AS suspect,
            coalesce(
                sum(least(i.steps_done, coalesce(j.steps_per_image, j.num_steps)))
                    FILTER (WHERE i.state <> 'stored'), 0) AS steps_unstored
