@@ -156,14 +156,15 @@ def streams_events(scene: Scene) -> Act:
 
 
 SEEN = {"picture_seconds": 1}
+CANCELED = {'jobs_ended{tier="batch",model="pocket",state="canceled"}': 1}
 COUNTED: list[tuple[Callable[[Scene], Act], dict[str, float]]] = [
     (accepts, {ACCEPTED: 1}),
     (accepts_a_batch, {ACCEPTED: 2}),
     (answers_again, {"requests_replayed": 1}),
     (answers_a_batch_again, {"requests_replayed": 1}),
     (replays, {ACCEPTED: 1}),
-    (cancels, {}),
-    (erases, {"jobs_erased": 1}),
+    (cancels, CANCELED),
+    (erases, {"jobs_erased": 1, **CANCELED}),
     (streams_events, {'events_sent{kind="final"}': 1}),
     (keeps_a_picture, {ACCEPTED: 1, 'pictures_kept{way="data_url"}': 1, **SEEN}),
     (refuses_a_picture, {"pictures_refused": 1, **SEEN}),

@@ -67,7 +67,10 @@ def test_an_error_is_counted_by_its_kind(here):
         rendered(here, job)
 
     assert here.row(job).failure_code == "unsupported"
-    assert grown == {'render_errors{kind="UnsupportedRequest"}': 1}
+    assert grown == {
+        'render_errors{kind="UnsupportedRequest"}': 1,
+        'jobs_ended{tier="fast",model="pocket",state="failed"}': 1,
+    }
 
 
 def test_a_job_that_its_tenant_takes_back_is_a_lost_lease_to_its_worker(here):
