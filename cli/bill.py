@@ -127,7 +127,6 @@ def _focus(charge: dict[str, Any], month: date, end: date) -> dict[str, Any]:
         "ConsumedUnit": "Images",
         "ContractedCost": cost,
         "EffectiveCost": cost,
-        "InvoiceId": f"{month:%Y-%m}/{charge['tenant_id']}",  # provisional
         "InvoiceIssuerName": _PROVIDER,
         "ListCost": cost,
         "PricingCategory": "Standard",
