@@ -643,8 +643,11 @@ class Scheduler:
     ) -> tuple[list[InFlight], int]:
         """Leave the last to the forwards after this one where all are done sooner so.
 
-        Each that joined was cheaper than alone; in company of its own it may be cheaper still.
+        Each that joined was cheaper than alone; in company of its own it may be cheaper still. A
+        ceiling above 1 asks for company whatever it costs.
         """
+        if self.growth_ceiling > 1:
+            return riders, bucket_rows
         sums = list(accumulate(image.rows for image in riders))
         part = kind.curve.best_part(sums[-1], sums[:-1], self._padded)
         if part == sums[-1]:

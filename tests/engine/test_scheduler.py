@@ -1074,6 +1074,8 @@ def test_a_forward_is_divided_where_several_do_its_images_sooner():
 
     assert rows_of_forward(a_scheduler(costs=costs), singles(16)) == (4, 4)
     assert rows_of_forward(a_scheduler(costs=costs), singles(5)) == (5, 5), "4 + 1 take longer"
+    always = a_scheduler(costs=costs, growth_ceiling=1e9)
+    assert rows_of_forward(always, singles(8)) == (8, 8), "whatever it costs"
     padded = a_scheduler(costs=costs, row_buckets=(4, 8, 16))
     assert rows_of_forward(padded, singles(7)) == (4, 4)
 
