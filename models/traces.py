@@ -17,6 +17,8 @@ from models import jobs
 from models.tables import Attempt, Image, Job, WebhookAttempt, WebhookDelivery
 from policy.states import Outcome
 
+AT_ONCE = timedelta(milliseconds=50)  # a job ends in the transaction that ends its attempt
+
 
 @dataclass(frozen=True)
 class Span:
@@ -82,8 +84,9 @@ def _tries(job: Job) -> Iterator[Span]:
             yield Span("first preview", 2, at, at)
         since = attempt.ended_at or attempt.started_at
     last = job.attempts[-1] if job.attempts else None
-    goes_on = last is not None and last.outcome in (Outcome.RENDERED, Outcome.RUNNING)
-    if not goes_on:
+    has_it = last is not None and last.outcome in (Outcome.RENDERED, Outcome.RUNNING)
+    ended_with_it = job.finished_at is not None and job.finished_at - since < AT_ONCE
+    if not has_it and not ended_with_it:
         yield Span("wait in line", 1, since, job.finished_at, {"pool": job.pool})
 
 

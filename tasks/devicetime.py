@@ -5,11 +5,17 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.orm import Session
 
 from edges import processes
+from models import devicetime
 from models.devicetime import DevicePeriod, DeviceSeconds
 from policy.workers import WorkerTerms
+
+if TYPE_CHECKING:
+    from tasks.registration import WorkerIdentity
 
 Stats = Callable[[], Mapping[str, Any]]
 
@@ -50,6 +56,11 @@ class DeviceMeter:
         return DevicePeriod(
             worker=worker, instance=instance, pool=pool, terms=terms, since=since, spent=spent
         )
+
+    def write(self, session: Session, who: "WorkerIdentity") -> None:
+        """Write the period until now, as `who`; the caller commits."""
+        period = self.period(worker=who.name, instance=who.instance, pool=who.pool, terms=who.terms)
+        devicetime.put(session, period)
 
     def _measure(self) -> DeviceSeconds:
         stats = self._stats()

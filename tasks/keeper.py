@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session
 
 from dispatch.endings import EndedJobs
 from edges import telemetry
-from models import devicetime, learning, leases, workers
+from models import learning, leases, workers
 from models.database import run_transaction, transaction
 from models.learning import CostKey, ImageTimings
 from models.leases import Lease
@@ -377,11 +377,7 @@ class LeaseKeeper:
 
     def _note_device_time(self, session: Session) -> None:
         if self._meter is not None:
-            who = self.identity
-            period = self._meter.period(
-                worker=who.name, instance=who.instance, pool=who.pool, terms=who.terms
-            )
-            devicetime.put(session, period)
+            self._meter.write(session, self.identity)
 
     def _lose_name(self) -> None:
         """Give everything up: another process has the name, and has ended our leases by it."""

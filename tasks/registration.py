@@ -22,7 +22,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from edges import processes
-from models import devicetime, workers
+from models import workers
 from models.database import run_transaction
 from models.workers import NameHolder, NewWorker
 from policy.workers import WorkerState, WorkerTerms, pause_before_start_s
@@ -256,8 +256,4 @@ class Loading:
 
     def _note_device_time(self, session: Session) -> None:
         if self._meter is not None:
-            me = self.identity
-            period = self._meter.period(
-                worker=me.name, instance=me.instance, pool=me.pool, terms=me.terms
-            )
-            devicetime.put(session, period)
+            self._meter.write(session, self.identity)

@@ -99,6 +99,12 @@ def test_no_process_logs_what_a_tenant_has_written(stack, job):
         assert PROMPT not in file.read_text(), file.name
 
 
+def test_job_keeps_what_was_promised_when_it_was_accepted(stack, job):
+    query = "SELECT eta_p90_s FROM jobs WHERE id::text = %s"
+    answer = ask(stack.env["MIGRATION_DATABASE_URL"], query, [job["id"]])
+    assert answer.rows[0][0] > 0
+
+
 def test_job_history_names_the_request_that_made_a_job(stack, job):
     query = "SELECT request_id, traceparent FROM job_history WHERE job_id::text = %s"
     answer = ask(stack.env["AUDITOR_DATABASE_URL"], query, [job["id"]])
