@@ -37,10 +37,10 @@ def trace(ctx: click.Context, installation: Installation, job_id: uuid.UUID, as_
         screen.print_json(_document(found))
     else:
         screen.out().print(_waterfall(found.spans, now=datetime.now(UTC)))
-        _tell_of_the_request(found)
+        _print_request(found)
 
 
-def _tell_of_the_request(found: Trace) -> None:
+def _print_request(found: Trace) -> None:
     told = {"request": found.request_id, "traceparent": found.traceparent}
     for name, value in told.items():
         if value is not None:

@@ -65,7 +65,7 @@ class ReachedBudget:
     spent: Decimal
 
 
-def tell_reached(session: Session, *, currency: str) -> list[ReachedBudget]:
+def note_reached_thresholds(session: Session, *, currency: str) -> list[ReachedBudget]:
     """Write a webhook delivery and an audit event for each threshold that was reached newly."""
     rows = session.execute(_REACHED, {"thresholds": list(BUDGET_THRESHOLDS)})
     reached = [ReachedBudget(*row) for row in rows]

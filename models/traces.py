@@ -57,11 +57,16 @@ def of_job(session: Session, job_id: uuid.UUID) -> Trace | None:
     )
     if job is None:
         return None
-    spans = [_whole(job), *_tries(job), *_stored(job), *_told(session, job)]
+    spans = [
+        _job_span(job),
+        *_attempt_spans(job),
+        *_storing_spans(job),
+        *_webhook_spans(session, job),
+    ]
     return Trace(job.id, job.request_id, job.traceparent, spans)
 
 
-def _whole(job: Job) -> Span:
+def _job_span(job: Job) -> Span:
     facts = {
         "state": job.state,
         "tier": job.tier,
@@ -73,12 +78,12 @@ def _whole(job: Job) -> Span:
     return Span("job", 0, job.accepted_at, job.finished_at, facts)
 
 
-def _tries(job: Job) -> Iterator[Span]:
+def _attempt_spans(job: Job) -> Iterator[Span]:
     """Yield the waits in line and the attempts between them."""
     since = job.accepted_at
     for attempt in job.attempts:
         yield Span("wait in line", 1, since, attempt.started_at, {"pool": job.pool})
-        yield _attempt(attempt)
+        yield _attempt_span(attempt)
         if job.first_preview_at is not None and _is_within(job.first_preview_at, attempt):
             at = job.first_preview_at
             yield Span("first preview", 2, at, at)
@@ -94,7 +99,7 @@ def _is_within(moment: datetime, attempt: Attempt) -> bool:
     return attempt.started_at <= moment and (attempt.ended_at is None or moment <= attempt.ended_at)
 
 
-def _attempt(attempt: Attempt) -> Span:
+def _attempt_span(attempt: Attempt) -> Span:
     facts: dict[str, Any] = {"worker": attempt.worker, "outcome": attempt.outcome}
     if attempt.error:
         facts["error"] = attempt.error
@@ -116,7 +121,7 @@ def _attempt(attempt: Attempt) -> Span:
     return Span(f"attempt {attempt.attempt}", 1, attempt.started_at, attempt.ended_at, facts)
 
 
-def _stored(job: Job) -> Iterator[Span]:
+def _storing_spans(job: Job) -> Iterator[Span]:
     """Yield the way of each image from its hand-off into the store."""
     for image in job.images:
         if image.handed_off_at is not None:
@@ -128,7 +133,7 @@ def _stored(job: Job) -> Iterator[Span]:
             yield Span(f"store image {image.index}", 1, image.handed_off_at, end, facts)
 
 
-def _told(session: Session, job: Job) -> Iterator[Span]:
+def _webhook_spans(session: Session, job: Job) -> Iterator[Span]:
     """Yield the deliveries to webhooks, with each attempt."""
     deliveries = select(WebhookDelivery).where(WebhookDelivery.job_id == job.id)
     for delivery in session.scalars(deliveries.order_by(WebhookDelivery.id)):

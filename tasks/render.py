@@ -50,9 +50,9 @@ from tasks.held import HeldLease
 from tasks.inputs import InputPictures
 from tasks.keeper import EXCLUSIVE_FROM, LeaseKeeper
 from tasks.lacking import LackingModels
-from tasks.looks import suspicion
 from tasks.previews import Previews
 from tasks.residency import Residency
+from tasks.suspicion import suspicion_of
 from tasks.verdicts import Verdicts, persist
 from tasks.work import End, ImageEnding, RenderResult, RenderWork, TextsUnread
 
@@ -335,7 +335,7 @@ class Renderer:
         finished: FinishedImage,
     ) -> None:
         """Write the image's hand-off and what it took. Raises LeaseLost."""
-        suspect = suspicion(finished.pixels)
+        suspect = suspicion_of(finished.pixels)
         rendered = replace(
             _rendered(finished.record, steps, work.first_preview_at), suspect=suspect
         )

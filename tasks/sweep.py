@@ -502,7 +502,7 @@ class Sweeper:
     def _budgets(self) -> None:
         """Tell tenants' endpoints which parts of their monthly budgets are spent."""
         with transaction(self.database) as session:
-            reached = budgets.tell_reached(session, currency=self.fleet.currency)
+            reached = budgets.note_reached_thresholds(session, currency=self.fleet.currency)
             telemetry.TENANTS_OVER_BUDGET.set(budgets.count_over(session))
         for one in reached:
             log.info("budget_reached", tenant_id=str(one.tenant_id), percent=one.percent)

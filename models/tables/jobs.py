@@ -270,7 +270,7 @@ class Image(Base):
     padding_s: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
     # What these cost, by the terms of the workers that spent them; None: as its pool says.
     device_cost: Mapped[Decimal | None] = mapped_column(Numeric(24, 12))
-    # Why it probably shows nothing: tasks.looks.Suspicion; None: it looks like a picture.
+    # Why it probably shows nothing: tasks.suspicion.Suspicion; None: it looks like a picture.
     suspect: Mapped[str | None]
     artifact_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("artifacts.id"))
 

@@ -317,7 +317,7 @@ def test_a_message_about_a_budget_is_as_described(witness, stack_database):
         own = {"url": "https://example.com/", "description": "", "secret": "whsec_AAAA"}
         webhooks.create(session, tenant_id=tenant.id, events=[BUDGET_EVENT], **own, actor="tests")
         spend(session, tenant, budget=10, cost=8)
-        budgets.tell_reached(session, currency="USD")
+        budgets.note_reached_thresholds(session, currency="USD")
         [delivery] = session.scalars(
             select(WebhookDelivery).where(WebhookDelivery.tenant_id == tenant.id)
         )

@@ -148,7 +148,7 @@ def weighing(session, tenant):
 @appends("tenant:budget:reached", actor=jobs.SWEEPER)
 def spending(session, tenant):
     spend(session, tenant, budget=10, cost=5)
-    return partial(budgets.tell_reached, session, currency="USD")
+    return partial(budgets.note_reached_thresholds, session, currency="USD")
 
 
 @appends("tenant:limits:changed")

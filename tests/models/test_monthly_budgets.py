@@ -13,7 +13,7 @@ from tests.builders import a_tenant, spend
 
 def told(session, *tenants) -> list[tuple]:
     """What is told now of these tenants: of whom, and of how much."""
-    reached = budgets.tell_reached(session, currency="EUR")
+    reached = budgets.note_reached_thresholds(session, currency="EUR")
     own = {tenant.id for tenant in tenants}
     return [(one.tenant_id, one.percent) for one in reached if one.tenant_id in own]
 

@@ -20,6 +20,7 @@ from models import (
     objectives,
     releasing,
     sweeping,
+    tenants,
     uploads,
     webhooks,
     workers,
@@ -132,17 +133,19 @@ def test_sweeper_may_tell_of_budgets_and_objectives_and_workers_may_keep_their_t
 ):
     tenant = a_tenant(session)
     spend(session, tenant, budget=10, cost=9)
-    session.commit()
+    session.commit()  # for others to see; it is taken back below
 
     with Session(as_process["sweeper"]) as sweeping:
         assert tenant.id in {
-            one.tenant_id for one in budgets.tell_reached(sweeping, currency="EUR")
+            one.tenant_id for one in budgets.note_reached_thresholds(sweeping, currency="EUR")
         }
         assert budgets.count_over(sweeping) >= 0
         objectives.count(sweeping, a_fleet().tiers)
         assert objectives.attainments(sweeping)
         objectives.forget_old(sweeping)
         sweeping.rollback()
+    tenants.limit(session, tenant, changes={"monthly_budget": None}, actor="tests")
+    session.commit()
     period = DevicePeriod(
         worker="w",
         instance=uuid.uuid4(),

@@ -129,3 +129,15 @@ def test_refusal_that_is_the_request_s_fault_is_one_line_and_no_traceback(here):
     assert "exc_info" not in refused
     assert refused["detail"].startswith("clip_skip: 99")
     assert "render_failed" not in [line["event"] for line in logged]
+
+
+def test_first_preview_of_a_watched_job_is_noted_and_of_another_none(here):
+    watched, other = here.accept(**LONG), here.accept(**QUALITY)
+    thread = under_way(here, watched)
+    here.renderer.previews.show(watched.id)
+    thread.join(timeout=60)
+    rendered(here, other)
+
+    row = here.row(watched)
+    assert row.started_at < row.first_preview_at <= row.rendered_at
+    assert here.row(other).first_preview_at is None

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sqlalchemy import text
 
 from models.database import transaction
-from tasks.looks import Suspicion, suspicion
+from tasks.suspicion import Suspicion, suspicion_of
 from tests.metrics import increases
 
 RNG = np.random.default_rng(7)
@@ -37,12 +37,12 @@ def shape_on(background: int, foreground: int) -> np.ndarray:
     ],
 )
 def test_one_colour_and_noise_are_suspect(pixels, why):
-    assert suspicion(pixels) is why
+    assert suspicion_of(pixels) is why
 
 
 @pytest.mark.parametrize("levels", [(0, 255), (255, 0), (128, 140), (0, 40)])
 def test_picture_with_an_empty_middle_is_not(levels):
-    assert suspicion(shape_on(*levels)) is None
+    assert suspicion_of(shape_on(*levels)) is None
 
 
 @given(
@@ -56,7 +56,7 @@ def test_grainy_picture_of_stripes_is_not(step, noise, side):
     rows = np.broadcast_to(stripes, (height, width))[..., None]
     grain = np.random.default_rng(step).normal(0, noise, (height, width, 3))
 
-    assert suspicion((rows + grain).clip(0, 255).astype(np.uint8)) is None
+    assert suspicion_of((rows + grain).clip(0, 255).astype(np.uint8)) is None
 
 
 def rows_of(here, job) -> list:

@@ -28,7 +28,7 @@ class Suspicion(StrEnum):
     NOISE = "noise"  # no pixel has to do with the one beside it
 
 
-def suspicion(pixels: NDArray[np.uint8]) -> Suspicion | None:
+def suspicion_of(pixels: NDArray[np.uint8]) -> Suspicion | None:
     """Look at the middle of an image [h, w, 3]; None if nothing is wrong with it."""
     height, width, _ = pixels.shape
     top, left = max(0, (height - SIDE_PX) // 2), max(0, (width - SIDE_PX) // 2)
